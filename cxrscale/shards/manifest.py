@@ -1,0 +1,196 @@
+"""The manifest: one Parquet row a picture. It is the data set; the tars only hold the bytes it points to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cxrscale import storage
+from cxrscale.schema import InputError
+
+FORMAT = 1
+NAME = "manifest.parquet"
+FINGERPRINTS = "fingerprints.parquet"
+LABEL = "label."
+"""Prefix of the label columns: `label.Effusion` is int8, 1 present, 0 absent, null unlabelled."""
+
+FIELDS: tuple[tuple[str, pa.DataType], ...] = (
+    ("image_id", pa.string()),
+    ("key", pa.int64()),
+    ("source", pa.string()),
+    ("patient", pa.string()),
+    ("split", pa.string()),
+    ("view", pa.string()),
+    ("sex", pa.string()),
+    ("age", pa.int16()),
+    ("width", pa.int32()),
+    ("height", pa.int32()),
+    ("spacing_row_mm", pa.float32()),
+    ("spacing_column_mm", pa.float32()),
+    ("shard", pa.string()),
+    ("image_offset", pa.int64()),
+    ("image_length", pa.int64()),
+    ("image_crc", pa.uint32()),
+    ("mask_offset", pa.int64()),
+    ("mask_length", pa.int64()),
+    ("mask_crc", pa.uint32()),
+    ("json_offset", pa.int64()),
+    ("json_length", pa.int64()),
+    ("json_crc", pa.uint32()),
+    ("mask_pixels", pa.int64()),
+)
+"""Columns before the labels. Lengths are bytes, CRCs are CRC-32 of a member's bytes, offsets are into the tar;
+mask columns are null where there is no mask; mask_pixels counts at the stored size."""
+
+
+def image_key(image_id: str) -> int:
+    """The picture's signed 64-bit number: BLAKE2b of its id. What order and augmentation are drawn from."""
+    return int.from_bytes(hashlib.blake2b(image_id.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def schema(findings: Sequence[str]) -> pa.Schema:
+    """The manifest's Arrow schema with a label column for each finding."""
+    return pa.schema([*FIELDS, *((LABEL + name, pa.int8()) for name in findings)])
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One shard set, or several joined, as columns; rows are numbered from 0 in the order of the table."""
+
+    table: pa.Table
+    """FIELDS, the labels, and `root`: the folder or address that the row's shard lies in."""
+    digest: str
+    """BLAKE3 over the manifest files, in order: names the data exactly."""
+    about: tuple[Mapping[str, Any], ...]
+    """For each shard set: its format, resolved pack configuration, input hashes, shard digests, pixel statistics."""
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    @cached_property
+    def image_id(self) -> npt.NDArray[np.object_]:
+        """(N,) ids, unique."""
+        return self.column("image_id")
+
+    @cached_property
+    def key(self) -> npt.NDArray[np.int64]:
+        """(N,) numbers of the pictures, from `image_key`."""
+        return np.asarray(self.table["key"].to_numpy(), dtype=np.int64)
+
+    @cached_property
+    def patient(self) -> npt.NDArray[np.object_]:
+        """(N,) patients."""
+        return self.column("patient")
+
+    @cached_property
+    def split(self) -> npt.NDArray[np.object_]:
+        """(N,) splits."""
+        return self.column("split")
+
+    def column(self, name: str) -> npt.NDArray[Any]:
+        """A column as numpy; nulls of numbers become NaN, nulls of strings None."""
+        values: npt.NDArray[Any] = self.table[name].to_numpy(zero_copy_only=False)
+        return values
+
+    def rows(self, split: str) -> npt.NDArray[np.int64]:
+        """The rows of a split, ascending.
+
+        Raises:
+            InputError: the split is empty; names those there are.
+        """
+        rows = np.flatnonzero(self.split == split).astype(np.int64)
+        if not len(rows):
+            there = ", ".join(f"{name} ({count})" for name, count in self.split_counts().items())
+            raise InputError(f"split {split!r} has no pictures; the manifest has {there}")
+        return rows
+
+    def split_counts(self) -> dict[str, int]:
+        """Pictures in each split."""
+        names, counts = np.unique(self.split.astype(str), return_counts=True)
+        return {str(name): int(count) for name, count in zip(names, counts, strict=True)}
+
+    def findings(self) -> tuple[str, ...]:
+        """The findings that have a label column."""
+        return tuple(name.removeprefix(LABEL) for name in self.table.column_names if name.startswith(LABEL))
+
+    def labels(self, findings: Sequence[str]) -> npt.NDArray[np.float32]:
+        """(N, F) labels: 1, 0, or NaN for unlabelled.
+
+        Raises:
+            InputError: a finding has no column; names those there are.
+        """
+        for name in findings:
+            if LABEL + name not in self.table.column_names:
+                there = ", ".join(self.findings())
+                raise InputError(f"data.findings: the shards have no label {name!r}; they have {there}")
+        columns = [self.table[LABEL + name].cast(pa.float32()).to_numpy(zero_copy_only=False) for name in findings]
+        return np.stack(columns, axis=1).astype(np.float32)
+
+
+def load(*roots: str) -> Manifest:
+    """Read the manifests of one or more shard sets and join them; label columns that a set lacks are null there.
+
+    Raises:
+        InputError: no manifest in a folder, not a manifest, or an image id in two sets.
+    """
+    if not roots:
+        raise InputError("data.shards is empty; give data.shards=[FOLDER], as `cxrscale shard` printed it")
+    tables, about, digests = [], [], []
+    for root in roots:
+        data = _read(root)
+        digests.append(storage.digest(data))
+        table = _parse(data, root)
+        about.append(json.loads(table.schema.metadata[b"cxrscale"]))
+        tables.append(table.replace_schema_metadata(None).append_column("root", pa.array([root] * len(table))))
+    joined = pa.concat_tables(tables, promote_options="default").combine_chunks()
+    manifest = Manifest(
+        joined, digests[0] if len(digests) == 1 else storage.digest("".join(digests).encode()), tuple(about)
+    )
+    _check_unique(manifest)
+    return manifest
+
+
+def write(address: str, rows: pa.Table, about: Mapping[str, Any]) -> None:
+    """Publish a manifest: the same rows and `about` give the same bytes."""
+    described = rows.replace_schema_metadata({b"cxrscale": json.dumps(about, sort_keys=True).encode()})
+    with storage.publishing(address) as path:
+        pq.write_table(described, path, compression="zstd", row_group_size=1 << 20)
+
+
+def _read(root: str) -> bytes:
+    address = storage.join(root, NAME)
+    if not storage.exists(address):
+        raise InputError(f"{address} does not exist; make the shards with `cxrscale shard`, or give its output folder")
+    return storage.read(address)
+
+
+def _parse(data: bytes, root: str) -> pa.Table:
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+    except pa.ArrowInvalid as error:
+        raise InputError(
+            f"{storage.join(root, NAME)} is no Parquet file ({error}); run `cxrscale shard` again"
+        ) from None
+    if b"cxrscale" not in (table.schema.metadata or {}):
+        raise InputError(
+            f"{storage.join(root, NAME)} is no cxrscale manifest; give a folder that `cxrscale shard` wrote"
+        )
+    about = json.loads(table.schema.metadata[b"cxrscale"])
+    if about["format"] != FORMAT:
+        raise InputError(f"{root}: manifest format {about['format']}, this version reads {FORMAT}; shard again")
+    return table
+
+
+def _check_unique(manifest: Manifest) -> None:
+    ids, counts = np.unique(manifest.image_id.astype(str), return_counts=True)
+    if (counts > 1).any():
+        raise InputError(f"data.shards: picture {ids[counts > 1][0]} stands in two shard sets; leave one of them out")

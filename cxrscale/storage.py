@@ -1,0 +1,163 @@
+"""Files that may lie on a local disk or behind an fsspec address, and writing them whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import fsspec
+from blake3 import blake3
+
+from cxrscale.schema import InputError
+
+
+def is_remote(address: str) -> bool:
+    """Whether the address needs a network file system (s3://, gs://, ...); file:// and plain paths do not."""
+    return "://" in address and not address.startswith(("file://", "local://"))
+
+
+def local_path(address: str) -> Path:
+    """The plain path behind a local address."""
+    return Path(address.removeprefix("file://"))
+
+
+def join(root: str, *names: str) -> str:
+    """root/name/..., for paths and addresses alike."""
+    return "/".join([root.rstrip("/"), *names]) if is_remote(root) else str(local_path(root).joinpath(*names))
+
+
+def exists(address: str) -> bool:
+    """Whether a file or folder is there."""
+    if not is_remote(address):
+        return local_path(address).exists()
+    with _named(address):
+        files, path = fsspec.core.url_to_fs(address)
+        return bool(files.exists(path))
+
+
+def read(address: str) -> bytes:
+    """All bytes of a file.
+
+    Raises:
+        InputError: it does not exist or may not be read.
+    """
+    with _named(address):
+        if not is_remote(address):
+            return local_path(address).read_bytes()
+        with fsspec.open(address, "rb") as file:
+            data: bytes = file.read()
+            return data
+
+
+def listing(address: str, suffix: str = "") -> list[str]:
+    """The sorted names of the files directly in a folder; empty where there is no folder."""
+    if not is_remote(address):
+        root = local_path(address)
+        return sorted(entry.name for entry in root.iterdir() if entry.name.endswith(suffix)) if root.is_dir() else []
+    with _named(address):
+        files, path = fsspec.core.url_to_fs(address)
+        files.invalidate_cache()
+        names = files.ls(path, detail=False) if files.exists(path) else []
+        return sorted(name.rsplit("/", 1)[-1] for name in names if name.endswith(suffix))
+
+
+def remove(address: str) -> None:
+    """Remove a file; nothing happens where there is none."""
+    if not is_remote(address):
+        local_path(address).unlink(missing_ok=True)
+        return
+    with _named(address):
+        files, path = fsspec.core.url_to_fs(address)
+        if files.exists(path):
+            files.rm_file(path)
+
+
+@contextmanager
+def publishing(address: str) -> Iterator[Path]:
+    """A temporary local path; what was written there appears under `address` at once and whole, or never.
+
+    A local file is written beside its final place, synced and renamed; a remote one is uploaded from the local
+    temporary folder (an object store shows an object only when its upload is complete).
+
+    Raises:
+        InputError: the disk is full or the target may not be written; nothing is left behind.
+    """
+    remote = is_remote(address)
+    final = local_path(address)
+    with _named(address):
+        if not remote:
+            final.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=f"-{final.name}", dir=None if remote else final.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            if remote:
+                files, path = fsspec.core.url_to_fs(address)
+                files.put_file(str(temporary), path)
+            else:
+                temporary.chmod(0o644)
+                _sync(temporary)
+                temporary.replace(final)
+                _sync(final.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write(address: str, data: bytes | str) -> None:
+    """Write a whole file, atomically."""
+    with publishing(address) as path:
+        path.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def sweep(address: str) -> int:
+    """Remove temporary files that killed processes left in a local folder; returns how many there were."""
+    strays = [] if is_remote(address) else list(local_path(address).glob(".tmp-*"))
+    for stray in strays:
+        stray.unlink(missing_ok=True)
+    return len(strays)
+
+
+def digest(data: bytes | memoryview) -> str:
+    """BLAKE3 of the bytes, 64 hexadecimal digits."""
+    return blake3(data).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """BLAKE3 of a local file, without reading it into memory at once."""
+    return blake3().update_mmap(path).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _named(address: str) -> Iterator[None]:
+    """Turn what the file system says into one line with the address and the remedy."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise InputError(f"{error.filename or address} does not exist; check the path") from None
+    except PermissionError as error:
+        raise InputError(f"{error.filename or address}: permission denied; choose a folder you may use") from None
+    except IsADirectoryError:
+        raise InputError(f"{address} is a folder, a file was expected") from None
+    except NotADirectoryError:
+        raise InputError(f"{address}: a part of this path is a file, not a folder") from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(f"{address}: no space left on the disk; free some, then run this again") from None
+        if error.errno == errno.EROFS:
+            raise InputError(f"{address}: the disk is read-only; choose another folder") from None
+        raise
+    except ImportError as error:
+        raise InputError(f"{address}: {error}; install cxrscale[s3] for s3:// addresses") from None
