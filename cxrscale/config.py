@@ -36,7 +36,7 @@ class Pack(Section):
     """Store a mask for every picture (also an empty one); only labelled pictures enter then."""
     split: Literal["official", "random"] = "official"
     """official: the archive's test list, validation carved out of the rest by patient; random: by patient."""
-    val_fraction: float = Field(0.13, ge=0, lt=1)
+    val_fraction: float = Field(0.12958, ge=0, lt=1)
     """Share of the images outside the test split that become validation, carved by patient (11,212 of 86,524)."""
     test_fraction: float = Field(0.2, ge=0, lt=1)
     """Share of all images that become test where the archive has no official test list or split is random."""
@@ -241,7 +241,7 @@ class Train(Section):
     """NHWC memory layout, which convolutions prefer."""
     compile: bool = False
     """torch.compile the net."""
-    metric: Literal["loss", "auroc", "dice"] = "auroc"
+    metric: Literal["loss", "auroc", "dice", "dice_positives"] = "auroc"
     """The validation metric that chooses the best checkpoint and drives the plateau."""
     patience: int | None = Field(None, ge=1)
     """Stop after so many epochs without a better metric; None: never."""
@@ -299,8 +299,10 @@ class Recipe(Section):
             raise ValueError(f"data.findings={list(self.data.findings)}: segmentation takes one: data.findings=[X]")
         if self.loss.dice and self.data.task == "classify":
             raise ValueError("loss.dice needs pixels: set data.task=segment or loss.dice=0")
-        if self.train.metric == "dice" and self.data.task == "classify":
-            raise ValueError("train.metric=dice needs pixels: set data.task=segment or train.metric=auroc")
+        if self.train.metric.startswith("dice") and self.data.task == "classify":
+            raise ValueError(
+                f"train.metric={self.train.metric} needs pixels: set data.task=segment or train.metric=auroc"
+            )
         return self
 
 

@@ -100,3 +100,16 @@ class MapCounts:
     """Pixels whose score falls into bin t of T equal bins over 0..1."""
     true_NT: npt.NDArray[np.int32]
     """The same, counting only pixels inside the true mask."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a net says of one file, or why it could not."""
+
+    path: str
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """Finding -> probability in 0..1."""
+    rle: str | None = None
+    """For segmentation: the mask at the file's own size, run-length encoded as in SIIM-ACR; '-1' is empty."""
+    error: str = ""
+    """Why there are no scores; empty where there are."""

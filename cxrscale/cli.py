@@ -1,0 +1,201 @@
+"""The command line: one short function a verb; each prints its artifact's path last."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cxrscale import __version__, config, demo, evaluate, launch, predict, progress, report, storage
+from cxrscale.config import Pack, Recipe
+from cxrscale.schema import InputError
+from cxrscale.shards import audit as auditing
+from cxrscale.shards import build, verify
+from cxrscale.thresholds import Triplet
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Chest X-rays from raw archives to honest metrics. Every verb prints the path of what it made last.",
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.field=value, e.g. optim.lr=3e-4", metavar="A.B=C")]
+Local = Annotated[bool, typer.Option("--local", help="In this very process, without Ray: breakpoints work.")]
+Run = Annotated[Path, typer.Argument(help="A run's folder, as `cxrscale train` printed it.")]
+RecipePath = Annotated[str, typer.Argument(help="A recipe of jobs/, or your own.", metavar="RECIPE")]
+
+
+@app.command("demo")
+def demo_verb(
+    out: Annotated[Path, typer.Option(help="Where the phantom archive, shards and runs go.")] = Path("runs/demo"),
+    local: Local = False,
+) -> None:
+    """Make a phantom archive and take it the whole way: shards, audit, two nets, thresholds, test metrics."""
+    for run, found in demo.run(out, local=local):
+        Console().print(report.table(found, run.name))
+        print(f"artifacts: {run}")
+    print(out.resolve())
+
+
+@app.command()
+def shard(
+    source: Annotated[str, typer.Argument(help="The archive's kind: nih or siim.")],
+    root: Annotated[str, typer.Argument(help="The archive's folder.")],
+    overrides: Overrides = None,
+    out: Annotated[str, typer.Option(help="Where the shard set goes.")] = "shards",
+    twins: Annotated[
+        str | None, typer.Option(help="A shard set with the same pictures under their true patients (NIH, for SIIM).")
+    ] = None,
+    local: Local = False,
+) -> None:
+    """Pack a raw archive into verified shards: cxrscale shard nih /data/nih --out shards/nih pack.size=512."""
+    tree = config.override({"pack": {"masks": source == "siim"}}, overrides or [])
+    settings: Pack = config.parse(Recipe, tree, where="shard").pack
+    total = [0, 0]
+    with progress.bar(f"sharding {source}", None, "images") as shown:
+
+        def finished(images: int, quarantined: int) -> None:
+            total[0] += images
+            total[1] += quarantined
+            shown.to(total[0], f"{total[1]} quarantined")
+
+        packed = build.build(source, root, settings, out, twins_of=twins, local=local, progress=finished)
+    state = "" if packed.fresh else ", all of it from an earlier run"
+    print(f"{packed.images} pictures, {packed.quarantined} quarantined{state}")
+    print(packed.root if storage.is_remote(packed.root) else Path(packed.root).resolve())
+    if packed.quarantined > settings.max_quarantined:
+        listed = storage.join(packed.root, "quarantine.jsonl")
+        raise InputError(f"{packed.quarantined} unreadable pictures, more than pack.max_quarantined; see {listed}")
+
+
+@app.command("verify")
+def verify_verb(root: Annotated[str, typer.Argument(help="A shard set.")]) -> None:
+    """Re-read every byte of a shard set and hold it against its manifest."""
+    with progress.bar(f"verifying {root}", None, "images") as shown:
+        wrong = verify.verify(root, lambda count: shown.to(shown.done + count))
+    for line in wrong:
+        print(line)
+    if wrong:
+        raise InputError(f"{root}: {len(wrong)} faults; remove the damaged tars and the manifest, then shard again")
+    print(root)
+
+
+@app.command()
+def audit(
+    shards: Annotated[list[str], typer.Argument(help="One or more shard sets.")],
+    out: Annotated[Path, typer.Option(help="The JSON file.")] = Path("audit.json"),
+) -> None:
+    """Count findings, splits, sexes, views and ages, and look for patients that two splits share."""
+    found = auditing.audit(*shards)
+    table = Table(title=f"{found['pictures']} pictures of {found['patients']} patients")
+    names = list(found["splits"])
+    for heading in ("present", *names):
+        table.add_column(heading, justify="right" if heading != "present" else "left")
+    for finding, states in found["findings"].items():
+        table.add_row(finding, *(str(states[name]["present"]) for name in names))
+    table.add_row("all pictures", *(str(found["splits"][name]) for name in names), style="bold")
+    Console().print(table)
+    print(f"{len(found['quarantined'])} quarantined, {len(found['patients_in_two_splits'])} patients in two splits")
+    storage.write(str(out), json.dumps(found, indent=2) + "\n")
+    print(out.resolve())
+
+
+@app.command()
+def train(recipe: RecipePath, overrides: Overrides = None, local: Local = False) -> None:
+    """Train a recipe: cxrscale train jobs/chexnet14.yaml data.shards=[shards/nih] scaling.num_workers=2."""
+    resolved = config.load_recipe(recipe, overrides or [])
+    run = launch.launch(resolved, Path(recipe).stem, progress.watch, local=local)
+    print(run)
+
+
+@app.command()
+def threshold(run: Run) -> None:
+    """Search each finding's threshold on the validation split; the test split is not looked at."""
+    path = evaluate.threshold(run)
+    for name, cut in json.loads(path.read_text())["thresholds"].items():
+        print(f"{name}: {report.number(cut['value'])} {cut.get('reason', '')}".rstrip())
+    print(path.resolve())
+
+
+@app.command("evaluate")
+def evaluate_verb(
+    run: Run, resamples: Annotated[int, typer.Option(help="Bootstrap resamples of the patients.", min=2)] = 1000
+) -> None:
+    """Metrics of the test split at the stored thresholds, with 95% intervals."""
+    path = evaluate.evaluate(run, resamples)
+    Console().print(report.table(json.loads(path.read_text()), run.name))
+    print(path.resolve())
+
+
+@app.command("predict")
+def predict_verb(
+    files: Annotated[list[str], typer.Argument(help="DICOM, PNG or JPEG files.")],
+    run: Annotated[Path, typer.Option(help="The run whose best checkpoint predicts.")],
+    out: Annotated[Path, typer.Option(help="The file of predictions, one JSON line a picture.")] = Path(
+        "predictions.jsonl"
+    ),
+) -> None:
+    """Probabilities for picture files: cxrscale predict a.dcm b.png --run runs/NAME."""
+    rule = None
+    if (run / evaluate.THRESHOLDS).is_file():
+        stored = evaluate.stored_thresholds(run)
+        rule = Triplet(**stored["triplet"]) if "triplet" in stored else None
+    found = predict.files(run, files, rule)
+    for prediction in found:
+        print(prediction.path)
+        for name, value in prediction.scores.items():
+            print(f"  {name:<20} {value:.4f}")
+        if prediction.error:
+            print(f"  not read: {prediction.error}")
+    lines = [json.dumps({key: value for key, value in asdict(p).items() if value}) for p in found]
+    storage.write(str(out), "\n".join(lines) + "\n")
+    print(out.resolve())
+    if all(prediction.error for prediction in found):
+        raise InputError("none of the files could be read; the reasons stand above")
+
+
+@app.command("config")
+def config_verb(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe; without one, the defaults.", metavar="RECIPE")] = None,
+    overrides: Overrides = None,
+    help_fields: Annotated[bool, typer.Option("--help-fields", help="List every field with its meaning.")] = False,
+) -> None:
+    """Print the resolved recipe, every field of it, as `train` would see it."""
+    if help_fields:
+        for name, sentence in config.fields(Recipe).items():
+            print(f"{name}\n    {sentence}")
+        return
+    if recipe is not None and "=" in recipe and not Path(recipe).exists():
+        resolved = config.parse(Recipe, config.override({}, [recipe, *(overrides or [])]), where="defaults")
+    else:
+        resolved = config.load_recipe(recipe, overrides or []) if recipe else Recipe()
+    print(config.to_yaml(resolved), end="")
+
+
+@app.callback(invoke_without_command=True)
+def version(show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if show:
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line on stderr and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        app()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from what is finished", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,56 @@
+"""The whole way on an archive of its own making: what `make demo` runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cxrscale import config, evaluate, launch, progress, storage
+from cxrscale.archives import phantom
+from cxrscale.schema import InputError
+from cxrscale.shards import audit, build, manifest
+
+SIZE = 160
+"""Side of the demo's stored pictures in pixels."""
+
+
+def run(out: Path, images: int = phantom.IMAGES, *, local: bool = False) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Draw, shard, audit, train, threshold and evaluate; yields (run folder, metrics.json) of each of the two nets.
+
+    Everything lies under `out`; a demo that was interrupted goes on, one that is finished only reports.
+    """
+    jobs = Path(__file__).resolve().parent.parent / "jobs"
+    if not jobs.is_dir():
+        raise InputError(f"{jobs} is not there: run the demo from a checkout of cxrscale")
+    with progress.bar("drawing the phantom archive", images, "images") as shown:
+        drawn = phantom.write(str(out / "archive"), images=images, progress=lambda n: shown.to(shown.done + n))
+    nih, siim = str(out / "shards" / "nih"), str(out / "shards" / "siim")
+    settings = config.Pack(size=SIZE, samples_per_shard=100)
+    print(f"sharding {drawn.nih} and {drawn.siim}")
+    build.build("nih", str(drawn.nih), settings, nih, local=local)
+    masked = settings.model_copy(update={"masks": True})
+    build.build("siim", str(drawn.siim), masked, siim, twins_of=nih, local=local)
+    for shards in (nih, siim):
+        found = audit.audit(shards)
+        storage.write(str(out / f"audit-{Path(shards).name}.json"), json.dumps(found, indent=2) + "\n")
+        crossing = len(found["patients_in_two_splits"])
+        print(f"{shards}: {found['pictures']} pictures, splits {found['splits']}, {crossing} patients in two splits")
+    for stem, shards in (("demo", nih), ("demo-unet", siim)):
+        trained = _train(jobs / f"{stem}.yaml", shards, out, local)
+        if not (trained / evaluate.METRICS).exists():
+            evaluate.threshold(trained)
+            evaluate.evaluate(trained)
+        yield trained, json.loads((trained / evaluate.METRICS).read_text())
+
+
+def _train(path: Path, shards: str, out: Path, local: bool) -> Path:
+    digest = manifest.load(shards).digest[:8]
+    overrides = [f"data.shards=[{shards}]", f"tracking.root={out / 'runs'}", f"tracking.name={path.stem}-{digest}"]
+    recipe = config.load_recipe(path, overrides)
+    trained = out.resolve() / "runs" / f"{path.stem}-{digest}"
+    about = trained / launch.ABOUT
+    if about.exists() and json.loads(about.read_text())["finished"]:
+        return trained
+    return launch.launch(recipe, path.stem, progress.watch, local=local)

@@ -1,0 +1,197 @@
+"""A trained run -> scores: of a split of its shards, or of files that no shard has seen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import nn
+
+from cxrscale import checkpoint, config, masks, models, pictures, scoring, storage
+from cxrscale.batches import feed
+from cxrscale.config import Recipe
+from cxrscale.metrics import bin_of
+from cxrscale.schema import InputError, MapCounts, Prediction, Scores, Unreadable
+from cxrscale.shards import manifest
+from cxrscale.thresholds import Triplet
+from cxrscale.worker import LocalWorker
+
+MASK = "mask."
+"""Prefix of the columns that hold score histograms of segmentation maps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A run's chosen weights, ready to score."""
+
+    net: nn.Module
+    recipe: Recipe
+    manifest: str
+    """Digest of the shards it was trained on."""
+    checkpoint: str
+    """Digest of the weights' file."""
+    pixels: Mapping[str, Any]
+    """How the training pictures were stored: codec, size, quality."""
+
+
+def load(run: Path, device: torch.device) -> Trained:
+    """The best checkpoint of a run.
+
+    Raises:
+        InputError: the folder is no run, or nothing has been trained in it yet.
+    """
+    path = run / checkpoint.BEST
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; give the folder that `cxrscale train` printed, after its first epoch")
+    content = path.read_bytes()
+    state = checkpoint.read(content, str(path))
+    recipe = config.parse(Recipe, state["recipe"], where=str(path))
+    bare = recipe.model.model_copy(update={"weights": "none"})
+    net = models.build(bare, recipe.data)
+    net.load_state_dict(state["model"])
+    return Trained(net.to(device).eval(), recipe, state["manifest"], storage.digest(content), state["pixels"])
+
+
+def split(run: Path, name: str) -> Scores:
+    """Scores of every picture of a split (its role: train, val or test), computed once and kept in the run.
+
+    Raises:
+        InputError: the shards are gone or are not those of the run.
+    """
+    path = run / f"predictions-{name}.parquet"
+    worker = LocalWorker()
+    trained = load(run, worker.device)
+    recipe = trained.recipe
+    if path.exists():
+        kept = pq.read_schema(path).metadata[b"cxrscale"]
+        if json.loads(kept)["checkpoint"] == trained.checkpoint:
+            return read(path)
+    data = manifest.load(*recipe.data.shards)
+    if data.digest != trained.manifest:
+        raise InputError(f"{', '.join(recipe.data.shards)}: not the shards that {run} was trained on; restore them")
+    roles = {"train": recipe.data.train_split, "val": recipe.data.val_split, "test": recipe.data.test_split}
+    batches = feed.evaluation(
+        data, roles.get(name, name), recipe.data, recipe.plan, recipe.augment, 0, 1, worker.device
+    )
+    rows = scoring.score(trained.net, batches, recipe.train, worker)
+    scores = Scores(
+        data.image_id[rows.row_N],
+        data.patient[rows.row_N],
+        rows.score_NF,
+        data.labels(recipe.data.findings)[rows.row_N],
+        recipe.data.findings,
+        rows.maps,
+    )
+    about = {"split": name, "checkpoint": trained.checkpoint, "manifest": trained.manifest, "unreadable": rows.bad}
+    write(path, scores, {**about, "recipe": recipe.model_dump(mode="json")})
+    return scores
+
+
+def files(run: Path, paths: Sequence[str], triplet: Triplet | None = None) -> list[Prediction]:
+    """Scores of picture files (DICOM, PNG, JPEG), in order; what cannot be read gets its reason instead.
+
+    Each picture goes the way of the training pictures: upright grey, the shard's size and encoding, the same graph.
+
+    Args:
+        triplet: for segmentation, the thresholds of the mask; None: 0.5.
+    """
+    worker = LocalWorker()
+    trained = load(run, worker.device)
+    readable: list[tuple[int, bytes, tuple[int, int]]] = []
+    found: list[Prediction] = [Prediction(path) for path in paths]
+    for number, path in enumerate(paths):
+        try:
+            grey = pictures.load(storage.read(path), name=path).grey_HW
+        except (Unreadable, InputError) as error:
+            found[number] = Prediction(path, error=str(error))
+            continue
+        readable.append((number, _as_stored(grey, trained.pixels), grey.shape))
+    if not readable:
+        return found
+    recipe = trained.recipe
+    batches = feed.files([data for _, data, _ in readable], recipe.data, recipe.plan, recipe.augment, worker.device)
+    with torch.no_grad():
+        for batch in batches:
+            with scoring.autocast(recipe.train, worker.device):
+                logits = trained.net(scoring.images_for(batch, recipe.train)).float()
+            probability = logits.sigmoid().cpu().numpy()
+            for place in np.flatnonzero(batch.valid_B.cpu().numpy()):
+                number, _, shape = readable[int(batch.row_B[place])]
+                found[number] = _prediction(paths[number], probability[place], recipe, shape, triplet)
+    return found
+
+
+def write(path: Path, scores: Scores, about: Mapping[str, Any]) -> None:
+    """Write scores as Parquet: image_id, patient, score.X and label.X a finding, histograms for segmentation."""
+    columns: dict[str, Any] = {"image_id": scores.image_id.tolist(), "patient": scores.patient.tolist()}
+    for f, name in enumerate(scores.findings):
+        columns["score." + name] = scores.score_NF[:, f]
+        columns["label." + name] = pa.array(scores.label_NF[:, f], from_pandas=True)
+    if scores.maps is not None:
+        for part in fields(MapCounts):
+            columns[MASK + part.name] = list(getattr(scores.maps, part.name))
+    table = pa.table(columns).replace_schema_metadata({b"cxrscale": json.dumps(about).encode()})
+    with storage.publishing(str(path)) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def read(path: Path) -> Scores:
+    """What `write` wrote.
+
+    Raises:
+        InputError: no such file, or it holds no scores.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; make it with `cxrscale predict` or `cxrscale threshold`")
+    table = pq.read_table(path)
+    names = tuple(name.removeprefix("score.") for name in table.column_names if name.startswith("score."))
+    if not names:
+        raise InputError(f"{path} has no column score.X; give a file that `cxrscale predict` wrote")
+
+    def numbers(name: str) -> Any:
+        return table[name].to_numpy(zero_copy_only=False).astype(np.float32)
+
+    parts = [MASK + part.name for part in fields(MapCounts)]
+    maps = None
+    if parts[0] in table.column_names:
+        maps = MapCounts(*(np.stack(table[part].to_numpy()).astype(np.int32) for part in parts))
+    return Scores(
+        table["image_id"].to_numpy(zero_copy_only=False),
+        table["patient"].to_numpy(zero_copy_only=False),
+        np.stack([numbers("score." + name) for name in names], axis=1),
+        np.stack([numbers("label." + name) for name in names], axis=1),
+        names,
+        maps,
+    )
+
+
+def _as_stored(grey_HW: Any, pixels: Mapping[str, Any]) -> bytes:
+    if pixels["codec"] == "source":
+        return pictures.encode_png(grey_HW)
+    stored = pictures.resize(grey_HW, pixels["size"])
+    return pictures.encode_png(stored) if pixels["codec"] == "png" else pictures.encode_jpeg(stored, pixels["quality"])
+
+
+def _prediction(
+    path: str, probability: Any, recipe: Recipe, shape: tuple[int, int], triplet: Triplet | None
+) -> Prediction:
+    names = recipe.data.findings
+    if probability.ndim == 1:
+        return Prediction(path, {name: float(value) for name, value in zip(names, probability, strict=True)})
+    score_HW = probability[0]
+    rule = triplet or Triplet(0.5, 0, 0.5, float("nan"))
+    bins = scoring.BINS
+    enough = (score_HW * bins >= bin_of(rule.top, bins)).sum() >= max(1, rule.min_area)
+    mask = np.zeros(shape, dtype=np.uint8)
+    if enough:
+        small = (score_HW * bins >= bin_of(rule.bottom, bins)).astype(np.uint8)
+        mask = cv2.resize(small, (shape[1], shape[0]), interpolation=cv2.INTER_NEAREST)
+    return Prediction(path, {names[0]: float(score_HW.max())}, masks.encode(mask.astype(np.bool_)))

@@ -1,0 +1,104 @@
+"""Progress on stderr: bars where a terminal is there, plain lines otherwise. Nothing here changes a result."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cxrscale import tracking
+from cxrscale.config import Recipe
+
+PLAIN_SECONDS = 10.0
+"""Without a terminal, a line at most this often."""
+
+
+class Bar:
+    """Counts pictures or steps; the description carries whatever else is worth seeing."""
+
+    def __init__(self, title: str, total: int | None, unit: str) -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self.done, self._began, self._spoke = 0, time.monotonic(), time.monotonic()
+        self._console = Console(stderr=True)
+        self._progress: Progress | None = None
+        if self._console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._progress = Progress(*columns, console=self._console, transient=False)
+            self._task = self._progress.add_task(title, total=total)
+            self._progress.start()
+
+    def to(self, done: int, note: str = "") -> None:
+        """Say how many are done by now."""
+        self.done = done
+        rate = done / max(1e-9, time.monotonic() - self._began)
+        text = f"{self.title}  {rate:.0f} {self.unit}/s  {note}".rstrip()
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, description=text)
+        elif time.monotonic() - self._spoke > PLAIN_SECONDS or done == self.total:
+            self._spoke = time.monotonic()
+            print(f"{text}  {done}/{self.total or '?'}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the last state standing."""
+        if self._progress is not None:
+            self._progress.stop()
+
+
+@contextmanager
+def bar(title: str, total: int | None, unit: str) -> Iterator[Bar]:
+    """A bar that is closed whatever happens."""
+    shown = Bar(title, total, unit)
+    try:
+        yield shown
+    finally:
+        shown.close()
+
+
+@contextmanager
+def watch(run: Path, recipe: Recipe) -> Iterator[None]:
+    """Follow a run's metrics.jsonl while it trains, wherever its workers are."""
+    stop = threading.Event()
+    thread = threading.Thread(target=_follow, args=(run, recipe, stop), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=5)
+
+
+def _follow(run: Path, recipe: Recipe, stop: threading.Event) -> None:
+    with bar(f"training {run.name}", recipe.train.epochs, "epochs") as shown:
+        spoken = -1
+        while not stop.wait(0.5):
+            spoken = _show(run, shown, spoken)
+        _show(run, shown, spoken)
+
+
+def _show(run: Path, shown: Bar, spoken: int) -> int:
+    if not (run / tracking.METRICS).exists():
+        return spoken
+    lines = tracking.read(run)
+    last: dict[str, dict[str, Any]] = {line["kind"]: line for line in lines}
+    if last and len(lines) != spoken:
+        shown.to(last.get("val", {}).get("epoch", 0), _note(last))
+    return len(lines)
+
+
+def _note(last: dict[str, dict[str, Any]]) -> str:
+    parts = []
+    if "train" in last:
+        line = last["train"]
+        parts.append(f"step {line['step']} loss {line['loss']:.3f} {line['images_per_second']:.0f} images/s")
+        parts.append(f"waiting for data {line['data_wait']:.0%}")
+    if "val" in last:
+        shown = [key for key in ("loss", "auroc", "dice_positives") if last["val"].get(key) is not None]
+        parts.append("val " + " ".join(f"{key} {last['val'][key]:.3f}" for key in shown))
+    return "  ".join(parts)

@@ -1,0 +1,40 @@
+"""What people read at the end: tables of metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+
+def table(found: dict[str, Any], title: str) -> Table:
+    """metrics.json as a table: one line a finding, the mean, and Dice for segmentation."""
+    result = Table(title=f"{title}: {found['images']} {found['split']} pictures of {found['patients']} patients")
+    result.add_column("finding")
+    for name in ("positives", "AUROC (95% interval)", "AUPRC", "threshold", "F1", "recall", "precision"):
+        result.add_column(name, justify="right")
+    for name, row in found["findings"].items():
+        cells = [str(row["positives"]), estimate(row["auroc"]), number(row["auprc"]["value"]), number(row["threshold"])]
+        result.add_row(name, *cells, *(number(row.get(key)) for key in ("f1", "recall", "precision")))
+    if len(found["findings"]) > 1:
+        result.add_row(f"mean of {found['findings_in_mean']}", "", estimate(found["mean_auroc"]), style="bold")
+    if "dice" in found:
+        dice = found["dice"]
+        result.add_row("Dice, positives", str(dice["positives"]), estimate(dice["on_positives"]), style="bold")
+        result.add_row("Dice, all (empty = 1)", str(found["images"]), estimate(dice["all"]))
+        result.add_row("  predicting nothing", "", number(dice["all_empty_floor"]))
+    return result
+
+
+def estimate(value: dict[str, Any]) -> str:
+    """0.912 (0.871-0.944), or why there is no value."""
+    if value["value"] is None:
+        return str(value.get("reason", "undefined"))
+    if value["low"] is None:
+        return number(value["value"])
+    return f"{value['value']:.3f} ({value['low']:.3f}-{value['high']:.3f})"
+
+
+def number(value: float | None) -> str:
+    """Three digits, or a dash."""
+    return "-" if value is None else f"{value:.3f}"

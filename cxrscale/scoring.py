@@ -1,0 +1,101 @@
+"""A net over batches -> one row of scores a picture, gathered from all workers, each picture exactly once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from cxrscale import losses
+from cxrscale.config import Loss, Train
+from cxrscale.schema import Batch, MapCounts
+from cxrscale.worker import Worker, add_up, gather, share_buffers
+
+BINS = 256
+"""Bins of the score histograms: thresholds on maps come in steps of 1/256."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Scores by manifest row; N pictures, ascending rows."""
+
+    row_N: npt.NDArray[np.int64]
+    score_NF: npt.NDArray[np.float32]
+    """Probabilities; for segmentation one column, the map's highest pixel."""
+    maps: MapCounts | None
+    loss: float
+    """The recipe's loss over all of them; NaN without a loss section."""
+    bad: int
+    """Pictures that could not be read and are not among the N."""
+
+
+def autocast(train: Train, device: torch.device) -> AbstractContextManager[object]:
+    """bf16 autocast where the recipe (or `auto` on a GPU) asks for it."""
+    wanted = train.precision == "bf16" or (train.precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, dtype=torch.bfloat16) if wanted else nullcontext()
+
+
+def images_for(net_batch: Batch, train: Train) -> torch.Tensor:
+    """The batch's pictures (B, 1, H, W) fp32 in the memory layout that the recipe asks for."""
+    layout = torch.channels_last if train.channels_last else torch.contiguous_format
+    return net_batch.image_BCHW.float().contiguous(memory_format=layout)
+
+
+@torch.no_grad()
+def score(net: nn.Module, batches: Iterable[Batch], train: Train, worker: Worker, loss: Loss | None = None) -> Rows:
+    """Score every valid row of all ranks' batches; all ranks return the same.
+
+    Args:
+        net: (B, 1, H, W) -> logits (B, F) or (B, 1, H, W); left in the mode it was in.
+        loss: also compute this loss.
+    """
+    was_training = net.training
+    net.eval()
+    share_buffers(net, worker)
+    rows, scores, valid, everything, inside = [], [], [], [], []
+    sums = torch.zeros(0)
+    for batch in batches:
+        with autocast(train, worker.device):
+            logits = net(images_for(batch, train)).float()
+        if loss is not None:
+            found = torch.stack([torch.stack([w * s, c]) for w, s, c in losses.terms(logits, batch, loss)])
+            sums = found if not len(sums) else sums + found
+        probability = logits.sigmoid()
+        rows.append(batch.row_B.cpu().numpy())
+        valid.append(batch.valid_B.cpu().numpy())
+        if probability.ndim == 4:
+            counts = histograms(probability, batch.mask_B1HW)
+            everything.append(counts.all_NT)
+            inside.append(counts.true_NT)
+            probability = probability.flatten(1).amax(dim=1, keepdim=True)
+        scores.append(probability.cpu().numpy())
+    net.train(was_training)
+    ok = gather(np.concatenate(valid), worker)
+    row = gather(np.concatenate(rows), worker)
+    order = np.flatnonzero(ok)[np.argsort(row[ok], kind="stable")]
+    maps = None
+    if everything:
+        both = [gather(np.concatenate(part), worker)[order] for part in (everything, inside)]
+        maps = MapCounts(*both)
+    total = add_up(sums.to(worker.device), worker).cpu()
+    value = float((total[:, 0] / total[:, 1].clamp_min(1)).sum()) if len(total) else float("nan")
+    planned = len(np.unique(row))
+    return Rows(row[order], gather(np.concatenate(scores), worker)[order], maps, value, planned - len(order))
+
+
+def histograms(probability_B1HW: torch.Tensor, mask_B1HW: torch.Tensor | None) -> MapCounts:
+    """Score histograms of each map: all pixels, and those inside the mask (zeros without one)."""
+    count = probability_B1HW.shape[0]
+    bin_BP = (probability_B1HW.flatten(1) * BINS).long().clamp_(0, BINS - 1)
+    offset_BP = bin_BP + torch.arange(count, device=bin_BP.device)[:, None] * BINS
+    every = torch.bincount(offset_BP.flatten(), minlength=count * BINS).view(count, BINS)
+    within = torch.zeros_like(every)
+    if mask_B1HW is not None:
+        true = mask_B1HW.flatten(1) > 0.5
+        within = torch.bincount(offset_BP[true], minlength=count * BINS).view(count, BINS)
+    return MapCounts(every.cpu().numpy().astype(np.int32), within.cpu().numpy().astype(np.int32))
