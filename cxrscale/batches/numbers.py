@@ -1,0 +1,155 @@
+"""Every random number of every picture's augmentation, as hashes of (seed, position in the stream, picture, purpose).
+
+The readers hold no random state: they are handed these numbers as data. So the same picture at the same place of the
+stream is augmented alike by every reader, on every device, on whichever rank, and after any resume.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from cxrscale.batches.plan import AUGMENT, NOISE, Hashes, Rows, hashed, uniform
+from cxrscale.config import Augment
+
+Floats = npt.NDArray[np.float32]
+Flags = npt.NDArray[np.bool_]
+
+(COIN, FLIP, ANGLE, SHIFT_X, SHIFT_Y, ZOOM, AREA, CROP_X, CROP_Y, BRIGHTNESS, CONTRAST, BLUR, CLAHE, OFFSET) = range(14)
+
+MASK_LEVEL = 127.0
+"""Where an interpolated mask of 0 and 255 becomes 1: a hair below one half. Plain resizing by simple ratios meets the
+half exactly and often, and a reader whose coordinates are off by a rounding error would decide otherwise."""
+
+NOISE_STARTS = 1 << 20
+"""Places in the noise bank where a picture's noise may begin."""
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """What happens to each of B pictures between decoding and the net."""
+
+    matrix_B23: Floats
+    """Takes OUTPUT to SOURCE coordinates, (x, y, 1) -> (x, y) in pixels. (0, 0) is the outer corner of the upper left
+    pixel, whose centre is therefore (0.5, 0.5). DALI's `warp_affine` takes it as it is; OpenCV, which puts (0, 0) into
+    that pixel's centre, takes `about_centres(matrix)`. The identity leaves a picture of the output's size untouched.
+    Resizing, crop, rotation, zoom, shift and flip are all in it."""
+    brightness_B: Floats
+    """Added to the grey level, as a share of the full range."""
+    contrast_B: Floats
+    """Factor about mid-grey (127.5)."""
+    blur_B: Flags
+    """Whether the picture is blurred."""
+    clahe_B: Flags
+    """Whether its contrast is equalised."""
+    noise_on_B: Flags
+    """Whether noise is added."""
+    noise_offset_B: Rows
+    """Where in `noise_bank` its noise begins, in 0..NOISE_STARTS - 1."""
+
+
+def draw(
+    augment: Augment,
+    seed: int,
+    key_B: Rows,
+    draw_B: Rows,
+    height_B: Rows,
+    width_B: Rows,
+    training: bool,
+) -> Numbers:
+    """The numbers of B pictures; without training only the resize, and CLAHE where the recipe always wants it.
+
+    Args:
+        augment: what may happen; `augment.size` is the output's side.
+        seed: plan.seed.
+        key_B: the manifest's numbers of the pictures.
+        draw_B: positions in the training stream: a picture that comes again is augmented anew.
+        height_B: rows of the stored picture.
+        width_B: its columns.
+        training: whether to augment.
+    """
+    count = len(key_B)
+    chance = uniform(hashed(seed, AUGMENT, draw_B, key_B, np.arange(14)[:, None]))
+    on_B = (chance[COIN] < augment.probability) & training
+    matrix_B33 = _resize(augment.size, height_B, width_B)
+    if on_B.any():
+        matrix_B33 = np.where(on_B[:, None, None], _augmented(augment, chance, height_B, width_B), matrix_B33)
+    always = augment.clahe == "always"
+    return Numbers(
+        matrix_B33[:, :2].astype(np.float32),
+        np.where(on_B, _between(chance[BRIGHTNESS], augment.brightness), 0).astype(np.float32),
+        np.where(on_B, 1 + _between(chance[CONTRAST], augment.contrast), 1).astype(np.float32),
+        on_B & (chance[BLUR] < augment.blur),
+        np.full(count, always) | (on_B & (chance[CLAHE] < 0.5) & (augment.clahe == "random")),
+        on_B & (augment.noise > 0),
+        (chance[OFFSET] * NOISE_STARTS).astype(np.int64),
+    )
+
+
+def about_centres(matrix_B23: Floats) -> npt.NDArray[np.float64]:
+    """The same maps in coordinates whose (0, 0) is the centre of the upper left pixel, as OpenCV counts."""
+    moved = matrix_B23.astype(np.float64)
+    moved[:, :, 2] += 0.5 * moved[:, :, :2].sum(axis=2) - 0.5
+    return moved
+
+
+@lru_cache(maxsize=2)
+def noise_bank(size: int) -> Floats:
+    """(NOISE_STARTS + size * size,) standard normal numbers; a picture's noise is size * size of them in a row.
+
+    A bank, because drawing 50,000 normal numbers a picture costs more than decoding it; the same for every seed, since
+    the place where a picture begins is random. Box and Muller's transform (1958) of hashes, so that it hangs on no
+    library's generator.
+    """
+    half = -(-(NOISE_STARTS + size * size) // 2)
+    word: Hashes = hashed(NOISE, np.arange(2 * half))
+    radius = np.sqrt(-2 * np.log1p(-uniform(word[:half])))
+    angle = 2 * np.pi * uniform(word[half:])
+    bank = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)]).astype(np.float32)
+    bank.flags.writeable = False
+    return bank[: NOISE_STARTS + size * size]
+
+
+def _between(chance_B: npt.NDArray[np.float64], bound: float) -> npt.NDArray[np.float64]:
+    return (2 * chance_B - 1) * bound
+
+
+def _resize(size: int, height_B: Rows, width_B: Rows) -> npt.NDArray[np.float64]:
+    """(B, 3, 3) maps of the output's square onto the whole source."""
+    matrix = np.zeros((len(height_B), 3, 3))
+    matrix[:, 0, 0], matrix[:, 1, 1], matrix[:, 2, 2] = width_B / size, height_B / size, 1
+    return matrix
+
+
+def _augmented(
+    augment: Augment, chance: npt.NDArray[np.float64], height_B: Rows, width_B: Rows
+) -> npt.NDArray[np.float64]:
+    """(B, 3, 3) maps of output to source pixels.
+
+    What is done to the picture, in this order: a square share of it is cut out, it is flipped, rotated and zoomed
+    about its centre, and shifted. The map undoes these one by one, from the output backwards, in units of the
+    picture's side with the centre at (0, 0).
+    """
+    angle = np.deg2rad(_between(chance[ANGLE], augment.rotation))
+    low, high = augment.scale
+    # Zooms are drawn evenly in the logarithm: 0.8 and 1.25 are equally far from 1.
+    zoom = np.exp(np.log(low) + chance[ZOOM] * (np.log(high) - np.log(low)))
+    smallest, largest = augment.crop_area
+    side = np.sqrt(smallest + chance[AREA] * (largest - smallest))
+    sign = np.where(chance[FLIP] < augment.hflip, -1.0, 1.0)
+    cos, sin = np.cos(angle) / zoom * side, np.sin(angle) / zoom * side
+    linear = np.stack([np.stack([sign * cos, sign * sin], 1), np.stack([-sin, cos], 1)], 1)
+    shift = np.stack(
+        [_between(chance[SHIFT_X], augment.translation), _between(chance[SHIFT_Y], augment.translation)], 1
+    )
+    centre = (np.stack([chance[CROP_X], chance[CROP_Y]], 1) - 0.5) * (1 - side)[:, None]
+    source = np.stack([width_B, height_B], 1).astype(np.float64)
+    # source = (linear @ (output / size - 0.5 - shift) + centre + 0.5) * source side
+    matrix = np.zeros((len(angle), 3, 3))
+    matrix[:, :2, :2] = linear / augment.size * source[:, :, None]
+    matrix[:, :2, 2] = (centre + 0.5 - np.einsum("bij,bj->bi", linear, shift + 0.5)) * source
+    matrix[:, 2, 2] = 1
+    return matrix
