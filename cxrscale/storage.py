@@ -151,7 +151,7 @@ def _named(address: str) -> Iterator[None]:
         raise InputError(f"{error.filename or address}: permission denied; choose a folder you may use") from None
     except IsADirectoryError:
         raise InputError(f"{address} is a folder, a file was expected") from None
-    except NotADirectoryError:
+    except (NotADirectoryError, FileExistsError):
         raise InputError(f"{address}: a part of this path is a file, not a folder") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

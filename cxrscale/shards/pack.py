@@ -166,7 +166,7 @@ def _run(jobs: Sequence[tuple[Any, ...]], local: bool, workers: int | None) -> I
     session.connect()
     remote = ray.remote(max_retries=3)(_task)
     waiting = list(reversed(jobs))
-    running: list[ray.ObjectRef] = []
+    running: list[Any] = []
     limit = workers or max(1, session.cpus())
     try:
         while waiting or running:

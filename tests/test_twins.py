@@ -1,0 +1,49 @@
+"""The same picture is found however it was stored; different pictures are not."""
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cxrscale import twins
+
+
+def picture(seed: int, side: int = 256) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    rough = rng.normal(size=(12, 12)).astype(np.float32)
+    smooth = cv2.resize(rough, (side, side), interpolation=cv2.INTER_CUBIC)
+    return np.clip(128 + 40 * smooth, 0, 255).astype(np.uint8)
+
+
+def prints(pictures: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    marks = [twins.fingerprint(p) for p in pictures]
+    hashes = np.frombuffer(b"".join(m.dhash for m in marks), dtype=np.uint8).reshape(-1, 32)
+    return hashes, np.frombuffer(b"".join(m.thumbnail for m in marks), dtype=np.uint8).reshape(-1, 1024)
+
+
+@pytest.mark.parametrize("change", ["resize", "jpeg", "window"])
+def test_a_changed_copy_is_found_and_nothing_else(change: str) -> None:
+    originals = [picture(seed) for seed in range(20)]
+    copies = []
+    for original in originals[:10]:
+        if change == "resize":
+            copies.append(cv2.resize(original, (128, 128), interpolation=cv2.INTER_AREA))
+        elif change == "jpeg":
+            copies.append(cv2.imdecode(cv2.imencode(".jpg", original, [cv2.IMWRITE_JPEG_QUALITY, 75])[1], 0))
+        else:
+            copies.append(np.clip((original.astype(np.float32) - 10) * 1.04, 0, 255).astype(np.uint8))
+    pairs = twins.find(*prints(copies), *prints(originals))
+    assert pairs.tolist() == [[i, i] for i in range(10)]
+
+
+def test_a_file_that_occurs_twice_is_a_repeat() -> None:
+    pictures = [picture(0), picture(1), picture(0)]
+    assert twins.repeats(*prints(pictures)).tolist() == [[0, 2]]
+
+
+@settings(max_examples=20)
+@given(a=st.integers(0, 10_000), b=st.integers(0, 10_000))
+def test_different_pictures_are_no_twins(a: int, b: int) -> None:
+    pairs = twins.find(*prints([picture(a)]), *prints([picture(b)]))
+    assert (len(pairs) == 1) == (a == b)
