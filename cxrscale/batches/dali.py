@@ -17,7 +17,7 @@ import torch
 import torch.utils.dlpack
 from nvidia.dali import fn, math, pipeline_def, types
 
-from cxrscale.batches.numbers import MASK_LEVEL, Numbers, draw, noise_bank
+from cxrscale.batches.numbers import HALF, Numbers, draw, noise_bank
 from cxrscale.batches.plan import Rows, Step
 from cxrscale.batches.source import Source
 from cxrscale.config import Augment, Data
@@ -177,7 +177,13 @@ def _pipeline(feeder: _Feeder, augment: Augment, data: Data, device: torch.devic
         where = place if name == "noise" else "cpu"
         # DALI counts the arguments of its callables and does not understand a partial.
         return fn.external_source(
-            lambda: feeder.take(name), device=where, dtype=dtype, ndim=ndim, layout=layout or None, no_copy=True, name=name
+            lambda: feeder.take(name),
+            device=where,
+            dtype=dtype,
+            ndim=ndim,
+            layout=layout or None,
+            no_copy=True,
+            name=name,
         )
 
     def graph() -> Any:
@@ -200,8 +206,16 @@ def _pipeline(feeder: _Feeder, augment: Augment, data: Data, device: torch.devic
 def _graph(given: dict[str, Any], augment: Augment, decoder: str) -> tuple[Any, ...]:
     """The graph: encoded bytes and numbers in, (H, W, 1) float32 pictures and masks out."""
     decode = partial(fn.decoders.image, device=decoder, output_type=types.GRAY, adjust_orientation=False)
-    warp = partial(fn.warp_affine, size=(augment.size, augment.size), fill_value=0.0, inverse_map=True)
-    image = warp(decode(given["image"]), given["matrix"], interp_type=types.INTERP_LINEAR)
+    # In float32: rounding after each operation would add up, and CPU and GPU round halves differently.
+    warp = partial(
+        fn.warp_affine,
+        size=(augment.size, augment.size),
+        interp_type=types.INTERP_LINEAR,
+        fill_value=0.0,
+        inverse_map=True,
+        dtype=types.FLOAT,
+    )
+    image = warp(decode(given["image"]), given["matrix"])
     image = _equalised(image, given, augment)
     if "blur" in given:
         image = _blurred(image, given["blur"], augment)
@@ -209,14 +223,18 @@ def _graph(given: dict[str, Any], augment: Augment, decoder: str) -> tuple[Any, 
     image = _normalised(image, augment)
     if "mask" not in given:
         return (image,)
-    mask = warp(decode(given["mask"]), given["matrix"], interp_type=types.INTERP_LINEAR, dtype=types.FLOAT)
+    mask = warp(decode(given["mask"]), given["matrix"])
     # Thresholding the interpolated mask at one half puts its edge where it is to a fraction of a pixel; nearest
     # neighbour would move it by up to half a source pixel.
-    return image, fn.cast(mask >= MASK_LEVEL, dtype=types.FLOAT)
+    return image, fn.cast(mask > 255 * HALF, dtype=types.FLOAT)
 
 
 def _equalised(image: Any, given: dict[str, Any], augment: Augment) -> Any:
-    clahe = partial(fn.clahe, tiles_x=augment.clahe_tiles, tiles_y=augment.clahe_tiles, clip_limit=augment.clahe_clip)
+    def clahe(level: Any) -> Any:
+        whole = fn.cast(math.floor(level + HALF), dtype=types.UINT8)
+        tiles, clip = augment.clahe_tiles, augment.clahe_clip
+        return fn.cast(fn.clahe(whole, tiles_x=tiles, tiles_y=tiles, clip_limit=clip), dtype=types.FLOAT)
+
     if augment.clahe == "always":
         return clahe(image)
     if "clahe" in given:
@@ -241,7 +259,7 @@ def _recolour(image: Any, given: dict[str, Any]) -> Any:
     """Brightness and contrast about mid-grey, then noise, then the limits of the grey scale."""
     if "shift" in given:
         image = fn.brightness_contrast(
-            image, brightness_shift=given["shift"], contrast=given["gain"], contrast_center=127.5, dtype=types.FLOAT
+            image, brightness_shift=given["shift"], contrast=given["gain"], contrast_center=127.5
         )
     if "noise" in given:
         image = image + given["noise"] * given["amplitude"]
@@ -252,7 +270,6 @@ def _recolour(image: Any, given: dict[str, Any]) -> Any:
 
 def _normalised(image: Any, augment: Augment) -> Any:
     if augment.normalise == "minmax":
-        image = fn.cast(image, dtype=types.FLOAT)
         low = fn.reductions.min(image, keep_dims=True)
         return (image - low) / math.max(fn.reductions.max(image, keep_dims=True) - low, 1e-6)
     return image * (1 / (255 * augment.std)) - augment.mean / augment.std

@@ -20,9 +20,10 @@ Flags = npt.NDArray[np.bool_]
 
 (COIN, FLIP, ANGLE, SHIFT_X, SHIFT_Y, ZOOM, AREA, CROP_X, CROP_Y, BRIGHTNESS, CONTRAST, BLUR, CLAHE, OFFSET) = range(14)
 
-MASK_LEVEL = 127.0
-"""Where an interpolated mask of 0 and 255 becomes 1: a hair below one half. Plain resizing by simple ratios meets the
-half exactly and often, and a reader whose coordinates are off by a rounding error would decide otherwise."""
+HALF = 0.498
+"""Where interpolated values are cut in two: a hair off one half. Plain resizing by simple ratios meets the half
+exactly and often, and there two libraries (or DALI's CPU and GPU, which round halves differently) would decide
+differently. A mask is 1 where it is above 255 * HALF; a level becomes an integer for CLAHE as floor(level + HALF)."""
 
 NOISE_STARTS = 1 << 20
 """Places in the noise bank where a picture's noise may begin."""

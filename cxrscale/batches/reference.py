@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
-from typing import Any
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from cxrscale.batches.numbers import MASK_LEVEL, Numbers, about_centres, draw, noise_bank
+from cxrscale.batches.numbers import HALF, Numbers, about_centres, draw, noise_bank
 from cxrscale.batches.plan import Rows, Step
 from cxrscale.batches.source import Bytes, Source
 from cxrscale.config import Augment, Data
 from cxrscale.schema import Batch
 
-Picture = npt.NDArray[Any]
+Levels = npt.NDArray[np.float32]
 
 
 def batches(
@@ -51,16 +50,13 @@ def batches(
         )
 
 
-def picture(
-    file: Bytes, index: int, matrix_23: npt.NDArray[np.float64], numbers: Numbers, augment: Augment
-) -> npt.NDArray[np.float32]:
+def picture(file: Bytes, index: int, matrix_23: npt.NDArray[np.float64], numbers: Numbers, augment: Augment) -> Levels:
     """(H, W) float32, normalised: the picture of one file under the index-th of the numbers."""
-    image: Picture = warped(decoded(file), matrix_23, augment.size)
+    level = warped(decoded(file), matrix_23, augment.size)
     if numbers.clahe_B[index]:
-        image = cv2.createCLAHE(augment.clahe_clip, (augment.clahe_tiles, augment.clahe_tiles)).apply(image)
+        level = equalised(level, augment)
     if numbers.blur_B[index]:
-        image = blurred(image, augment.blur_sigma)
-    level = image.astype(np.float32)
+        level = blurred(level, augment.blur_sigma)
     level = 127.5 + numbers.contrast_B[index] * (level - 127.5) + 255 * numbers.brightness_B[index]
     if numbers.noise_on_B[index]:
         start = int(numbers.noise_offset_B[index])
@@ -69,10 +65,10 @@ def picture(
     return normalised(np.clip(level, 0, 255), augment)
 
 
-def mask(file: Bytes, matrix_23: npt.NDArray[np.float64], augment: Augment) -> npt.NDArray[np.float32]:
+def mask(file: Bytes, matrix_23: npt.NDArray[np.float64], augment: Augment) -> Levels:
     """(H, W) float32, 0 or 1: a mask's file under its picture's map, 1 where the interpolated mask is at least half."""
-    drawn = warped(decoded(file).astype(np.float32), matrix_23, augment.size)
-    return (drawn >= MASK_LEVEL).astype(np.float32)
+    drawn = warped(decoded(file), matrix_23, augment.size)
+    return (drawn > 255 * HALF).astype(np.float32)
 
 
 def decoded(file: Bytes) -> npt.NDArray[np.uint8]:
@@ -81,22 +77,28 @@ def decoded(file: Bytes) -> npt.NDArray[np.uint8]:
     return np.asarray(image, np.uint8)
 
 
-def warped(image: Picture, matrix_23: npt.NDArray[np.float64], size: int) -> Picture:
-    """(size, size) of the image's type: bilinear samples at matrix @ (x, y, 1), pixel centres; black outside."""
+def warped(image: npt.NDArray[np.uint8], matrix_23: npt.NDArray[np.float64], size: int) -> Levels:
+    """(size, size) float32: bilinear samples at matrix @ (x, y, 1), counted in pixel centres; black outside."""
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    result: Picture = cv2.warpAffine(image, matrix_23, (size, size), flags=flags, borderValue=0)
-    return result
+    level = cv2.warpAffine(image.astype(np.float32), matrix_23, (size, size), flags=flags, borderValue=0)
+    return np.asarray(level, np.float32)
 
 
-def blurred(image: Picture, sigma: float) -> Picture:
+def equalised(level: Levels, augment: Augment) -> Levels:
+    """Contrast-limited adaptive histogram equalisation of the levels, rounded (Zuiderveld, Graphics Gems IV, 1994)."""
+    whole = np.floor(level + np.float32(HALF)).astype(np.uint8)
+    tiles = augment.clahe_tiles, augment.clahe_tiles
+    return np.asarray(cv2.createCLAHE(augment.clahe_clip, tiles).apply(whole), np.float32)
+
+
+def blurred(level: Levels, sigma: float) -> Levels:
     """A Gaussian blur whose window reaches to three standard deviations, mirrored at the border."""
     window = 2 * int(np.ceil(3 * sigma)) + 1
-    smooth = cv2.GaussianBlur(image.astype(np.float32), (window, window), sigma, borderType=cv2.BORDER_REFLECT_101)
-    result: Picture = np.rint(smooth).astype(image.dtype)
-    return result
+    smooth = cv2.GaussianBlur(level, (window, window), sigma, borderType=cv2.BORDER_REFLECT_101)
+    return np.asarray(smooth, np.float32)
 
 
-def normalised(level: npt.NDArray[np.float32], augment: Augment) -> npt.NDArray[np.float32]:
+def normalised(level: Levels, augment: Augment) -> Levels:
     """Grey levels 0..255 -> what the net sees: (x / 255 - mean) / std, or 0..1 between the picture's extremes."""
     if augment.normalise == "minmax":
         low, high = level.min(), level.max()

@@ -1,0 +1,158 @@
+"""DALI against the definition of right, operation by operation and preset by preset.
+
+Tolerances are grey levels of 255. Both readers decode to the very same bytes (libjpeg-turbo twice; asserted). They
+differ in the warp: DALI's CPU kernel adds the step of x up in float32 along a row, which after some 200 additions is
+off by a few thousandths of a pixel. At the test pictures' steepest edges (50 levels a pixel plus noise) that is some
+tenths of a level; on average it is below 0.01. CLAHE is bit-equal on equal input but is handed rounded levels: where
+that rounding tips, the equalised level moves by what its tile's histogram makes of one level.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from cxrscale.batches import dali, plan, reference
+from cxrscale.batches.plan import Step
+from cxrscale.batches.source import ShardSource
+from cxrscale.config import PRESETS, Augment, Data, Plan
+from cxrscale.schema import Batch
+from cxrscale.shards.manifest import Manifest
+
+SIZE = 48
+OPERATIONS: dict[str, dict[str, Any]] = {
+    "resize": {},
+    "flip": {"hflip": 0.5},
+    "rotation": {"rotation": 30.0},
+    "translation": {"translation": 0.3},
+    "scale": {"scale": (0.7, 1.4)},
+    "crop": {"crop_area": (0.3, 1.0)},
+    "brightness": {"brightness": 0.5},
+    "contrast": {"contrast": 0.9},
+    "blur": {"blur": 0.5, "blur_sigma": 1.3},
+    "noise": {"noise": 0.2},
+    "minmax": {"normalise": "minmax"},
+    "coin": {"probability": 0.5, "rotation": 20.0, "noise": 0.1, "blur": 1.0},
+}
+EQUALISED: dict[str, dict[str, Any]] = {
+    "clahe always": {"clahe": "always", "clahe_tiles": 4},
+    "clahe random": {"clahe": "random", "clahe_tiles": 4, "rotation": 10.0},
+    "clahe, uneven tiles": {"clahe": "always", "clahe_tiles": 5, "clahe_clip": 3.0},
+}
+
+
+def both(
+    manifest: Manifest, steps: list[Step], training: bool, task: str = "segment", **fields: Any
+) -> tuple[list[Batch], list[Batch], Augment]:
+    """The same steps through both readers."""
+    augment = Augment.model_validate({"size": SIZE, **fields})
+    data = Data.model_validate({"findings": ("Effusion",), "task": task})
+    label_NF = manifest.labels(data.findings)
+    ours, right = (
+        list(
+            reader(
+                steps, ShardSource(manifest), label_NF, augment, data, manifest.key, 5, training, torch.device("cpu")
+            )
+        )
+        for reader in (dali.batches, reference.batches)
+    )
+    return ours, right, augment
+
+
+def some_steps(manifest: Manifest, count: int = 4, batch: int = 8) -> list[Step]:
+    rows = np.arange(len(manifest), dtype=np.int64)
+    steps = plan.training(rows, manifest.labels(["Effusion"]), manifest.key, Plan(batch=batch))
+    return list(islice(steps, count))
+
+
+def difference(ours: list[Batch], right: list[Batch], augment: Augment) -> npt.NDArray[np.float32]:
+    """Absolute differences in grey levels of 255."""
+    scale = 255 if augment.normalise == "minmax" else 255 * augment.std
+    assert all(a.image_BCHW.shape == b.image_BCHW.shape for a, b in zip(ours, right, strict=True))
+    parts = [(a.image_BCHW - b.image_BCHW).abs() * scale for a, b in zip(ours, right, strict=True)]
+    return np.asarray(torch.cat(parts).numpy(), np.float32)
+
+
+def check_the_rest(ours: list[Batch], right: list[Batch]) -> None:
+    """Everything but the pictures: equal, masks up to 1e-4 of the pixels."""
+    for a, b in zip(ours, right, strict=True):
+        assert torch.equal(a.row_B, b.row_B)
+        assert torch.equal(a.valid_B, b.valid_B)
+        assert torch.equal(a.label_BF, b.label_BF)
+        assert a.image_BCHW.dtype == b.image_BCHW.dtype == torch.float32
+    masks = [(a.mask_B1HW, b.mask_B1HW) for a, b in zip(ours, right, strict=True)]
+    drawn = [(a, b) for a, b in masks if a is not None and b is not None]
+    assert len(drawn) == len(masks)
+    assert all(a.dtype == torch.float32 and bool(((a == 0) | (a == 1)).all()) for a, _ in drawn)
+    assert max(float(a.mean()) for a, _ in drawn) > 0.01
+    assert np.mean([float((a != b).float().mean()) for a, b in drawn]) <= 1e-4
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_operation_agrees(shards: Manifest, name: str) -> None:
+    ours, right, augment = both(shards, some_steps(shards), training=True, **OPERATIONS[name])
+    found = difference(ours, right, augment)
+    # minmax stretches a picture's range to 0..1, hence its differences too; contrast up to 1.9 likewise.
+    assert found.mean() < 0.01
+    assert found.max() < 0.5
+    check_the_rest(ours, right)
+
+
+@pytest.mark.parametrize("name", EQUALISED)
+def test_equalisation_agrees(shards: Manifest, name: str) -> None:
+    ours, right, augment = both(shards, some_steps(shards), training=True, **EQUALISED[name])
+    found = difference(ours, right, augment)
+    # A pixel whose rounding tips is one of some 100 in its tile; one level there is up to 255 / 100 * clip levels here.
+    assert found.mean() < 0.05
+    assert (found > 1).mean() < 0.01
+    check_the_rest(ours, right)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_a_preset_agrees(shards: Manifest, preset: str, training: bool) -> None:
+    ours, right, augment = both(shards, some_steps(shards), training, preset=preset)
+    found = difference(ours, right, augment)
+    assert found.mean() < (0.05 if augment.clahe != "never" else 0.01)
+    assert (found > 0.5).mean() < (0.01 if augment.clahe != "never" else 1e-5)
+    check_the_rest(ours, right)
+
+
+@pytest.mark.parametrize("size", [64, 48, 32, 40, 37])
+def test_plain_resizing_agrees_to_a_thousandth(shards: Manifest, size: int) -> None:
+    """Without rotation DALI's coordinates are exact enough; ratios of 1, 4/3 and 2 meet halves exactly."""
+    ours, right, augment = both(shards, some_steps(shards), training=False, size=size)
+    assert difference(ours, right, augment).max() < 5e-3
+    check_the_rest(ours, right)
+
+
+def test_decoders_are_bit_equal_and_the_identity_is_the_identity(shards: Manifest) -> None:
+    """At the stored size, with mean 0 and deviation 1, both readers deliver the decoded levels / 255."""
+    ours, right, _ = both(shards, some_steps(shards), training=False, size=64, mean=0.0, std=1.0)
+    files = ShardSource(shards)
+    for a, b in zip(ours, right, strict=True):
+        decoded = np.stack([reference.decoded(file) for file in files.read(a.row_B.numpy(), False).images])
+        for batch in (a, b):
+            levels = batch.image_BCHW[:, 0].numpy() * 255
+            assert np.abs(levels - decoded).max() < 1e-4
+
+
+def test_a_flat_picture_normalises_to_zero() -> None:
+    flat = np.full((8, 8), 90, np.float32)
+    assert (reference.normalised(flat, Augment(normalise="minmax")) == 0).all()
+
+
+def test_classification_carries_no_mask(shards: Manifest) -> None:
+    ours, right, _ = both(shards, some_steps(shards, 1), training=True, task="classify")
+    assert ours[0].mask_B1HW is None
+    assert right[0].mask_B1HW is None
+
+
+def test_no_steps_no_batches(shards: Manifest) -> None:
+    ours, right, _ = both(shards, [], training=False)
+    assert ours == right == []
