@@ -65,22 +65,25 @@ def batches(
     """
     device = torch.device(device)
     feeder = _Feeder(steps, source, augment, key_N, seed, training, data.task == "segment", device)
-    pipe = _pipeline(feeder, augment, data, device)
-    while True:
-        try:
-            outputs = pipe.run(torch.cuda.current_stream(device)) if device.type == "cuda" else pipe.run()
-        except StopIteration:
-            return
-        # With DALI's dynamic executor these tensors own their memory: nothing is copied, nothing is overwritten.
-        tensors = [torch.utils.dlpack.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2) for output in outputs]
-        step, ok_B = feeder.finished()
-        yield Batch(
-            image_BCHW=tensors[0],
-            label_BF=torch.from_numpy(label_NF[step.row_B]).to(device),
-            mask_B1HW=tensors[1] if len(tensors) > 1 else None,
-            row_B=torch.from_numpy(step.row_B).to(device),
-            valid_B=torch.from_numpy(step.valid_B & ok_B).to(device),
-        )
+    try:
+        pipe = _pipeline(feeder, augment, data, device)
+        while True:
+            try:
+                outputs = pipe.run(torch.cuda.current_stream(device)) if device.type == "cuda" else pipe.run()
+            except StopIteration:
+                return
+            # With DALI's dynamic executor these tensors own their memory: nothing is copied, nothing is overwritten.
+            tensors = [torch.utils.dlpack.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2) for output in outputs]
+            step, ok_B = feeder.running.popleft()
+            yield Batch(
+                image_BCHW=tensors[0],
+                label_BF=torch.from_numpy(label_NF[step.row_B]).to(device),
+                mask_B1HW=tensors[1] if len(tensors) > 1 else None,
+                row_B=torch.from_numpy(step.row_B).to(device),
+                valid_B=torch.from_numpy(step.valid_B & ok_B).to(device),
+            )
+    finally:
+        feeder.close()
 
 
 class _Feeder:
@@ -106,8 +109,8 @@ class _Feeder:
         self.key_N = key_N
         self.names = _inputs(augment, training, masks)
         self.waiting: dict[str, deque[Any]] = {name: deque() for name in self.names}
-        # The inputs are kept here until their batch is done: DALI reads them in place.
-        self.running: deque[tuple[Step, npt.NDArray[np.bool_], dict[str, Any]]] = deque()
+        self.running: deque[tuple[Step, npt.NDArray[np.bool_]]] = deque()
+        """Steps whose batch is under way, oldest first, and which of their rows were readable."""
         self.bank: Any = None
         if "noise" in self.names:
             bank = noise_bank(augment.size)
@@ -119,15 +122,16 @@ class _Feeder:
             step = self.first or next(self.steps)
             self.first = None
             inputs, ok_B = self._prepare(step)
-            self.running.append((step, ok_B, inputs))
+            self.running.append((step, ok_B))
             for each, values in inputs.items():
                 self.waiting[each].append(values)
         return self.waiting[name].popleft()
 
-    def finished(self) -> tuple[Step, npt.NDArray[np.bool_]]:
-        """The oldest step under way, whose batch has come out, and which of its rows were readable."""
-        step, ok_B, _ = self.running.popleft()
-        return step, ok_B
+    def close(self) -> None:
+        """Let go of the source: a graph is freed by the garbage collector, some time, but files should close now."""
+        self.steps, self.first = iter(()), None
+        self.waiting = {name: deque() for name in self.names}
+        del self.source
 
     def _prepare(self, step: Step) -> tuple[dict[str, Any], npt.NDArray[np.bool_]]:
         encoded = self.source.read(step.row_B, self.masks)
@@ -145,8 +149,13 @@ class _Feeder:
         }
         return {name: makers[name]() for name in self.names}, encoded.ok_B
 
-    def _noise(self, numbers: Numbers) -> list[Any]:
+    def _noise(self, numbers: Numbers) -> Any:
         size = self.augment.size
+        if isinstance(self.bank, torch.Tensor):
+            # One tensor, gathered on the device: a list of device tensors would be copied one by one.
+            start_B1 = torch.from_numpy(numbers.noise_offset_B)[:, None].to(self.bank.device, non_blocking=True)
+            place_BP = start_B1 + torch.arange(size * size, device=self.bank.device)
+            return self.bank[place_BP].reshape(-1, size, size, 1)
         return [self.bank[start : start + size * size].reshape(size, size, 1) for start in numbers.noise_offset_B]
 
 
@@ -182,7 +191,6 @@ def _pipeline(feeder: _Feeder, augment: Augment, data: Data, device: torch.devic
             dtype=dtype,
             ndim=ndim,
             layout=layout or None,
-            no_copy=True,
             name=name,
         )
 
@@ -209,13 +217,14 @@ def _graph(given: dict[str, Any], augment: Augment, decoder: str) -> tuple[Any, 
     # In float32: rounding after each operation would add up, and CPU and GPU round halves differently.
     warp = partial(
         fn.warp_affine,
+        matrix=given["matrix"],
         size=(augment.size, augment.size),
         interp_type=types.INTERP_LINEAR,
         fill_value=0.0,
         inverse_map=True,
         dtype=types.FLOAT,
     )
-    image = warp(decode(given["image"]), given["matrix"])
+    image = warp(decode(given["image"]))
     image = _equalised(image, given, augment)
     if "blur" in given:
         image = _blurred(image, given["blur"], augment)
@@ -223,7 +232,7 @@ def _graph(given: dict[str, Any], augment: Augment, decoder: str) -> tuple[Any, 
     image = _normalised(image, augment)
     if "mask" not in given:
         return (image,)
-    mask = warp(decode(given["mask"]), given["matrix"])
+    mask = warp(decode(given["mask"]))
     # Thresholding the interpolated mask at one half puts its edge where it is to a fraction of a pixel; nearest
     # neighbour would move it by up to half a source pixel.
     return image, fn.cast(mask > 255 * HALF, dtype=types.FLOAT)

@@ -135,7 +135,7 @@ class MemorySource:
         sizes: Sequence[tuple[int, int]] | None = None,
     ) -> None:
         self.bad: list[BadSample] = []
-        self._images = [np.frombuffer(image, np.uint8) for image in images]
+        self._images = [_plain(np.frombuffer(image, np.uint8)) for image in images]
         self._masks = None if masks is None else [np.frombuffer(mask, np.uint8) for mask in masks]
         found = [_decoded_size(image) for image in self._images] if sizes is None else list(sizes)
         self._ok = [size is not None for size in found]
@@ -208,6 +208,14 @@ def _mapped(address: str) -> Bytes:
         raise InputError(f"{address} is empty; run `cxrscale verify`, then shard again") from None
     except OSError as error:
         raise InputError(f"{address} cannot be read ({error.strerror}); check the disk and its permissions") from None
+
+
+def _plain(image: Bytes) -> Bytes:
+    """A JPEG or PNG as it is; any other picture, which not every reader decodes, as a PNG."""
+    if bytes(image[:3]) == b"\xff\xd8\xff" or bytes(image[:4]) == b"\x89PNG" or not len(image):
+        return image
+    picture = cv2.imdecode(image, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION)
+    return image if picture is None else np.asarray(cv2.imencode(".png", picture)[1], np.uint8).ravel()
 
 
 def _decoded_size(image: Bytes) -> tuple[int, int] | None:
