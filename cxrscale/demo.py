@@ -12,11 +12,13 @@ from cxrscale.archives import phantom
 from cxrscale.schema import InputError
 from cxrscale.shards import audit, build, manifest
 
+IMAGES = 600
+"""Pictures of the demo's phantom archive."""
 SIZE = 160
 """Side of the demo's stored pictures in pixels."""
 
 
-def run(out: Path, images: int = phantom.IMAGES, *, local: bool = False) -> Iterator[tuple[Path, dict[str, Any]]]:
+def run(out: Path, images: int = IMAGES, *, local: bool = False) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Draw, shard, audit, train, threshold and evaluate; yields (run folder, metrics.json) of each of the two nets.
 
     Everything lies under `out`; a demo that was interrupted goes on, one that is finished only reports.

@@ -67,9 +67,13 @@ def preflight(recipe: Recipe) -> dict[str, Any]:
     data = manifest.load(*recipe.data.shards)
     refuse_leaks(data, recipe)
     data.labels(recipe.data.findings)
-    feed.check(data, recipe.data, recipe.plan, recipe.augment)
-    with torch.device("meta"):
-        models.build(recipe.model.model_copy(update={"weights": "none"}), recipe.data)
+    feed.training(data, recipe.data, recipe.plan, recipe.augment).close()
+    feed.evaluation(data, recipe.data.val_split, recipe.data, recipe.plan, recipe.augment).close()
+    if recipe.model.weights in ("imagenet", "none"):
+        with torch.device("meta"):  # shapes and names without the memory
+            models.build(recipe.model.model_copy(update={"weights": "none"}), recipe.data)
+    else:
+        models.build(recipe.model, recipe.data)
     workers = recipe.scaling.num_workers
     if workers and recipe.plan.batch < workers:
         raise InputError(f"plan.batch={recipe.plan.batch} is less than scaling.num_workers={workers}; raise plan.batch")

@@ -154,7 +154,7 @@ def _named(address: str) -> Iterator[None]:
     except (NotADirectoryError, FileExistsError):
         raise InputError(f"{address}: a part of this path is a file, not a folder") from None
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise InputError(f"{address}: no space left on the disk; free some, then run this again") from None
         if error.errno == errno.EROFS:
             raise InputError(f"{address}: the disk is read-only; choose another folder") from None

@@ -42,7 +42,7 @@ class Tracker:
         """Finish both."""
         self._file.close()
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
 
 
 def read(run: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,106 @@
+"""What many tests share: one small phantom, its shards, one Ray cluster."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from cxrscale import config
+from cxrscale.archives import phantom
+from cxrscale.archives.phantom import PhantomPaths
+from cxrscale.config import Pack, Recipe
+from cxrscale.shards import build
+
+# Ray's workers must import torch from bytecode, and Train's defaults poll every two seconds.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+os.environ |= {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "WANDB_MODE": "offline",
+}
+
+TINY_CLASSIFIER = (
+    "data.findings=[Cardiomegaly, Effusion, Mass]",
+    "augment.size=48",
+    "model.weights=none",
+    "model.options={growth_rate: 8, block_config: [1, 1, 2]}",
+    "plan.batch=8",
+    "plan.eval_batch=8",
+    "tracking.log_steps=1",
+)
+"""A CheXNet of 20,000 parameters on 48-pixel inputs: a step takes some 20 ms."""
+
+TINY_SEGMENTER = (
+    "data.task=segment",
+    "data.findings=[Pneumothorax]",
+    "augment.size=64",
+    "model.arch=Unet",
+    "model.encoder=resnet18",
+    "model.weights=none",
+    "model.options={encoder_depth: 3, decoder_channels: [16, 8, 8]}",
+    "loss.dice=1",
+    "train.metric=dice_positives",
+    "plan.batch=4",
+    "plan.eval_batch=4",
+    "tracking.log_steps=1",
+)
+
+REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def real() -> Path:
+    """The folder of real images and tables beside the checkout."""
+    if not REAL.is_dir():
+        pytest.skip("no real images beside the checkout (../shared/data)")
+    return REAL
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> PhantomPaths:
+    """A phantom archive of 80 pictures of 96 pixels."""
+    return phantom.write(str(tmp_path_factory.mktemp("phantom") / "archive"), images=80, size=96, seed=3)
+
+
+@pytest.fixture(scope="session")
+def nih_shards(drawn: PhantomPaths, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The phantom's NIH side as shards of 64-pixel JPEGs."""
+    out = str(tmp_path_factory.mktemp("shards") / "nih")
+    build.build("nih", str(drawn.nih), Pack(size=64, samples_per_shard=20), out, local=True)
+    return out
+
+
+@pytest.fixture(scope="session")
+def siim_shards(drawn: PhantomPaths, nih_shards: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The phantom's SIIM side with masks, under the patients and splits of its NIH twins."""
+    out = str(tmp_path_factory.mktemp("shards") / "siim")
+    settings = Pack(size=64, samples_per_shard=20, masks=True)
+    build.build("siim", str(drawn.siim), settings, out, twins_of=nih_shards, local=True)
+    return out
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """The one Ray cluster of the test session, on this machine, with two CPUs."""
+    import ray
+
+    from cxrscale import session
+
+    session.connect()
+    yield
+    ray.shutdown()
+
+
+def tiny(shards: str, root: Path, *overrides: str, base: tuple[str, ...] = TINY_CLASSIFIER) -> Recipe:
+    """A small recipe over a shard set, whose runs go under `root`."""
+    given = [*base, f"data.shards=[{shards}]", f"tracking.root={root}", "tracking.name=tiny", *overrides]
+    return config.parse(Recipe, config.override({}, given), where="test")
+
+
+@pytest.fixture(autouse=True)
+def one_torch_thread() -> None:
+    """Sums of one thread come out the same bit for bit on every machine."""
+    torch.set_num_threads(1)

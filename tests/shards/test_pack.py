@@ -1,0 +1,203 @@
+"""Packing: the same bytes however it is run, nothing lost, nothing half-done."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import webdataset
+
+from cxrscale import archives
+from cxrscale.archives.phantom import PhantomPaths
+from cxrscale.config import Pack
+from cxrscale.schema import ImageRecord, InputError
+from cxrscale.shards import build, manifest, pack
+from cxrscale.shards.verify import verify
+
+SETTINGS = Pack(size=64, samples_per_shard=20)
+
+
+def contents(root: str | Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(Path(root).iterdir()) if path.is_file()}
+
+
+def test_a_second_run_does_nothing(drawn: PhantomPaths, nih_shards: str) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in Path(nih_shards).iterdir()}
+    again = build.build("nih", str(drawn.nih), SETTINGS, nih_shards, local=True)
+    assert not again.fresh
+    assert {path.name: path.stat().st_mtime_ns for path in Path(nih_shards).iterdir()} == before
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_ray_tasks_write_the_same_bytes(drawn: PhantomPaths, nih_shards: str, tmp_path: Path) -> None:
+    build.build("nih", str(drawn.nih), SETTINGS, str(tmp_path / "out"))
+    assert contents(tmp_path / "out") == contents(nih_shards)
+
+
+def test_other_settings_do_not_overwrite(drawn: PhantomPaths, nih_shards: str) -> None:
+    with pytest.raises(InputError, match="holds shards of another archive or other settings"):
+        build.build("nih", str(drawn.nih), Pack(size=48, samples_per_shard=20), nih_shards, local=True)
+
+
+def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(
+    drawn: PhantomPaths, nih_shards: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    script = (
+        "import sys; from cxrscale.config import Pack; from cxrscale.shards import build\n"
+        "build.build('nih', sys.argv[1], Pack(size=64, samples_per_shard=20), sys.argv[2], local=True,"
+        " progress=lambda *_: (print('shard', flush=True), __import__('time').sleep(60)))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(drawn.nih), str(out)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"shard\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not (out / manifest.NAME).exists()
+    (out / ".tmp-killed-train-00001.tar").write_bytes(b"half a tar")
+    finished = time.time_ns()
+    build.build("nih", str(drawn.nih), SETTINGS, str(out), local=True)
+    assert contents(out) == contents(nih_shards)
+    kept = [path for path in out.glob("*.tar") if path.stat().st_mtime_ns < finished]
+    assert len(kept) == 1, "the shard that was finished before the kill is kept"
+
+
+def test_a_corrupt_picture_is_quarantined_and_the_run_goes_on(drawn: PhantomPaths, tmp_path: Path) -> None:
+    shutil.copytree(drawn.nih, tmp_path / "nih")
+    pictures = sorted((tmp_path / "nih").rglob("*.png"))
+    damaged = bytearray(pictures[3].read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    pictures[3].write_bytes(damaged)
+    pictures[5].write_bytes(b"")
+    packed = build.build("nih", str(tmp_path / "nih"), SETTINGS, str(tmp_path / "out"), local=True)
+    listed = [json.loads(line) for line in (tmp_path / "out" / pack.QUARANTINE).read_text().splitlines()]
+    assert (packed.images, packed.quarantined) == (78, 2)
+    assert {line["image_id"] for line in listed} == {pictures[3].name, pictures[5].name}
+    assert all(line["reason"] for line in listed)
+    assert verify(str(tmp_path / "out")) == []
+
+
+def test_manifest_points_at_every_member(nih_shards: str, siim_shards: str) -> None:
+    for root in (nih_shards, siim_shards):
+        data = manifest.load(root)
+        for row in range(len(data)):
+            line = {name: data.table[name][row].as_py() for name in data.table.column_names}
+            content = (Path(root) / line["shard"]).read_bytes()
+            start = line["json_offset"]
+            described = json.loads(content[start : start + line["json_length"]])
+            assert described["image_id"] == line["image_id"]
+            assert described["patient"] == line["patient"]
+            assert described["labels"] == {
+                name: line[manifest.LABEL + name] for name in data.findings() if line[manifest.LABEL + name] is not None
+            }
+            start = line["image_offset"]
+            image = cv2.imdecode(np.frombuffer(content[start : start + line["image_length"]], np.uint8), 0)
+            assert image.shape == (64, 64)
+
+
+def test_masks_cover_what_was_drawn(siim_shards: str) -> None:
+    data = manifest.load(siim_shards)
+    positive = data.labels(("Pneumothorax",))[:, 0] == 1
+    pixels = data.column("mask_pixels")
+    assert positive.sum() > 3
+    assert (pixels[positive] > 0).all()
+    assert (pixels[data.labels(("Pneumothorax",))[:, 0] == 0] == 0).all()
+    assert np.isnan(pixels[data.split == build.UNLABELLED].astype(float)).all()
+
+
+def test_webdataset_reads_our_shards(siim_shards: str) -> None:
+    data = manifest.load(siim_shards)
+    samples: list[dict[str, bytes]] = []
+    for path in sorted(Path(siim_shards).glob("*.tar")):
+        with path.open("rb") as stream:  # WebDataset(path) would leave its file open
+            members = webdataset.tariterators.tar_file_expander([{"url": path.name, "stream": stream}])
+            samples += webdataset.tariterators.group_by_keys(members)
+    assert len(samples) == len(data)
+    assert {json.loads(sample["json"])["image_id"] for sample in samples} == set(data.image_id.tolist())
+    assert all("." not in sample["__key__"] for sample in samples)
+
+
+def test_the_source_codec_keeps_the_archives_bytes(drawn: PhantomPaths, tmp_path: Path) -> None:
+    records = {record.image_id: record for record in archives.read("nih", str(drawn.nih))}
+    build.build("nih", str(drawn.nih), Pack(codec="source", limit=5), str(tmp_path / "out"), local=True)
+    for path in (tmp_path / "out").glob("*.tar"):
+        with tarfile.open(path) as tar:
+            members = {member.name: tar.extractfile(member) for member in tar}
+            for name, file in members.items():
+                if name.endswith(".json"):
+                    assert file is not None
+                    image_id = json.load(io.TextIOWrapper(file))["image_id"]
+                    stored = members[name.replace(".json", ".png")]
+                    assert stored is not None
+                    assert stored.read() == Path(records[image_id].path).read_bytes()
+
+
+def test_the_plan_does_not_depend_on_the_order_of_the_archive() -> None:
+    records = [
+        ImageRecord(image_id=f"{patient}_{k}.png", source="nih", path="", patient=patient)
+        for patient in "abcdefgh"
+        for k in range(3)
+    ]
+    split = ["train" if record.patient < "f" else "test" for record in records]
+    settings = Pack(samples_per_shard=4)
+    forward = pack.plan_shards(records, split, settings)
+    backward = pack.plan_shards(records[::-1], split[::-1], settings)
+    assert forward == backward
+    assert [plan.name for plan in forward] == [f"test-{n:05d}.tar" for n in range(3)] + [
+        f"train-{n:05d}.tar" for n in range(4)
+    ]
+    packed = [record for plan in forward for _, record in plan.records]
+    assert sorted(record.image_id for record in packed) == sorted(record.image_id for record in records)
+
+
+def test_an_id_that_stands_twice_is_refused() -> None:
+    twice = [ImageRecord(image_id="a.png", source="nih", path=path, patient="p") for path in ("x", "y")]
+    with pytest.raises(InputError, match=r"a\.png stands twice"):
+        pack.plan_shards(twice, ["train", "train"], Pack())
+
+
+def test_ids_that_differ_in_dots_alone_get_keys_of_their_own() -> None:
+    keys = pack._member_keys(["1.2.3", "1_2.3", "1_2_3"])
+    assert len(set(keys.values())) == 3
+    assert not any("." in key for key in keys.values())
+
+
+def test_an_unwritable_target_is_one_line(drawn: PhantomPaths, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match="a part of this path is a file"):
+        build.build("nih", str(drawn.nih), SETTINGS, str(tmp_path / "file" / "out"), local=True)
+
+
+def test_no_space_left_is_one_line_and_the_same_command_goes_on(
+    drawn: PhantomPaths, nih_shards: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    limited = (
+        "import resource, signal, sys; from cxrscale.config import Pack; from cxrscale.shards import build\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\n"
+        "build.build('nih', sys.argv[1], Pack(size=64, samples_per_shard=20), sys.argv[2], local=True)"
+    )
+    failed = subprocess.run(
+        [sys.executable, "-c", limited, str(drawn.nih), str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+    assert failed.returncode != 0
+    assert "no space left" in failed.stderr
+    assert list(out.glob("*.tar")) == []
+    assert list(out.glob(".tmp-*")) == []
+    build.build("nih", str(drawn.nih), SETTINGS, str(out), local=True)
+    assert contents(out) == contents(nih_shards)

@@ -1,0 +1,57 @@
+"""Two real Ray Train workers do what one process does."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cxrscale import launch
+from cxrscale.progress import watch
+from cxrscale.schema import InputError
+from tests.conftest import tiny
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_two_ray_workers_train_and_validate_every_picture_once(nih_shards: str, tmp_path: Path) -> None:
+    more = ("train.epochs=2", "plan.steps_per_epoch=3", "tracking.wandb=offline")
+    run = launch.launch(tiny(nih_shards, tmp_path / "two", *more, "scaling.num_workers=2"), "tiny", watch)
+    alone = launch.launch(tiny(nih_shards, tmp_path / "one", *more), "tiny", watch, local=True)
+    for folder in (run, alone):
+        assert (folder / "best.pt").is_file()
+        assert list((folder / "wandb").glob("offline-run-*/*.wandb"))
+    two, one = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (run, alone)
+    )
+    # The same pictures in the same steps and the same start: the first loss differs only by batch normalisation,
+    # which sees half the batch on each worker.
+    assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=0.1)
+    assert [line["step"] for line in two] == [line["step"] for line in one]
+    assert all(0 <= line["auroc"] <= 1 for line in two if line["kind"] == "val")
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_more_workers_than_the_cluster_has_is_one_line(nih_shards: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"scaling.num_workers=8\d* does not fit the cluster's \d+ CPUs"):
+        launch.launch(tiny(nih_shards, tmp_path, "scaling.num_workers=800", "plan.batch=800"), "tiny", watch)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.findings=[Fracture]", "no label 'Fracture'; they have Atelectasis"),
+        ("augment.size=128", "augment.size=128"),
+        ("data.train_split=trian", "split 'trian' has no pictures; the manifest has test"),
+        ("model.arch=densnet121", "timm has no such model; it has"),
+        ("model.options={growth: 3}", "growth"),
+        ("model.weights=/nowhere/best.pt", "no such file"),
+        ("data.shards=[/nowhere]", "/nowhere/manifest.parquet does not exist"),
+    ],
+)
+def test_mistakes_are_found_before_anything_starts(
+    override: str, message: str, nih_shards: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError) as caught:
+        launch.launch(tiny(nih_shards, tmp_path / "runs", override), "tiny", watch, local=True)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "runs").exists()
