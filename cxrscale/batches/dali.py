@@ -183,7 +183,8 @@ def _pipeline(feeder: _Feeder, augment: Augment, data: Data, device: torch.devic
 
     def external(name: str) -> Any:
         dtype, ndim, layout = KINDS[name]
-        where = place if name == "noise" else "cpu"
+        # Only what meets the pictures in plain arithmetic has to lie beside them; arguments of operators stay here.
+        where = place if name in ("noise", "amplitude") else "cpu"
         # DALI counts the arguments of its callables and does not understand a partial.
         return fn.external_source(
             lambda: feeder.take(name),

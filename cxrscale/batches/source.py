@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import mmap
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Protocol
 
 import cv2
@@ -16,6 +17,7 @@ import numpy.typing as npt
 
 from cxrscale import storage
 from cxrscale.batches.plan import Rows
+from cxrscale.batches.staging import Shard, staged
 from cxrscale.schema import InputError
 from cxrscale.shards.manifest import Manifest
 
@@ -65,13 +67,12 @@ class ShardSource:
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
         self.bad: list[BadSample] = []
-        roots = manifest.column("root")
-        shards = manifest.column("shard")
-        self._address_N = [storage.join(str(root), str(shard)) for root, shard in zip(roots, shards, strict=True)]
+        self._shard_N, self._shards = _shards(manifest)
         self._image_N3 = _places(manifest, "image")
         self._mask_N3 = _places(manifest, "mask")
         self._height_N, self._width_N = _stored_sizes(manifest)
-        self._maps: dict[str, Bytes] = {}
+        self._maps: dict[int, Bytes] = {}
+        self._copies: set[Path] = set()
 
     def sizes(self, row_B: Rows) -> tuple[Rows, Rows]:
         """(height_B, width_B) of the stored pictures in pixels."""
@@ -100,22 +101,32 @@ class ShardSource:
         offset, length, crc = place_N3[row].tolist()
         if offset < 0:
             raise _Damaged(f"has no {what}")
-        address = self._address_N[row]
-        mapped = self._maps.get(address)
-        if mapped is None:
-            mapped = self._maps[address] = _mapped(address)
-        data = mapped[offset : offset + length]
+        number = int(self._shard_N[row])
+        if number not in self._maps:
+            self._maps[number] = self._mapped(self._shards[number])
+        data = self._maps[number][offset : offset + length]
         if len(data) < length:
+            address = self._shards[number].address
             raise InputError(f"{address} is shorter than its manifest says; run `cxrscale verify` and shard again")
         if zlib.crc32(data.data) != crc:
             raise _Damaged(f"the {what}'s bytes do not match their CRC-32")
         return data
 
+    def _mapped(self, shard: Shard) -> Bytes:
+        if not storage.is_remote(shard.address):
+            return _mapped(storage.local_path(shard.address))
+        while True:
+            copy = staged(shard, self._copies)
+            self._copies.add(copy)
+            # Another process may have made room just now; once mapped, a copy stays readable even when removed.
+            if copy.exists():
+                return _mapped(copy)
+
     def _record(self, row: int, reason: str) -> None:
         if any(sample.row == row for sample in self.bad):
             return
         self.bad.append(BadSample(row, reason))
-        name, shard = self.manifest.image_id[row], self._address_N[row]
+        name, shard = self.manifest.image_id[row], self._shards[int(self._shard_N[row])].address
         _log.warning("%s in %s: %s; left out, run `cxrscale verify`", name, shard, reason)
 
 
@@ -180,34 +191,47 @@ def _places(manifest: Manifest, member: str) -> Rows:
     return place_N3
 
 
+def _about(manifest: Manifest) -> dict[str, Mapping[str, Any]]:
+    """What each shard set's manifest says of it, by the root of the set."""
+    # `load` joins the sets in the order of `about`, so the n-th new root is the n-th set.
+    roots = dict.fromkeys(manifest.column("root").tolist())
+    return dict(zip(roots, manifest.about, strict=True))
+
+
+def _shards(manifest: Manifest) -> tuple[Rows, list[Shard]]:
+    """(N,) the number of each row's shard, and the shards."""
+    about = _about(manifest)
+    pairs = list(zip(manifest.column("root").tolist(), manifest.column("shard").tolist(), strict=True))
+    numbers = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
+    shards = []
+    for root, name in numbers:
+        stated = about[root].get("shards", {}).get(name, {})
+        shards.append(Shard(storage.join(root, name), stated.get("blake3"), stated.get("bytes")))
+    return np.array([numbers[pair] for pair in pairs], np.int64), shards
+
+
 def _stored_sizes(manifest: Manifest) -> tuple[Rows, Rows]:
     """(height_N, width_N): shards hold squares of pack.size, or, with the codec `source`, the archive's own sizes."""
-    packs: dict[str, Any] = {}
     roots = manifest.column("root")
-    # `load` joins the sets in the order of `about`, so the n-th new root is the n-th set.
-    for root in dict.fromkeys(roots.tolist()):
-        packs[root] = manifest.about[len(packs)]["pack"]
     height_N = manifest.table["height"].fill_null(0).to_numpy().astype(np.int64)
     width_N = manifest.table["width"].fill_null(0).to_numpy().astype(np.int64)
-    for root, pack in packs.items():
-        if pack["codec"] != "source":
-            height_N[roots == root] = width_N[roots == root] = pack["size"]
+    for root, about in _about(manifest).items():
+        if about["pack"]["codec"] != "source":
+            height_N[roots == root] = width_N[roots == root] = about["pack"]["size"]
     return height_N, width_N
 
 
-def _mapped(address: str) -> Bytes:
+def _mapped(path: Path) -> Bytes:
     """A local shard as an array over its mapped file, which stays mapped for as long as the array lives."""
-    if storage.is_remote(address):
-        raise InputError(f"{address}: copy the shards to a local folder first")
     try:
-        with storage.local_path(address).open("rb") as file:
+        with path.open("rb") as file:
             return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     except FileNotFoundError:
-        raise InputError(f"{address} is missing; run `cxrscale verify`, then shard again") from None
+        raise InputError(f"{path} is missing; run `cxrscale verify`, then shard again") from None
     except ValueError:
-        raise InputError(f"{address} is empty; run `cxrscale verify`, then shard again") from None
+        raise InputError(f"{path} is empty; run `cxrscale verify`, then shard again") from None
     except OSError as error:
-        raise InputError(f"{address} cannot be read ({error.strerror}); check the disk and its permissions") from None
+        raise InputError(f"{path} cannot be read ({error.strerror}); check the disk and its permissions") from None
 
 
 def _plain(image: Bytes) -> Bytes:
