@@ -13,12 +13,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cxrscale import __version__, config, demo, evaluate, launch, predict, progress, report, storage
+from cxrscale import __version__, config, progress, report, storage
 from cxrscale.config import Pack, Recipe
 from cxrscale.schema import InputError
-from cxrscale.shards import audit as auditing
-from cxrscale.shards import build, verify
-from cxrscale.thresholds import Triplet
+
+# Each verb imports what it runs: torch, Ray and DALI take seconds that `--help` and a typing mistake need not.
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,6 +39,8 @@ def demo_verb(
     local: Local = False,
 ) -> None:
     """Make a phantom archive and take it the whole way: shards, audit, two nets, thresholds, test metrics."""
+    from cxrscale import demo
+
     for run, found in demo.run(out, local=local):
         Console().print(report.table(found, run.name))
         print(f"artifacts: {run}")
@@ -58,6 +59,8 @@ def shard(
     local: Local = False,
 ) -> None:
     """Pack a raw archive into verified shards: cxrscale shard nih /data/nih --out shards/nih pack.size=512."""
+    from cxrscale.shards import build
+
     tree = config.override({"pack": {"masks": source == "siim"}}, overrides or [])
     settings: Pack = config.parse(Recipe, tree, where="shard").pack
     total = [0, 0]
@@ -80,6 +83,8 @@ def shard(
 @app.command("verify")
 def verify_verb(root: Annotated[str, typer.Argument(help="A shard set.")]) -> None:
     """Re-read every byte of a shard set and hold it against its manifest."""
+    from cxrscale.shards import verify
+
     with progress.bar(f"verifying {root}", None, "images") as shown:
         wrong = verify.verify(root, lambda count: shown.to(shown.done + count))
     for line in wrong:
@@ -95,6 +100,8 @@ def audit(
     out: Annotated[Path, typer.Option(help="The JSON file.")] = Path("audit.json"),
 ) -> None:
     """Count findings, splits, sexes, views and ages, and look for patients that two splits share."""
+    from cxrscale.shards import audit as auditing
+
     found = auditing.audit(*shards)
     table = Table(title=f"{found['pictures']} pictures of {found['patients']} patients")
     names = list(found["splits"])
@@ -112,6 +119,8 @@ def audit(
 @app.command()
 def train(recipe: RecipePath, overrides: Overrides = None, local: Local = False) -> None:
     """Train a recipe: cxrscale train jobs/chexnet14.yaml data.shards=[shards/nih] scaling.num_workers=2."""
+    from cxrscale import launch
+
     resolved = config.load_recipe(recipe, overrides or [])
     run = launch.launch(resolved, Path(recipe).stem, progress.watch, local=local)
     print(run)
@@ -120,6 +129,8 @@ def train(recipe: RecipePath, overrides: Overrides = None, local: Local = False)
 @app.command()
 def threshold(run: Run) -> None:
     """Search each finding's threshold on the validation split; the test split is not looked at."""
+    from cxrscale import evaluate
+
     path = evaluate.threshold(run)
     for name, cut in json.loads(path.read_text())["thresholds"].items():
         print(f"{name}: {report.number(cut['value'])} {cut.get('reason', '')}".rstrip())
@@ -131,6 +142,8 @@ def evaluate_verb(
     run: Run, resamples: Annotated[int, typer.Option(help="Bootstrap resamples of the patients.", min=2)] = 1000
 ) -> None:
     """Metrics of the test split at the stored thresholds, with 95% intervals."""
+    from cxrscale import evaluate
+
     path = evaluate.evaluate(run, resamples)
     Console().print(report.table(json.loads(path.read_text()), run.name))
     print(path.resolve())
@@ -145,6 +158,9 @@ def predict_verb(
     ),
 ) -> None:
     """Probabilities for picture files: cxrscale predict a.dcm b.png --run runs/NAME."""
+    from cxrscale import evaluate, predict
+    from cxrscale.thresholds import Triplet
+
     rule = None
     if (run / evaluate.THRESHOLDS).is_file():
         stored = evaluate.stored_thresholds(run)

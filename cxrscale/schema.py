@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
+
+if TYPE_CHECKING:  # the verbs that touch no net start two seconds sooner without torch
+    import torch
 
 GreyImage = npt.NDArray[np.uint8]
 """An upright grey picture, (H, W) uint8, 0 = black: bone is bright."""

@@ -1,0 +1,109 @@
+"""The command line as a user meets it: artifacts last, mistakes in one line."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cxrscale import cli
+from cxrscale.archives.phantom import PhantomPaths
+from tests.conftest import TINY_CLASSIFIER
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, list[str], str]:
+    """Exit code, lines of stdout, stderr of `cxrscale words...` in this process."""
+    before, sys.argv = sys.argv, ["cxrscale", *words]
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    finally:
+        sys.argv = before
+    captured = capsys.readouterr()
+    return code, captured.out.splitlines(), captured.err
+
+
+def test_the_whole_way_by_verbs(drawn: PhantomPaths, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text("train: {epochs: 1}\n")
+    shards = str(tmp_path / "nih")
+    code, out, _ = run(capsys, "shard", "nih", str(drawn.nih), "pack.size=64", "--out", shards, "--local")
+    assert (code, out[-1]) == (0, shards)
+    code, out, _ = run(capsys, "verify", shards)
+    assert (code, out[-1]) == (0, shards)
+    code, out, _ = run(capsys, "audit", shards, "--out", str(tmp_path / "audit.json"))
+    assert json.loads(Path(out[-1]).read_text())["patients_in_two_splits"] == []
+    overrides = [*TINY_CLASSIFIER, f"data.shards=[{shards}]", f"tracking.root={tmp_path}", "tracking.name=small"]
+    code, out, _ = run(capsys, "train", str(recipe), *overrides, "--local")
+    assert (code, out[-1]) == (0, str(tmp_path / "small"))
+    code, out, _ = run(capsys, "evaluate", out[-1])
+    assert code == 2
+    code, out, _ = run(capsys, "threshold", str(tmp_path / "small"))
+    assert (code, out[-1]) == (0, str(tmp_path / "small" / "thresholds.json"))
+    code, out, _ = run(capsys, "evaluate", str(tmp_path / "small"), "--resamples", "20")
+    found = json.loads(Path(out[-1]).read_text())
+    assert found["recipe"]["data"]["shards"] == [shards]
+    assert {"manifest", "checkpoint"} <= found.keys()
+    picture = str(next(drawn.nih.rglob("*.png")))
+    dicom = str(next(drawn.siim.rglob("*.dcm")))
+    made = tmp_path / "predictions.jsonl"
+    code, out, _ = run(
+        capsys, "predict", picture, dicom, __file__, "--run", str(tmp_path / "small"), "--out", str(made)
+    )
+    lines = [json.loads(line) for line in made.read_text().splitlines()]
+    assert (code, out[-1]) == (0, str(made))
+    assert [len(line.get("scores", {})) for line in lines] == [3, 3, 0]
+    assert lines[2]["error"]
+
+
+def test_config_resolves_and_explains(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "config", "optim.lr=3e-4")
+    assert code == 0
+    assert "  lr: 0.0003" in out
+    code, out, _ = run(capsys, "config", "--help-fields")
+    assert "optim.lr" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "fragments"),
+    [
+        (["shard", "nih", "/nowhere", "--out", "{tmp}/o"], ["/nowhere"]),
+        (["shard", "mri", "{nih}", "--out", "{tmp}/o"], ["mri", "nih", "siim"]),
+        (["shard", "nih", "{nih}", "pack.sise=3", "--out", "{tmp}/o"], ["unknown field pack.sise", "pack.size"]),
+        (["shard", "nih", "{broken}", "--out", "{tmp}/o"], ["Data_Entry_2017", "Finding Labels"]),
+        (["train", "jobs/nothing.yaml"], ["jobs/nothing.yaml does not exist"]),
+        (["threshold", "{tmp}"], ["best.pt does not exist", "cxrscale train"]),
+        (["predict", "x.dcm", "--run", "{tmp}"], ["best.pt does not exist"]),
+        (["verify", "{tmp}"], ["manifest.parquet does not exist"]),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(
+    words: list[str],
+    fragments: list[str],
+    drawn: PhantomPaths,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(drawn.nih, broken)
+    table = next(broken.glob("Data_Entry*.csv"))
+    table.write_text(table.read_text().replace("Finding Labels", "Labels", 1))
+    places = {"tmp": str(tmp_path), "nih": str(drawn.nih), "broken": str(broken)}
+    code, _, err = run(
+        capsys, *(word.format(**places) for word in words), *(["--local"] if words[0] == "shard" else [])
+    )
+    assert code == 2
+    assert err.count("\n") == 1
+    assert err.startswith("error: ")
+    for fragment in fragments:
+        assert fragment in err
+
+
+def test_help_teaches() -> None:
+    shown = subprocess.run([sys.executable, "-m", "cxrscale", "--help"], capture_output=True, text=True, check=True)
+    for verb in ("demo", "shard", "verify", "audit", "train", "threshold", "evaluate", "predict", "config"):
+        assert verb in shown.stdout
