@@ -47,7 +47,7 @@ EQUALISED: dict[str, dict[str, Any]] = {
 
 
 def both(
-    manifest: Manifest, steps: list[Step], training: bool, task: str = "segment", **fields: Any
+    manifest: Manifest, steps: list[Step], training: bool, task: str = "segment", device: str = "cpu", **fields: Any
 ) -> tuple[list[Batch], list[Batch], Augment]:
     """The same steps through both readers."""
     augment = Augment.model_validate({"size": SIZE, **fields})
@@ -156,3 +156,23 @@ def test_classification_carries_no_mask(shards: Manifest) -> None:
 def test_no_steps_no_batches(shards: Manifest) -> None:
     ours, right, _ = both(shards, [], training=False)
     assert ours == right == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_the_gpu_agrees(shards: Manifest, preset: str, training: bool) -> None:
+    """nvJPEG's inverse transform differs from libjpeg-turbo's by up to a level; the rest is the same graph."""
+    found, right, augment = both(shards, some_steps(shards), training, device="cuda", preset=preset)
+    again, _, _ = both(shards, some_steps(shards), training, device="cuda", preset=preset)
+    assert all(batch.image_BCHW.is_cuda and batch.valid_B.is_cuda for batch in found)
+    assert all(torch.equal(a.image_BCHW, b.image_BCHW) for a, b in zip(found, again, strict=True))
+    ours = [_on_cpu(batch) for batch in found]
+    assert difference(ours, right, augment).mean() < (2.0 if augment.clahe != "never" else 0.3)
+    check_the_rest(ours, right)
+
+
+def _on_cpu(batch: Batch) -> Batch:
+    mask = None if batch.mask_B1HW is None else batch.mask_B1HW.cpu()
+    return Batch(batch.image_BCHW.cpu(), batch.label_BF.cpu(), mask, batch.row_B.cpu(), batch.valid_B.cpu())
