@@ -53,15 +53,12 @@ def both(
     augment = Augment.model_validate({"size": SIZE, **fields})
     data = Data.model_validate({"findings": ("Effusion",), "task": task})
     label_NF = manifest.labels(data.findings)
-    ours, right = (
-        list(
-            reader(
-                steps, ShardSource(manifest), label_NF, augment, data, manifest.key, 5, training, torch.device("cpu")
-            )
-        )
-        for reader in (dali.batches, reference.batches)
-    )
-    return ours, right, augment
+
+    def through(batches: Any, where: str) -> list[Batch]:
+        source = ShardSource(manifest)
+        return list(batches(steps, source, label_NF, augment, data, manifest.key, 5, training, torch.device(where)))
+
+    return through(dali.batches, device), through(reference.batches, "cpu"), augment
 
 
 def some_steps(manifest: Manifest, count: int = 4, batch: int = 8) -> list[Step]:
