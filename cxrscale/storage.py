@@ -76,6 +76,12 @@ def remove(address: str) -> None:
             files.rm_file(path)
 
 
+def remove_empty_folder(address: str) -> None:
+    """Remove a local folder that holds nothing; an object store has no empty folders."""
+    if not is_remote(address) and local_path(address).is_dir() and not listing(address):
+        local_path(address).rmdir()
+
+
 @contextmanager
 def publishing(address: str) -> Iterator[Path]:
     """A temporary local path; what was written there appears under `address` at once and whole, or never.

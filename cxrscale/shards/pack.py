@@ -15,10 +15,8 @@ import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
-import webdataset
 
-from cxrscale import __version__, labels, session, splits, storage
+from cxrscale import __version__, labels, splits, storage
 from cxrscale.config import Pack
 from cxrscale.schema import ImageRecord, InputError, Unreadable
 from cxrscale.shards import manifest
@@ -119,6 +117,8 @@ def pack_shard(plan: ShardPlan, findings: tuple[str, ...], settings: Pack, diges
     Returns:
         How many images the tar holds and how many were quarantined.
     """
+    import webdataset  # only here: it imports torch, which takes seconds
+
     cv2.setNumThreads(1)
     part_address = storage.join(out, PARTS, plan.name + ".parquet")
     finished = _finished_part(part_address, digest, storage.join(out, plan.name))
@@ -163,6 +163,10 @@ def _run(jobs: Sequence[tuple[Any, ...]], local: bool, workers: int | None) -> I
         for job in jobs:
             yield pack_shard(*job)
         return
+    import ray  # only here: a run that finds everything done must not wait for it
+
+    from cxrscale import session
+
     session.connect()
     remote = ray.remote(max_retries=3)(_task)
     waiting = list(reversed(jobs))
@@ -329,4 +333,5 @@ def _publish(
     manifest.write(storage.join(out, manifest.NAME), rows.select(names), about)
     for plan in plans:
         storage.remove(storage.join(out, PARTS, plan.name + ".parquet"))
+    storage.remove_empty_folder(storage.join(out, PARTS))
     return Packed(out, len(rows), len(quarantined), fresh=True)
