@@ -42,7 +42,7 @@ def demo_verb(
     from cxrscale import demo
 
     for run, found in demo.run(out, local=local):
-        Console().print(report.table(found, run.name))
+        report.show(found, run.name)
         print(f"artifacts: {run}")
     print(out.resolve())
 
@@ -145,7 +145,7 @@ def evaluate_verb(
     from cxrscale import evaluate
 
     path = evaluate.evaluate(run, resamples)
-    Console().print(report.table(json.loads(path.read_text()), run.name))
+    report.show(json.loads(path.read_text()), run.name)
     print(path.resolve())
 
 

@@ -83,7 +83,7 @@ class Plan(Section):
     batch: int = Field(16, ge=1)
     """Pictures an optimizer step over all workers together; the same at any number of workers."""
     steps_per_epoch: int | None = Field(None, ge=1)
-    """Steps an epoch; None: as many as the training split fills, rounded down (at least 1)."""
+    """Steps an epoch; None: one pass over what the sampling draws from, rounded down (at least 1)."""
     sampling: Literal["all", "positives", "balanced"] = "all"
     """all: each picture once a pass; positives: only with a finding present; balanced: as many with as without."""
     subset: int | None = Field(None, ge=1)

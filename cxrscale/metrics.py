@@ -86,7 +86,8 @@ def mean_draws(value_N: npt.ArrayLike, draws_RN: npt.NDArray[np.int32]) -> Float
     known = np.isfinite(value)
     weight = draws_RN[:, known].astype(np.float64)
     total = weight.sum(axis=1)
-    return np.divide(weight @ value[known], total, out=np.full(len(total), np.nan), where=total > 0)
+    result: Floats = np.divide(weight @ value[known], total, out=np.full(len(total), np.nan), where=total > 0)
+    return result
 
 
 def interval(value: float, resampled_R: Floats, level: float = 0.95) -> Estimate:

@@ -21,9 +21,9 @@ PLAIN_SECONDS = 10.0
 
 
 class Bar:
-    """Counts pictures or steps; the description carries whatever else is worth seeing."""
+    """Counts pictures or epochs; `unit` adds how many a second, the note whatever else is worth seeing."""
 
-    def __init__(self, title: str, total: int | None, unit: str) -> None:
+    def __init__(self, title: str, total: int | None, unit: str | None) -> None:
         self.title, self.total, self.unit = title, total, unit
         self.done, self._began, self._spoke = 0, time.monotonic(), time.monotonic()
         self._console = Console(stderr=True)
@@ -38,7 +38,8 @@ class Bar:
         """Say how many are done by now."""
         self.done = done
         rate = done / max(1e-9, time.monotonic() - self._began)
-        text = f"{self.title}  {rate:.0f} {self.unit}/s  {note}".rstrip()
+        speed = f"  {rate:.0f} {self.unit}/s" if self.unit else ""
+        text = f"{self.title}{speed}  {note}".rstrip()
         if self._progress is not None:
             self._progress.update(self._task, completed=done, description=text)
         elif time.monotonic() - self._spoke > PLAIN_SECONDS or done == self.total:
@@ -52,7 +53,7 @@ class Bar:
 
 
 @contextmanager
-def bar(title: str, total: int | None, unit: str) -> Iterator[Bar]:
+def bar(title: str, total: int | None, unit: str | None) -> Iterator[Bar]:
     """A bar that is closed whatever happens."""
     shown = Bar(title, total, unit)
     try:
@@ -75,7 +76,7 @@ def watch(run: Path, recipe: Recipe) -> Iterator[None]:
 
 
 def _follow(run: Path, recipe: Recipe, stop: threading.Event) -> None:
-    with bar(f"training {run.name}", recipe.train.epochs, "epochs") as shown:
+    with bar(f"training {run.name}, epoch", recipe.train.epochs, None) as shown:
         spoken = -1
         while not stop.wait(0.5):
             spoken = _show(run, shown, spoken)

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
+
+WIDTH = 110
+"""Columns of a table where no terminal says how wide it is."""
+
+
+def show(found: dict[str, Any], title: str) -> None:
+    """Print metrics.json as a table."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
+    console.print(table(found, title))
 
 
 def table(found: dict[str, Any], title: str) -> Table:
     """metrics.json as a table: one line a finding, the mean, and Dice for segmentation."""
     result = Table(title=f"{title}: {found['images']} {found['split']} pictures of {found['patients']} patients")
-    result.add_column("finding")
+    result.add_column("finding", no_wrap=True)
     for name in ("positives", "AUROC (95% interval)", "AUPRC", "threshold", "F1", "recall", "precision"):
-        result.add_column(name, justify="right")
+        result.add_column(name, justify="right", no_wrap=True)
     for name, row in found["findings"].items():
         cells = [str(row["positives"]), estimate(row["auroc"]), number(row["auprc"]["value"]), number(row["threshold"])]
         result.add_row(name, *cells, *(number(row.get(key)) for key in ("f1", "recall", "precision")))

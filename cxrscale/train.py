@@ -129,7 +129,7 @@ def _epoch(
             logits = net(scoring.images_for(batch, recipe.train))
         loss = _mean_loss(logits, batch, recipe, worker)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         if recipe.optim.clip_norm:
             nn.utils.clip_grad_norm_(net.parameters(), recipe.optim.clip_norm)
         optimizer.step()

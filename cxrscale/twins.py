@@ -6,6 +6,7 @@ nearest different pictures are 19 bits apart, re-encoded, resized or windowed co
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import cv2
@@ -19,6 +20,8 @@ MAX_DISTANCE = 10
 """Bits that two copies may differ by."""
 MAX_SQUARED = 5.0
 """Mean squared difference that two copies' thumbnails may have, once their contrast is matched (grey levels^2)."""
+CANDIDATES = 1 << 20
+"""Pairs compared at a time: some 100 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,34 +55,82 @@ def find(
         hashes_A, hashes_B: (N, 32) uint8 difference hashes.
         thumbs_A, thumbs_B: (N, 1024) uint8 thumbnails.
     """
-    pairs = [
-        (a, b)
-        for a in range(len(hashes_A))
-        for b in _near(hashes_A[a], hashes_B)
-        if _difference(thumbs_A[a], thumbs_B[b]) < MAX_SQUARED
-    ]
-    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    return _confirmed(_proposed(hashes_A, hashes_B, itself=False), thumbs_A, thumbs_B)
 
 
 def repeats(hashes: npt.NDArray[np.uint8], thumbs: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
     """All pairs (a, b), a < b, of one archive that show the same picture, as (P, 2)."""
-    pairs = find(hashes, thumbs, hashes, thumbs)
-    return pairs[pairs[:, 0] < pairs[:, 1]]
+    return _confirmed(_proposed(hashes, hashes, itself=True), thumbs, thumbs)
 
 
-def _near(one: npt.NDArray[np.uint8], many: npt.NDArray[np.uint8]) -> list[int]:
-    words = np.bitwise_xor(np.ascontiguousarray(many).view(np.uint64), one.view(np.uint64))
-    distance = np.bitwise_count(words).sum(axis=1)
-    return [int(row) for row in np.flatnonzero(distance <= MAX_DISTANCE)]
+def _proposed(
+    hashes_A: npt.NDArray[np.uint8], hashes_B: npt.NDArray[np.uint8], *, itself: bool
+) -> npt.NDArray[np.int64]:
+    """All pairs whose hashes differ by at most `MAX_DISTANCE` bits, (P, 2), ordered; with `itself` only a < b.
+
+    The bits are dealt to one block more than may differ, so two copies agree in at least one whole block (multi-index
+    hashing, Norouzi et al. 2012): only pictures that share a block are compared. Dealing them in turn puts bits from
+    all over the picture into each block; neighbouring bits agree too often to tell chests apart.
+    """
+    blocks = MAX_DISTANCE + 1
+    bits_A, bits_B = np.unpackbits(hashes_A, axis=1), np.unpackbits(hashes_B, axis=1)
+    words_A, words_B = (np.ascontiguousarray(hashes).view(np.uint64) for hashes in (hashes_A, hashes_B))
+    found = [np.empty(0, dtype=np.int64)]
+    for block in range(blocks):
+        keys_A, keys_B = (_numbers(bits[:, block::blocks]) for bits in (bits_A, bits_B))
+        for a, b in _agreeing(keys_A, keys_B, itself=itself):
+            distance = np.bitwise_count(words_A[a] ^ words_B[b]).sum(axis=1)
+            near = distance <= MAX_DISTANCE
+            found.append(a[near] * len(hashes_B) + b[near])
+    rows_A, rows_B = np.divmod(np.unique(np.concatenate(found)), max(1, len(hashes_B)))
+    return np.stack([rows_A, rows_B], axis=1)
 
 
-def _difference(one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> float:
-    """Mean squared difference after matching brightness and contrast, which windowing changes, by least squares."""
+def _numbers(bits: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    """(N, up to 32) bits as N numbers."""
+    packed = np.packbits(bits, axis=1).astype(np.int64)
+    return packed @ (256 ** np.arange(packed.shape[1], dtype=np.int64))
+
+
+def _agreeing(
+    keys_A: npt.NDArray[np.int64], keys_B: npt.NDArray[np.int64], *, itself: bool
+) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    """Rows (a, b) with equal keys, some `CANDIDATES` at a time, so that memory does not grow with their number."""
+    order = np.argsort(keys_B, kind="stable")
+    ordered = keys_B[order]
+    rows = order if itself else np.arange(len(keys_A))
+    # Sorting is stable: the partners after a row in the order are also the later rows.
+    low = np.arange(1, len(order) + 1) if itself else np.searchsorted(ordered, keys_A, side="left")
+    counts = np.searchsorted(ordered, keys_A[rows], side="right") - low
+    ends = np.cumsum(counts)
+    total = int(ends[-1]) if len(ends) else 0
+    cuts = np.unique([0, *np.searchsorted(ends, np.arange(CANDIDATES, total, CANDIDATES)), len(rows)])
+    for start, stop in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
+        many = counts[start:stop]
+        before = np.repeat(ends[start:stop] - many, many)
+        place = np.arange(many.sum()) + (before[0] if len(before) else 0) - before + np.repeat(low[start:stop], many)
+        yield np.repeat(rows[start:stop], many), order[place]
+
+
+def _confirmed(
+    pairs: npt.NDArray[np.int64], thumbs_A: npt.NDArray[np.uint8], thumbs_B: npt.NDArray[np.uint8]
+) -> npt.NDArray[np.int64]:
+    """Those of the (P, 2) proposed pairs whose thumbnails agree too."""
+    kept = [
+        part[_differences(thumbs_A[part[:, 0]], thumbs_B[part[:, 1]]) < MAX_SQUARED]
+        for part in (pairs[start : start + 4096] for start in range(0, len(pairs), 4096))
+    ]
+    return np.concatenate([pairs[:0], *kept])
+
+
+def _differences(one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
+    """Mean squared differences of P pairs of thumbnails (P, 1024), each after matching brightness and contrast, which
+    windowing changes, by least squares; a contrast that would have to be halved or doubled is not matched."""
     a, b = one.astype(np.float64), other.astype(np.float64)
-    spread = b.var()
-    if spread == 0 or a.var() == 0:
-        return float(((a - b) ** 2).mean())
-    gain = ((a - a.mean()) * (b - b.mean())).mean() / spread
-    if not 0.5 < gain < 2:
-        return float(((a - b) ** 2).mean())
-    return float(((a - a.mean() - gain * (b - b.mean())) ** 2).mean())
+    plain = ((a - b) ** 2).mean(axis=1)
+    a -= a.mean(axis=1, keepdims=True)
+    b -= b.mean(axis=1, keepdims=True)
+    spread = (b**2).mean(axis=1)
+    gain = np.divide((a * b).mean(axis=1), spread, out=np.zeros_like(spread), where=spread > 0)
+    matched = ((a - gain[:, None] * b) ** 2).mean(axis=1)
+    return np.where((gain > 0.5) & (gain < 2), matched, plain)

@@ -68,6 +68,7 @@ def test_3_the_manifest_is_the_data_set(way: Way) -> None:
     with (Path(way.shards) / line["shard"]).open("rb") as tar:
         tar.seek(line["image_offset"])
         stored = cv2.imdecode(np.frombuffer(tar.read(line["image_length"]), np.uint8), cv2.IMREAD_GRAYSCALE)
+    assert stored is not None
     original = pictures.load(Path(way.record.path).read_bytes()).grey_HW
     way.facts["stored"] = stored
     # JPEG at quality 95: on average within two grey levels of the resized original.
@@ -81,7 +82,8 @@ def test_4_a_batch_is_a_function_of_the_plan(way: Way, tmp_path: Path) -> None:
     data = manifest.load(way.shards)
 
     def ours(batches: Any) -> Batch:
-        return next(batch for batch in batches if way.row in batch.row_B[batch.valid_B].tolist())
+        found: Batch = next(batch for batch in batches if way.row in batch.row_B[batch.valid_B].tolist())
+        return found
 
     batch = ours(feed.evaluation(data, "test", recipe.data, recipe.plan, recipe.augment, 0, 1, "cpu"))
     place = batch.row_B.tolist().index(way.row)

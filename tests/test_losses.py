@@ -48,7 +48,7 @@ def test_unlabelled_and_invalid_rows_count_nothing() -> None:
     rows = batch([[1.0, float("nan")], [0.0, 1.0], [1.0, 1.0]], [True, True, False])
     ((weight, total, count),) = losses.terms(logits, rows, Loss())
     assert (weight, count.item()) == (1.0, 3.0)
-    total.backward()
+    torch.autograd.backward(total)
     assert logits.grad is not None
     assert logits.grad[0, 1] == 0
     assert (logits.grad[2] == 0).all()
@@ -64,7 +64,7 @@ def test_segmentation_gradients_are_finite_in_bf16(loss: Loss) -> None:
     total = torch.zeros(())
     for weight, summed, count in losses.terms(logits, rows, loss):
         total = total + weight * summed / count
-    total.backward()
+    torch.autograd.backward(total)
     assert logits.grad is not None
     assert torch.isfinite(logits.grad).all()
 

@@ -13,7 +13,7 @@ def picture(seed: int, side: int = 256) -> np.ndarray:
     rng = np.random.default_rng(seed)
     rough = rng.normal(size=(12, 12)).astype(np.float32)
     smooth = cv2.resize(rough, (side, side), interpolation=cv2.INTER_CUBIC)
-    return np.clip(128 + 40 * smooth, 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(128 + 40 * smooth, 0, 255), dtype=np.uint8)
 
 
 def prints(pictures: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -10,6 +10,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -102,6 +103,7 @@ def test_manifest_points_at_every_member(nih_shards: str, siim_shards: str) -> N
             }
             start = line["image_offset"]
             image = cv2.imdecode(np.frombuffer(content[start : start + line["image_length"]], np.uint8), 0)
+            assert image is not None
             assert image.shape == (64, 64)
 
 
@@ -117,7 +119,7 @@ def test_masks_cover_what_was_drawn(siim_shards: str) -> None:
 
 def test_webdataset_reads_our_shards(siim_shards: str) -> None:
     data = manifest.load(siim_shards)
-    samples: list[dict[str, bytes]] = []
+    samples: list[dict[str, Any]] = []
     for path in sorted(Path(siim_shards).glob("*.tar")):
         with path.open("rb") as stream:  # WebDataset(path) would leave its file open
             members = webdataset.tariterators.tar_file_expander([{"url": path.name, "stream": stream}])
