@@ -29,11 +29,16 @@ def picture(height: int = 40, width: int = 34, *, dtype: str = "u1", bits: int |
 
 
 def dicom_file(
-    stored: Stored, *, syntax: str = uid.ExplicitVRLittleEndian, frames: list[bytes] | None = None, **tags: Any
+    stored: Stored,
+    *,
+    syntax: str = uid.ExplicitVRLittleEndian,
+    frames: list[bytes] | None = None,
+    vr: str | None = None,
+    **tags: Any,
 ) -> bytes:
     """The bytes of a file that holds `stored`; `frames` are its fragments where the syntax is encapsulated.
 
-    A keyword of `tags` sets a tag, None leaves it out.
+    A keyword of `tags` sets a tag, None leaves it out; `vr` is that of PixelData.
     """
     ds = Dataset()
     ds.file_meta = FileMetaDataset()
@@ -68,7 +73,7 @@ def dicom_file(
                 data = stored.astype(stored.dtype.newbyteorder(">" if big else "<")).tobytes()
                 ds.PixelData = data + b"\0" * (len(data) % 2)
         if "PixelData" in ds:
-            ds["PixelData"].VR = "OB" if frames is not None or bits == 8 else "OW"
+            ds["PixelData"].VR = vr or ("OB" if frames is not None or bits == 8 else "OW")
             ds["PixelData"].is_undefined_length = frames is not None
         file = io.BytesIO()
         ds.save_as(file, enforce_file_format=True)

@@ -243,7 +243,7 @@ def test_rle_that_does_not_fit_is_refused() -> None:
     header = np.array([1, 64, *[0] * 14], dtype="<u4").tobytes()
     for segment in (whole, whole + b"\x80\0", whole + b"\0\0"):  # as it is, and padded
         assert not grey_of(dicom_file(stored, syntax=uid.RLELossless, frames=[header + segment])).any()
-    for segment in (whole[:3], whole[:2], whole + b"\xfe\0", whole + whole, b"\x7f\0", b"\x81"):
+    for segment in (whole[:2], whole + b"\xfe\0", whole + whole, b"\x7f\0", b"\x81"):
         assert "RLE" in refusal(dicom_file(stored, syntax=uid.RLELossless, frames=[header + segment]))
     for offsets in ([0], [2, 64, 66], [1, 60], [1, 64, 66], [2, 66, 64], [16] + [64] * 15, [1000, 64]):
         bad = np.array([*offsets, *[0] * (16 - len(offsets))], dtype="<u4").tobytes()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import struct
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import simplejpeg
 from pydicom import uid
 from pydicom.encaps import generate_fragments
 from pydicom.pixels import get_decoder
+from rle.utils import decode_segment  # type: ignore[attr-defined]  # it re-exports without saying so
 
 from cxrscale.dicom import tags
 
@@ -41,10 +43,10 @@ ENCODED: dict[str, tuple[tuple[int, ...], str]] = {
     uid.HTJ2KLossless: ((), "pylibjpeg"),
     uid.HTJ2KLosslessRPCL: ((), "pylibjpeg"),
     uid.HTJ2K: ((), "pylibjpeg"),
-    uid.RLELossless: ((), "pylibjpeg"),
+    uid.RLELossless: ((), ""),
 }
-"""Transfer syntax -> the JPEG frame markers that it allows, and pydicom's name of the decoder. JPEG proper does not go
-through pydicom: 8 bits are simplejpeg's, which is strict, more are imagecodecs'."""
+"""Transfer syntax -> the JPEG frame markers that it allows, and pydicom's name of the decoder, "" where a decoder is
+called without pydicom."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +105,12 @@ def decode(pixels: bytes, vr: str, syntax: Any, layout: Layout) -> tuple[npt.NDA
     markers, plugin = ENCODED[syntax]
     frame = _frame(pixels, syntax)
     if syntax == uid.RLELossless:
-        _check_rle(frame, layout)
-    else:
-        head = _header(frame, syntax, markers)
-        _check(head, layout)
-        if not plugin:
-            return _by_jpeg(frame, head, syntax, layout), frame
-    return _by_plugin(pixels, vr, plugin, syntax, layout), frame
+        return _by_rle(frame, layout), frame
+    head = _header(frame, syntax, markers)
+    _check(head, layout)
+    if plugin:
+        return _by_plugin(pixels, vr, plugin, syntax, layout), frame
+    return _by_jpeg(frame, head, syntax, layout), frame
 
 
 def _frame(pixels: bytes, syntax: Any) -> bytes:
@@ -121,7 +122,7 @@ def _frame(pixels: bytes, syntax: Any) -> bytes:
     if not fragments:
         raise tags.wrong("PixelData", "holds no frame")
     if syntax == uid.RLELossless:
-        begins = len(fragments)  # a frame is one fragment there (PS3.5 A.4.2)
+        begins = len(fragments)  # a frame is one fragment there (PS3.5 G.2)
         frame = bytes(fragments[0])
     else:
         magic = b"\xff\x4f\xff\x51" if syntax in uid.JPEG2000TransferSyntaxes else b"\xff\xd8\xff"
@@ -158,14 +159,6 @@ def _check(head: _Header, layout: Layout) -> None:
         raise tags.wrong("PixelData", f"holds a frame of {head.components} components: colour, not grey")
     if head.bits > layout.bits_allocated:
         raise tags.wrong("BitsAllocated", f"is {layout.bits_allocated}, but the frame holds {head.bits} bits")
-
-
-def _check_rle(frame: bytes, layout: Layout) -> None:
-    """The RLE header (PS3.5 G.5): one segment a byte of the value, each beginning behind the one before."""
-    count, *offsets = struct.unpack_from("<16L", frame.ljust(64, b"\0"))
-    bounds = [*offsets[:count], len(frame)]
-    if count != layout.bits_allocated // 8 or bounds[0] != 64 or sorted(set(bounds)) != bounds:
-        raise tags.wrong("PixelData", f"holds an RLE header that does not fit {layout.bits_allocated} bits")
 
 
 def _jpeg_header(frame: bytes) -> tuple[int, _Header]:
@@ -222,10 +215,38 @@ def _by_jpeg(frame: bytes, head: _Header, syntax: Any, layout: Layout) -> npt.ND
         ) from None
     except Exception as error:  # imagecodecs has errors of its own
         raise tags.wrong("PixelData", f"cannot be decoded as {syntax.name}: {tags.one_line(error)}") from error
-    if layout.pixel_representation == 0:
-        return np.asarray(stored_HW)
-    unused = 8 * stored_HW.itemsize - layout.bits_stored  # JPEG knows no sign: it is the highest bit that is stored
-    return np.asarray((stored_HW << unused).view(f"i{stored_HW.itemsize}") >> unused)
+    return _of_stored_bits(np.asarray(stored_HW), layout)
+
+
+def _by_rle(frame: bytes, layout: Layout) -> npt.NDArray[Any]:
+    """RLE (PS3.5 G): a segment for each byte of the values, the highest first.
+
+    By segment, because as many pixels as Rows and Columns ask for can be had from any frame that holds more.
+    """
+    count, *offsets = struct.unpack_from("<16L", frame.ljust(64, b"\0"))
+    bounds = [*offsets[:count], len(frame)]
+    if count != layout.bits_allocated // 8 or bounds[0] != 64 or sorted(set(bounds)) != bounds:
+        raise tags.wrong("PixelData", f"holds an RLE header that does not fit {layout.bits_allocated} bits")
+    need = layout.rows * layout.columns
+    stored_HW = np.zeros((layout.rows, layout.columns), dtype=f"u{count}")
+    for begin, end in pairwise(bounds):
+        try:
+            segment = np.frombuffer(decode_segment(frame[begin:end]), dtype=np.uint8)
+        except ValueError as error:
+            raise tags.wrong("PixelData", f"cannot be decoded as RLE Lossless: {tags.one_line(error)}") from error
+        if not need <= len(segment) <= need + 1:  # padding of a segment can look like one more
+            told = f"{len(segment)} pixels, not {layout.rows} x {layout.columns}: its Rows or Columns are wrong"
+            raise tags.wrong("PixelData", f"holds an RLE segment of {told}")
+        stored_HW = (stored_HW << 8 if count > 1 else stored_HW) | segment[:need].reshape(stored_HW.shape)
+    return _of_stored_bits(stored_HW, layout)
+
+
+def _of_stored_bits(code_HW: npt.NDArray[Any], layout: Layout) -> npt.NDArray[Any]:
+    """Unsigned values -> values of the file's sign, without the bits above those that are stored (PS3.5 8.1.1)."""
+    unused = 8 * code_HW.itemsize - layout.bits_stored
+    signed = "i" if layout.pixel_representation else "u"
+    value_HW = (code_HW << unused).view(f"{signed}{code_HW.itemsize}") >> unused
+    return np.asarray(value_HW)
 
 
 def _by_plugin(pixels: bytes, vr: str, plugin: str, syntax: Any, layout: Layout) -> npt.NDArray[Any]:
@@ -245,9 +266,6 @@ def _by_plugin(pixels: bytes, vr: str, plugin: str, syntax: Any, layout: Layout)
                 pixel_vr=vr,
                 **asdict(layout),
             )
-    except BaseException as error:
-        # Each decoder has errors of its own; those of the one for RLE, in Rust, are panics, which are no Exceptions.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
+    except Exception as error:  # each decoder has errors of its own
         raise tags.wrong("PixelData", f"cannot be decoded as {syntax.name}: {tags.one_line(error)}") from error
     return np.ascontiguousarray(stored_HW, dtype=stored_HW.dtype.newbyteorder("="))

@@ -23,7 +23,7 @@ _ONE_AT_A_TIME = threading.Lock()
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence pydicom, which warns of and logs all that is unusual: a picture is usable, or there is a reason why not."""
+    """Silence pydicom, which warns of and logs all that is unusual: a picture is usable, or has a reason why not."""
     log = logging.getLogger("pydicom")
     with _ONE_AT_A_TIME, warnings.catch_warnings():
         warnings.simplefilter("ignore")
