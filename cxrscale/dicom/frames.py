@@ -244,9 +244,9 @@ def _by_rle(frame: bytes, layout: Layout) -> npt.NDArray[Any]:
 def _of_stored_bits(code_HW: npt.NDArray[Any], layout: Layout) -> npt.NDArray[Any]:
     """Unsigned values -> values of the file's sign, without the bits above those that are stored (PS3.5 8.1.1)."""
     unused = 8 * code_HW.itemsize - layout.bits_stored
-    signed = "i" if layout.pixel_representation else "u"
-    value_HW = (code_HW << unused).view(f"{signed}{code_HW.itemsize}") >> unused
-    return np.asarray(value_HW)
+    kind = f"{'i' if layout.pixel_representation else 'u'}{code_HW.itemsize}"
+    value_HW: npt.NDArray[Any] = code_HW.view(kind) if unused == 0 else (code_HW << unused).view(kind) >> unused
+    return value_HW
 
 
 def _by_plugin(pixels: bytes, vr: str, plugin: str, syntax: Any, layout: Layout) -> npt.NDArray[Any]:
