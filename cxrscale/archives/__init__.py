@@ -12,6 +12,8 @@ from cxrscale.schema import ImageRecord, InputError
 READERS = {
     "nih": "cxrscale.archives.nih:read",
     "siim": "cxrscale.archives.siim:read",
+    "rsna": "cxrscale.archives.rsna:read",
+    "kermany": "cxrscale.archives.kermany:read",
 }
 """Source -> the function that reads it, as 'module:function'; the module is imported when it is asked for."""
 
