@@ -106,12 +106,12 @@ def _lut(ds: Any, keyword: str, *, signed: bool, big_endian: bool) -> _Lut:
             data = np.frombuffer(data, dtype=">u2").astype("<u2").tobytes()
         # Entries of 8 bits stand one or two in a word of 16.
         packed = bits == 8 and len(data) == count + count % 2
-        entries = np.frombuffer(data, dtype=np.uint8 if packed else "<u2").astype(np.uint16)[
-            : count if packed else None
-        ]
+        entries = np.frombuffer(data, dtype=np.uint8 if packed else "<u2").astype(np.uint16)
+        if packed:
+            entries = entries[:count]
         if len(entries) != count or not 8 <= bits <= 16:
             raise ValueError(f"{len(data)} bytes for {count} entries of {bits} bits")
-    except Exception as error:
+    except Exception as error:  # damaged bytes make nearly any of these lines raise
         raise tags.wrong(keyword, f"is malformed: {tags.one_line(error)}") from error
     if bits == 16:  # often claimed and not used, as for the stored values themselves
         bits = max(8, int(entries.max()).bit_length())
