@@ -176,5 +176,5 @@ def test_real_pictures_with_several_masks() -> None:
         parts = [np.count_nonzero(masks.decode(rle, SIDE)) for rle in rles]
         union = np.count_nonzero(masks.union(rles, SIDE))
         assert max(parts) <= union <= sum(parts)
-        overlapping += union < sum(parts)
+        overlapping += int(union < sum(parts))
     assert overlapping == 183
