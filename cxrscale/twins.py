@@ -6,7 +6,7 @@ nearest different pictures are 19 bits apart, re-encoded, resized or windowed co
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -61,6 +61,38 @@ def find(
 def repeats(hashes: npt.NDArray[np.uint8], thumbs: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
     """All pairs (a, b), a < b, of one archive that show the same picture, as (P, 2)."""
     return _confirmed(_proposed(hashes, hashes, itself=True), thumbs, thumbs)
+
+
+def united(patients: Sequence[str], pairs: Iterable[Sequence[int]]) -> list[str]:
+    """Patients under one name where a twin joins them: whoever a picture shows, its copy shows too.
+
+    Joins are followed to their end: where a and b share a picture, and b and c do, all three are one.
+
+    Args:
+        patients: (N,) patient of each picture.
+        pairs: (P, 2) rows of pictures that are the same, as `repeats` finds them. Those of `find` serve where both
+            archives' patients stand in one list, the second archive's rows counted on from the first one's end.
+
+    Returns:
+        (N,) patients: of those that are one, the name that sorts first, whatever the order of rows and pairs.
+
+    Raises:
+        IndexError: a pair names a row that is not there.
+    """
+    parent = {name: name for name in patients}
+
+    def first(name: str) -> str:
+        while parent[name] != name:
+            # Halving the way keeps long chains of joins from being walked again and again.
+            parent[name] = name = parent[parent[name]]
+        return name
+
+    for a, b in pairs:
+        if min(a, b) < 0:
+            raise IndexError(f"pair ({a}, {b}): rows are counted from 0")
+        one, other = sorted((first(patients[a]), first(patients[b])))
+        parent[other] = one
+    return [first(name) for name in patients]
 
 
 def _proposed(

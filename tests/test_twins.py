@@ -1,5 +1,7 @@
 """The same picture is found however it was stored; different pictures are not."""
 
+from random import Random
+
 import cv2
 import numpy as np
 import pytest
@@ -47,3 +49,39 @@ def test_a_file_that_occurs_twice_is_a_repeat() -> None:
 def test_different_pictures_are_no_twins(a: int, b: int) -> None:
     pairs = twins.find(*prints([picture(a)]), *prints([picture(b)]))
     assert (len(pairs) == 1) == (a == b)
+
+
+@st.composite
+def joined(draw: st.DrawFn) -> tuple[list[str], list[tuple[int, int]]]:
+    """Patients of pictures, and pairs of their rows."""
+    who = draw(st.lists(st.integers(0, 15).map(lambda n: f"p{n}"), min_size=1, max_size=40))
+    row = st.integers(0, len(who) - 1)
+    return who, draw(st.lists(st.tuples(row, row), max_size=25))
+
+
+@given(given_=joined(), order=st.randoms(use_true_random=False))
+def test_united_patients_are_the_connected_ones(given_: tuple[list[str], list[tuple[int, int]]], order: Random) -> None:
+    who, pairs = given_
+    groups = {name: {name} for name in who}  # the slow way: join whole sets, again and again
+    for a, b in pairs:
+        together = groups[who[a]] | groups[who[b]]
+        groups |= dict.fromkeys(together, together)
+    expected = [min(groups[name]) for name in who]
+    assert twins.united(who, pairs) == expected
+    assert twins.united(expected, pairs) == expected
+    turned = [(b, a) for a, b in pairs]
+    order.shuffle(turned)
+    assert twins.united(who, turned) == expected
+    assert twins.united(who, np.array(pairs, dtype=np.int64).reshape(-1, 2).tolist()) == expected
+
+
+def test_a_long_chain_of_twins_is_one_patient() -> None:
+    who = [f"p{n:05d}" for n in range(20_000)]
+    chain = [(n + 1, n) for n in reversed(range(len(who) - 1))]
+    assert set(twins.united(who, chain)) == {"p00000"}
+
+
+def test_a_pair_beyond_the_rows_is_refused() -> None:
+    for pair in [(0, 2), (-1, 0)]:
+        with pytest.raises(IndexError):
+            twins.united(["a", "b"], [pair])
