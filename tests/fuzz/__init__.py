@@ -1,0 +1,1 @@
+"""Damaged inputs by the thousand: what reads them may refuse them with a reason, and nothing else."""
