@@ -152,6 +152,8 @@ def _rows(path: str, needed: tuple[str, ...]) -> list[tuple[int, dict[str, str]]
         # A row with too few values has None for the rest of them; one with too many has them under the key None.
         if None in row or None in row.values() or not row["patientId"].strip():
             raise InputError(f"{path}, line {line}: a row needs {len(header)} values, among them patientId; mend it")
+        if not row["patientId"].isprintable():  # a stray quote swallows the ends of lines
+            raise InputError(f"{path}, line {line}: patientId {row['patientId'][:80]!r} is damaged; mend the row")
     return [(line, {name: text.strip() for name, text in row.items()}) for line, row in rows]
 
 

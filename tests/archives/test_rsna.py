@@ -98,6 +98,7 @@ def test_a_file_address_is_a_local_path(archive: Path) -> None:
         ("new,,,,0", "line 7: a row needs 6 values"),
         ("new,,,,,0,0", "line 7: a row needs 6 values"),
         (",1,2,3,4,1", "line 7: a row needs 6 values, among them patientId"),
+        ('"new\nnext",,,,,0', r"line 8: patientId 'new\\nnext' is damaged"),
     ],
 )
 def test_a_row_that_cannot_be_names_itself(archive: Path, row: str, message: str) -> None:
