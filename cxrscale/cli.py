@@ -14,10 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from cxrscale import __version__, config, progress, report, storage
-from cxrscale.config import Pack, Recipe
+from cxrscale.config import Recipe
 from cxrscale.schema import InputError
 
 # Each verb imports what it runs: torch, Ray and DALI take seconds that `--help` and a typing mistake need not.
+
+DEFAULTS: dict[str, dict[str, object]] = {"siim": {"masks": True}, "kermany": {"repeats": "unite"}}
+"""What sharding an archive sets unless told otherwise: SIIM is for its masks; Kermany holds some files twice."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -49,7 +52,7 @@ def demo_verb(
 
 @app.command()
 def shard(
-    source: Annotated[str, typer.Argument(help="The archive's kind: nih or siim.")],
+    source: Annotated[str, typer.Argument(help="The archive's kind: nih, siim, rsna or kermany.")],
     root: Annotated[str, typer.Argument(help="The archive's folder.")],
     overrides: Overrides = None,
     out: Annotated[str, typer.Option(help="Where the shard set goes.")] = "shards",
@@ -61,12 +64,13 @@ def shard(
     """Pack a raw archive into verified shards: cxrscale shard nih /data/nih --out shards/nih pack.size=512."""
     from cxrscale.shards import build
 
-    tree = config.override({"pack": {"masks": source == "siim"}}, overrides or [])
-    settings: Pack = config.parse(Recipe, tree, where="shard").pack
+    tree = config.override({"pack": DEFAULTS.get(source, {})}, overrides or [])
+    settings = config.parse(Recipe, tree, where="shard").pack
     total = [0, 0]
     with progress.bar(f"sharding {source}", None, "images") as shown:
 
-        def finished(images: int, quarantined: int) -> None:
+        def finished(images: int, quarantined: int, planned: int) -> None:
+            shown.expect(planned)
             total[0] += images
             total[1] += quarantined
             shown.to(total[0], f"{total[1]} quarantined")
@@ -96,10 +100,10 @@ def verify_verb(root: Annotated[str, typer.Argument(help="A shard set.")]) -> No
 
 @app.command()
 def audit(
-    shards: Annotated[list[str], typer.Argument(help="One or more shard sets.")],
-    out: Annotated[Path, typer.Option(help="The JSON file.")] = Path("audit.json"),
+    shards: Annotated[list[str], typer.Argument(help="One or more shard sets that are meant to be used together.")],
+    out: Annotated[str, typer.Option(help="The page; the JSON goes beside it.")] = "audit.html",
 ) -> None:
-    """Count findings, splits, sexes, views and ages, and look for patients that two splits share."""
+    """Count findings, splits, people, pixels and masks; name the patients and pictures that splits or sets share."""
     from cxrscale.shards import audit as auditing
 
     found = auditing.audit(*shards)
@@ -112,8 +116,12 @@ def audit(
     table.add_row("all pictures", *(str(found["splits"][name]) for name in names), style="bold")
     Console().print(table)
     print(f"{len(found['quarantined'])} quarantined, {len(found['patients_in_two_splits'])} patients in two splits")
-    storage.write(str(out), json.dumps(found, indent=2) + "\n")
-    print(out.resolve())
+    for line in found["not_checked"]:
+        print(f"not checked: {line}")
+    for line in found["verdict"]:
+        print(line)
+    page = auditing.write(found, shards, out)
+    print(page if storage.is_remote(page) else Path(page).resolve())
 
 
 @app.command()
@@ -153,9 +161,7 @@ def evaluate_verb(
 def predict_verb(
     files: Annotated[list[str], typer.Argument(help="DICOM, PNG or JPEG files.")],
     run: Annotated[Path, typer.Option(help="The run whose best checkpoint predicts.")],
-    out: Annotated[Path, typer.Option(help="The file of predictions, one JSON line a picture.")] = Path(
-        "predictions.jsonl"
-    ),
+    out: Annotated[Path, typer.Option(help="The file of predictions.")] = Path("predictions.json"),
 ) -> None:
     """Probabilities for picture files: cxrscale predict a.dcm b.png --run runs/NAME."""
     from cxrscale import evaluate, predict
@@ -172,8 +178,8 @@ def predict_verb(
             print(f"  {name:<20} {value:.4f}")
         if prediction.error:
             print(f"  not read: {prediction.error}")
-    lines = [json.dumps({key: value for key, value in asdict(p).items() if value}) for p in found]
-    storage.write(str(out), "\n".join(lines) + "\n")
+    listed = [{key: value for key, value in asdict(p).items() if value} for p in found]
+    storage.write(str(out), json.dumps({"predictions": listed, **predict.about(run)}, indent=2) + "\n")
     print(out.resolve())
     if all(prediction.error for prediction in found):
         raise InputError("none of the files could be read; the reasons stand above")

@@ -6,13 +6,21 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from cxrscale.labels import NIH14
 from cxrscale.schema import InputError
+
+
+def _one_or_more(given: Any) -> Any:
+    return (given,) if isinstance(given, str) else given
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]
+"""One name or several; `train` is read as `[train]`."""
 
 
 class Section(BaseModel):
@@ -34,8 +42,14 @@ class Pack(Section):
     """Pictures a tar; 2,000 at 54 kB make about 108 MB."""
     masks: bool = False
     """Store a mask for every picture (also an empty one); only labelled pictures enter then."""
-    split: Literal["official", "random"] = "official"
-    """official: the archive's test list, validation carved out of the rest by patient; random: by patient."""
+    split: Literal["official", "random", "chexnet", "kfold", "lists"] = "official"
+    """official: the archive's test list, validation carved out of the rest by patient; random: shares of the images, by
+    patient; chexnet: the paper's 28,744/1,672/389 patients; kfold: by patient, alike in findings and mask sizes; lists:
+    `split_lists`."""
+    folds: int = Field(5, ge=2)
+    """How many folds kfold makes; they are called fold0, fold1, ..."""
+    split_lists: dict[str, str] = {}
+    """Split -> a text file with one image id a line, for split=lists."""
     val_fraction: float = Field(0.12958, ge=0, lt=1)
     """Share of the images outside the test split that become validation, carved by patient (11,212 of 86,524)."""
     test_fraction: float = Field(0.2, ge=0, lt=1)
@@ -44,6 +58,11 @@ class Pack(Section):
     """Which of the possible patient-disjoint splits is drawn."""
     max_quarantined: int = Field(100, ge=0)
     """Past this many unreadable pictures the command exits with an error; what was readable is packed all the same."""
+    patients: Literal["hashed", "original"] = "hashed"
+    """hashed: a patient's name in the shards is a hash, keyed by the environment's CXRSCALE_PATIENT_KEY; original: the
+    archive's own."""
+    repeats: Literal["keep", "unite"] = "keep"
+    """unite: every picture is read once more beforehand, and patients who share a picture count as one."""
     limit: int | None = Field(None, ge=1)
     """Only the first so many pictures of the archive, in the order of their ids; for trying things out."""
     workers: int | None = Field(None, ge=1)
@@ -59,11 +78,11 @@ class Data(Section):
     """classify: one logit a finding and picture; segment: one logit a pixel."""
     findings: tuple[str, ...] = NIH14
     """The columns of the task, in the order of the logits."""
-    train_split: str = "train"
-    """The manifest's split that is trained on."""
-    val_split: str = "val"
+    train_split: Names = ("train",)
+    """The manifest's split that is trained on, or several: [fold1, fold2, fold3, fold4]."""
+    val_split: Names = ("val",)
     """The split that chooses checkpoints and thresholds."""
-    test_split: str = "test"
+    test_split: Names = ("test",)
     """The split that is only ever evaluated."""
     reader: Literal["dali", "reference"] = "dali"
     """dali on Linux; reference is the same plan with OpenCV, slower, for machines without DALI."""

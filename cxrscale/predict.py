@@ -60,6 +60,17 @@ def load(run: Path, device: torch.device) -> Trained:
     return Trained(net.to(device).eval(), recipe, state["manifest"], storage.digest(content), state["pixels"])
 
 
+def about(run: Path) -> dict[str, Any]:
+    """What a prediction must name to be reproduced: the run, its weights' digest, its shards' digest, its recipe."""
+    trained = load(run, torch.device("cpu"))
+    return {
+        "run": str(run.resolve()),
+        "checkpoint": trained.checkpoint,
+        "manifest": trained.manifest,
+        "recipe": trained.recipe.model_dump(mode="json"),
+    }
+
+
 def split(run: Path, name: str) -> Scores:
     """Scores of every picture of a split (its role: train, val or test), computed once and kept in the run.
 
@@ -79,7 +90,7 @@ def split(run: Path, name: str) -> Scores:
         raise InputError(f"{', '.join(recipe.data.shards)}: not the shards that {run} was trained on; restore them")
     roles = {"train": recipe.data.train_split, "val": recipe.data.val_split, "test": recipe.data.test_split}
     batches = feed.evaluation(
-        data, roles.get(name, name), recipe.data, recipe.plan, recipe.augment, 0, 1, worker.device
+        data, roles.get(name, (name,)), recipe.data, recipe.plan, recipe.augment, 0, 1, worker.device
     )
     rows = scoring.score(trained.net, batches, recipe.train, worker)
     scores = Scores(

@@ -34,6 +34,12 @@ class Bar:
             self._task = self._progress.add_task(title, total=total)
             self._progress.start()
 
+    def expect(self, total: int) -> None:
+        """Say how many there will be in all, once that is known."""
+        self.total = total
+        if self._progress is not None:
+            self._progress.update(self._task, total=total)
+
     def to(self, done: int, note: str = "") -> None:
         """Say how many are done by now."""
         self.done = done

@@ -228,16 +228,20 @@ def make_optimizer(net: nn.Module, optim: Optim, device: torch.device) -> torch.
 
 
 def refuse_leaks(data: Manifest, recipe: Recipe) -> None:
-    """Refuse to train where a patient stands in more than one of the recipe's splits.
+    """Refuse to train where a patient stands in more than one of the recipe's three parts: train, val and test.
 
     Raises:
         InputError: names one such patient and how many there are.
     """
-    used = np.isin(data.split, [recipe.data.train_split, recipe.data.val_split, recipe.data.test_split])
-    shared = crossing(data.patient[used].tolist(), data.split[used].tolist())
+    parts = {"train": recipe.data.train_split, "val": recipe.data.val_split, "test": recipe.data.test_split}
+    rows = {part: np.flatnonzero(np.isin(data.split.astype(str), names)) for part, names in parts.items()}
+    shared = crossing(
+        [name for part in parts for name in data.patient[rows[part]].tolist()],
+        [part for part in parts for _ in rows[part]],
+    )
     if shared and not recipe.data.allow_leaks:
         raise InputError(
-            f"data.shards: {len(shared)} patients stand in more than one split, e.g. {shared[0]}; "
+            f"data.shards: {len(shared)} patients stand in more than one of train, val and test, e.g. {shared[0]}; "
             "shard again with pack.split=random, or say data.allow_leaks=true"
         )
 

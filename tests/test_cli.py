@@ -35,8 +35,10 @@ def test_the_whole_way_by_verbs(drawn: PhantomPaths, tmp_path: Path, capsys: pyt
     assert (code, out[-1]) == (0, shards)
     code, out, _ = run(capsys, "verify", shards)
     assert (code, out[-1]) == (0, shards)
-    code, out, _ = run(capsys, "audit", shards, "--out", str(tmp_path / "audit.json"))
-    assert json.loads(Path(out[-1]).read_text())["patients_in_two_splits"] == []
+    code, out, _ = run(capsys, "audit", shards, "--out", str(tmp_path / "audit.html"))
+    assert (code, out[-1]) == (0, str(tmp_path / "audit.html"))
+    assert "No leak found: no patient and no picture stands in two splits." in out
+    assert json.loads((tmp_path / "audit.json").read_text())["patients_in_two_splits"] == []
     overrides = [*TINY_CLASSIFIER, f"data.shards=[{shards}]", f"tracking.root={tmp_path}", "tracking.name=small"]
     code, out, _ = run(capsys, "train", str(recipe), *overrides, "--local")
     assert (code, out[-1]) == (0, str(tmp_path / "small"))
@@ -50,11 +52,11 @@ def test_the_whole_way_by_verbs(drawn: PhantomPaths, tmp_path: Path, capsys: pyt
     assert {"manifest", "checkpoint"} <= found.keys()
     picture = str(next(drawn.nih.rglob("*.png")))
     dicom = str(next(drawn.siim.rglob("*.dcm")))
-    made = tmp_path / "predictions.jsonl"
+    made = tmp_path / "predictions.json"
     code, out, _ = run(
         capsys, "predict", picture, dicom, __file__, "--run", str(tmp_path / "small"), "--out", str(made)
     )
-    lines = [json.loads(line) for line in made.read_text().splitlines()]
+    lines = json.loads(made.read_text())["predictions"]
     assert (code, out[-1]) == (0, str(made))
     assert [len(line.get("scores", {})) for line in lines] == [3, 3, 0]
     assert lines[2]["error"]

@@ -52,7 +52,9 @@ def manifest_of(patients: list[str], split: list[str]) -> Manifest:
 
 def test_a_patient_in_two_splits_is_refused_unless_allowed() -> None:
     leaking = manifest_of(["a", "b", "a"], ["train", "train", "test"])
-    with pytest.raises(InputError, match=r"1 patients stand in more than one split, e\.g\. a; .*data.allow_leaks=true"):
+    with pytest.raises(
+        InputError, match=r"1 patients stand in more than one of train, val and test, e\.g\. a; .*data.allow_leaks=true"
+    ):
         refuse_leaks(leaking, resolve())
     refuse_leaks(leaking, resolve("data.allow_leaks=true"))
     refuse_leaks(manifest_of(["a", "b", "a"], ["train", "test", "train"]), resolve())

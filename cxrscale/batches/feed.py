@@ -30,17 +30,17 @@ def training_rows(manifest: Manifest, data: Data, plan: Plan) -> int:
     return planning.pass_length(planning.streams(rows, label_NF, manifest.key[rows], plan))
 
 
-def usable_rows(manifest: Manifest, split: str, data: Data) -> Rows:
-    """The split's rows, ascending; for segmentation only those with a mask, since the others are unlabelled.
+def usable_rows(manifest: Manifest, split: Sequence[str], data: Data) -> Rows:
+    """The splits' rows, ascending; for segmentation only those with a mask, since the others are unlabelled.
 
     Raises:
         InputError: the split is empty, or none of its pictures has a mask.
     """
-    rows = manifest.rows(split)
+    rows = manifest.rows(*split)
     if data.task == "segment":
         rows = rows[manifest.table["mask_offset"].is_valid().to_numpy()[rows]]
         if not len(rows):
-            raise InputError(f"data.task=segment: split {split!r} has no masks; shard with pack.masks=true")
+            raise InputError(f"data.task=segment: split {', '.join(split)} has no masks; shard with pack.masks=true")
     return rows
 
 
@@ -71,7 +71,7 @@ def training(
 
 def evaluation(
     manifest: Manifest,
-    split: str,
+    split: Sequence[str],
     data: Data,
     plan: Plan,
     augment: Augment,

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cxrscale import archives, pictures, splits, storage, twins
 from cxrscale.config import Pack
+from cxrscale.labels import PRESENT
 from cxrscale.schema import ImageRecord, InputError, Unreadable
 from cxrscale.shards import manifest
-from cxrscale.shards.pack import Packed, Progress, pack
+from cxrscale.shards.pack import Packed, Progress, pack, spread
+
+PATIENT_KEY = "CXRSCALE_PATIENT_KEY"
+"""The environment variable that keys the patients' hashes; the same key gives the same names in every shard set."""
 
 UNLABELLED = "unlabelled"
 """The split of pictures without a label (or, in a segmentation set, without a mask row): they are never trained on,
@@ -45,29 +53,67 @@ def build(
         InputError: the archive cannot be read, or `out` not be written.
     """
     records = sorted(archives.read(source, root), key=lambda record: record.image_id)[: settings.limit]
-    if twins_of is None:
-        split = assign(records, settings)
+    if twins_of is not None:
+        records, split = adopt(records, twins_of, settings, local=local)
+        patients_from = str(manifest.load(twins_of).about[0]["patients_from"])
     else:
-        records, split = adopt(records, twins_of, settings)
-    return pack(records, split, settings, out, local=local, progress=progress)
+        if settings.repeats == "unite":
+            records = unite(records, settings, local=local)
+        split, patients_from = assign(records, settings), None
+        records = [replace(record, patient=patient_name(record, settings)) for record in records]
+    return pack(records, split, settings, out, patients_from=patients_from, local=local, progress=progress)
+
+
+def patient_name(record: ImageRecord, settings: Pack) -> str:
+    """What the shards call a patient: 16 digits of BLAKE2b keyed by CXRSCALE_PATIENT_KEY, or the archive's own name.
+
+    Without a key of one's own the hash hides nothing from whoever has a list of the patients to try.
+    """
+    if settings.patients == "original":
+        return record.patient
+    key = os.environ.get(PATIENT_KEY, "cxrscale").encode()[:64]
+    return hashlib.blake2b(f"{record.source}:{record.patient}".encode(), key=key, digest_size=8).hexdigest()
 
 
 def assign(records: Sequence[ImageRecord], settings: Pack) -> list[str]:
     """The split of each record, by patient; records without labels are set apart."""
     labelled = [_is_labelled(record, settings) for record in records]
     chosen = [record for record, keep in zip(records, labelled, strict=True) if keep]
-    who = [record.patient for record in chosen]
-    has_list = any(record.split for record in chosen)
-    if settings.split == "official" and has_list:
-        names = splits.official(who, [r.split for r in chosen], settings.val_fraction, settings.split_seed)
-    else:
-        share = settings.val_fraction * (1 - settings.test_fraction)
-        names = splits.random(who, share, settings.test_fraction, settings.split_seed)
+    names = _splits(chosen, settings) if chosen else np.zeros(0, dtype=object)
     drawn = iter(names.tolist())
     return [next(drawn) if keep else UNLABELLED for keep in labelled]
 
 
-def adopt(records: Sequence[ImageRecord], twins_of: str, settings: Pack) -> tuple[list[ImageRecord], list[str]]:
+def _splits(records: Sequence[ImageRecord], settings: Pack) -> splits.Splits:
+    who, seed = [record.patient for record in records], settings.split_seed
+    if settings.split == "chexnet":
+        return splits.chexnet(who, seed)
+    if settings.split == "kfold":
+        positive = [bool(record.rles) or PRESENT in record.findings.values() for record in records]
+        return splits.kfold(who, positive, [_mask_pixels(record) for record in records], settings.folds, seed)
+    if settings.split == "lists":
+        return splits.listed([record.image_id for record in records], _lists(settings))
+    if settings.split == "official" and any(record.split for record in records):
+        return splits.official(who, [record.split for record in records], settings.val_fraction, seed)
+    share = settings.val_fraction * (1 - settings.test_fraction)
+    return splits.random(who, share, settings.test_fraction, seed)
+
+
+def _mask_pixels(record: ImageRecord) -> float:
+    """Pixels of the record's runs, overlaps counted twice: near enough to tell small masks from large."""
+    runs = [rle.split()[1::2] for rle in record.rles or ()]
+    return float(sum(int(length) for rle in runs for length in rle)) or float("nan")
+
+
+def _lists(settings: Pack) -> dict[str, list[str]]:
+    if not settings.split_lists:
+        raise InputError("pack.split=lists needs pack.split_lists={train: FILE, val: FILE, test: FILE}")
+    return {name: storage.read(path).decode().split() for name, path in settings.split_lists.items()}
+
+
+def adopt(
+    records: Sequence[ImageRecord], twins_of: str, settings: Pack, *, local: bool
+) -> tuple[list[ImageRecord], list[str]]:
     """Give each record the patient and split of the same picture in another shard set.
 
     Records without a twin keep their own patient and go to train: a picture whose patient is unknown must not
@@ -76,18 +122,12 @@ def adopt(records: Sequence[ImageRecord], twins_of: str, settings: Pack) -> tupl
     Raises:
         InputError: the other shard set holds none of these pictures.
     """
-    manifest.load(twins_of)
-    other = pq.read_table(_open(storage.join(twins_of, manifest.FINGERPRINTS)))
-    readable, marks = [], []
-    for record in records:
-        try:
-            marks.append(twins.fingerprint(pictures.load(storage.read(record.path), name=record.path).grey_HW))
-            readable.append(record.image_id)
-        except (Unreadable, InputError):
-            continue  # packing meets it again and quarantines it with the reason
+    other = pq.read_table(pa.BufferReader(storage.read(storage.join(twins_of, manifest.FINGERPRINTS))))
+    marks = fingerprints(records, settings, local=local)
+    readable = list(marks)
     pairs = twins.find(
-        _matrix([mark.dhash for mark in marks]),
-        _matrix([mark.thumbnail for mark in marks]),
+        _matrix([marks[name].dhash for name in readable]),
+        _matrix([marks[name].thumbnail for name in readable]),
         _matrix(other["dhash"].to_pylist()),
         _matrix(other["thumbnail"].to_pylist()),
     )
@@ -99,10 +139,42 @@ def adopt(records: Sequence[ImageRecord], twins_of: str, settings: Pack) -> tupl
     home = {readable[a]: (patient[b], split[b]) for a, b in pairs.tolist()}
     adopted, names = [], []
     for record in records:
-        who, name = home.get(record.image_id, (record.patient, splits.TRAIN))
+        who, name = home.get(record.image_id, (patient_name(record, settings), splits.TRAIN))
         adopted.append(replace(record, patient=who))
         names.append(name if _is_labelled(record, settings) else UNLABELLED)
     return adopted, names
+
+
+def unite(records: Sequence[ImageRecord], settings: Pack, *, local: bool) -> list[ImageRecord]:
+    """Make one patient of all who share a picture: a file that occurs twice must not stand in two splits."""
+    marks = fingerprints(records, settings, local=local)
+    place = {record.image_id: number for number, record in enumerate(records)}
+    readable = list(marks)
+    pairs = twins.repeats(
+        _matrix([marks[name].dhash for name in readable]), _matrix([marks[name].thumbnail for name in readable])
+    )
+    rows = np.array([place[name] for name in readable], dtype=np.int64)[pairs]
+    names = twins.united([record.patient for record in records], rows)
+    return [replace(record, patient=name) for record, name in zip(records, names, strict=True)]
+
+
+def fingerprints(records: Sequence[ImageRecord], settings: Pack, *, local: bool) -> dict[str, twins.Fingerprint]:
+    """Image id -> fingerprint, of every picture that can be read; packing meets the others again and says why."""
+    jobs = [(tuple(records[start : start + 500]),) for start in range(0, len(records), 500)]
+    found: dict[str, twins.Fingerprint] = {}
+    for part in spread(_fingerprints, jobs, local=local, workers=settings.workers):
+        found |= part
+    return {record.image_id: found[record.image_id] for record in records if record.image_id in found}
+
+
+def _fingerprints(records: Sequence[ImageRecord]) -> dict[str, twins.Fingerprint]:
+    cv2.setNumThreads(1)
+    found = {}
+    for record in records:
+        with suppress(Unreadable, InputError):
+            grey_HW = pictures.load(storage.read(record.path), name=record.path).grey_HW
+            found[record.image_id] = twins.fingerprint(grey_HW)
+    return found
 
 
 def _is_labelled(record: ImageRecord, settings: Pack) -> bool:
@@ -111,7 +183,3 @@ def _is_labelled(record: ImageRecord, settings: Pack) -> bool:
 
 def _matrix(rows: Sequence[bytes]) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
     return np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(len(rows), -1)
-
-
-def _open(address: str) -> pa.BufferReader:
-    return pa.BufferReader(storage.read(address))

@@ -101,17 +101,18 @@ class Manifest:
         values: npt.NDArray[Any] = self.table[name].to_numpy(zero_copy_only=False)
         return values
 
-    def rows(self, split: str) -> npt.NDArray[np.int64]:
-        """The rows of a split, ascending.
+    def rows(self, *splits: str) -> npt.NDArray[np.int64]:
+        """The rows of one or more splits, ascending.
 
         Raises:
-            InputError: the split is empty; names those there are.
+            InputError: one of them is empty; names those there are.
         """
-        rows = np.flatnonzero(self.split == split).astype(np.int64)
-        if not len(rows):
-            there = ", ".join(f"{name} ({count})" for name, count in self.split_counts().items())
-            raise InputError(f"split {split!r} has no pictures; the manifest has {there}")
-        return rows
+        counts = self.split_counts()
+        for name in splits:
+            if name not in counts:
+                there = ", ".join(f"{other} ({count})" for other, count in counts.items())
+                raise InputError(f"split {name!r} has no pictures; the manifest has {there}")
+        return np.flatnonzero(np.isin(self.split.astype(str), splits)).astype(np.int64)
 
     def split_counts(self) -> dict[str, int]:
         """Pictures in each split."""

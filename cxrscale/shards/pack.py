@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -48,8 +48,9 @@ class Packed:
     """False where everything had been done before."""
 
 
-Progress = Callable[[int, int], None]
-"""Called with (pictures finished, of which quarantined) since the last call."""
+Result = TypeVar("Result")
+Progress = Callable[[int, int, int], None]
+"""Called with (pictures finished since the last call, of which quarantined, pictures in all)."""
 
 
 def plan_shards(records: Sequence[ImageRecord], split: Sequence[str], pack: Pack) -> list[ShardPlan]:
@@ -82,6 +83,7 @@ def pack(
     settings: Pack,
     out: str,
     *,
+    patients_from: str | None = None,
     local: bool = False,
     progress: Progress | None = None,
 ) -> Packed:
@@ -91,6 +93,7 @@ def pack(
         records: what an archive reader returned.
         split: (N,) the split of each record.
         out: a folder or fsspec address.
+        patients_from: the source whose patients these are; None: the archive's own.
         local: in this process instead of on Ray.
 
     Raises:
@@ -105,10 +108,13 @@ def pack(
     storage.sweep(out)
     storage.sweep(storage.join(out, PARTS))
     jobs = [(plan, findings, settings, digest, out) for plan in plans]
-    for part in _run(jobs, local, settings.workers):
+    if progress:
+        progress(0, 0, len(records))
+    for part in spread(pack_shard, jobs, local=local, workers=settings.workers):
         if progress:
-            progress(part["images"] + part["quarantined"], part["quarantined"])
-    return _publish(plans, findings, settings, digest, out, records[0].source)
+            progress(part["images"] + part["quarantined"], part["quarantined"], len(records))
+    source = records[0].source
+    return _publish(plans, findings, settings, digest, out, source, patients_from or source)
 
 
 def pack_shard(plan: ShardPlan, findings: tuple[str, ...], settings: Pack, digest: str, out: str) -> dict[str, int]:
@@ -158,40 +164,55 @@ def _counts(part: dict[str, Any]) -> dict[str, int]:
     return {"images": part["images"], "quarantined": len(part["quarantined"])}
 
 
-def _run(jobs: Sequence[tuple[Any, ...]], local: bool, workers: int | None) -> Iterator[dict[str, int]]:
+def spread(
+    function: Callable[..., Result], jobs: Sequence[tuple[Any, ...]], *, local: bool, workers: int | None
+) -> Iterator[Result]:
+    """The results of function(*job) for each job, as they finish: of Ray tasks, a bounded number in flight, or here.
+
+    A task whose worker dies is run again, three times at most.
+
+    Raises:
+        InputError: from the function, as its one line.
+    """
     if local:
         for job in jobs:
-            yield pack_shard(*job)
+            yield function(*job)
         return
     import ray  # only here: a run that finds everything done must not wait for it
 
     from cxrscale import session
 
     session.connect()
-    remote = ray.remote(max_retries=3)(_task)
+    remote: Any = ray.remote(max_retries=3)(_told)
     waiting = list(reversed(jobs))
     running: list[Any] = []
     limit = workers or max(1, session.cpus())
     try:
         while waiting or running:
             while waiting and len(running) < limit:
-                running.append(remote.remote(*waiting.pop()))
+                running.append(remote.remote(function, waiting.pop()))
             ready, running = ray.wait(running, num_returns=1)
             result = ray.get(ready[0])
-            if isinstance(result, str):
-                raise InputError(result)
+            if isinstance(result, _Mistake):
+                raise InputError(result.message)
             yield result
     finally:
         for reference in running:
             ray.cancel(reference, force=True)
 
 
-def _task(*job: Any) -> dict[str, int] | str:
-    """A user's mistake travels back as its one line; Ray would wrap the exception in a page of traceback."""
+@dataclass(frozen=True, slots=True)
+class _Mistake:
+    """A user's mistake on its way back as one line; Ray would wrap the exception in a page of traceback."""
+
+    message: str
+
+
+def _told(function: Callable[..., Result], job: tuple[Any, ...]) -> Result | _Mistake:
     try:
-        return pack_shard(*job)
+        return function(*job)
     except InputError as error:
-        return str(error)
+        return _Mistake(str(error))
 
 
 def _member_keys(ids: Sequence[str]) -> dict[str, str]:
@@ -220,7 +241,18 @@ def _input_digest(plans: Sequence[ShardPlan], settings: Pack) -> str:
     """Names input and settings; `workers` and the place of the archive do not change what is written."""
     choices = settings.model_dump(mode="json", exclude={"workers", "max_quarantined"})
     rows = [
-        (plan.name, key, r.image_id, r.patient, sorted(r.findings.items()), r.view, r.sex, r.age, r.rles)
+        (
+            plan.name,
+            key,
+            r.image_id,
+            r.patient,
+            sorted(r.findings.items()),
+            r.view,
+            r.sex,
+            r.age,
+            r.rles,
+            [[box.finding, box.x, box.y, box.width, box.height] for box in r.boxes],
+        )
         for plan in plans
         for key, r in plan.records
     ]
@@ -294,7 +326,13 @@ def _part_schema(findings: tuple[str, ...]) -> pa.Schema:
 
 
 def _publish(
-    plans: Sequence[ShardPlan], findings: tuple[str, ...], settings: Pack, digest: str, out: str, source: str
+    plans: Sequence[ShardPlan],
+    findings: tuple[str, ...],
+    settings: Pack,
+    digest: str,
+    out: str,
+    source: str,
+    patients_from: str,
 ) -> Packed:
     """Join the parts: quarantine list, fingerprints, and the manifest last, so that nothing half-done is ever seen."""
     tables, shards, quarantined = [], {}, []
@@ -321,6 +359,7 @@ def _publish(
         "format": manifest.FORMAT,
         "version": __version__,
         "source": source,
+        "patients_from": patients_from,
         "input": digest,
         "pack": settings.model_dump(mode="json", exclude={"workers"}),
         "shards": shards,

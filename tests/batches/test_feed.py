@@ -84,7 +84,7 @@ def test_any_number_of_workers_sees_the_same_bits(shards: Manifest, world: int) 
 
 def test_a_batch_outlives_those_after_it(shards: Manifest) -> None:
     data, augment = Data(findings=("Effusion",)), Augment(size=48)
-    batches = feed.evaluation(shards, "train", data, Plan(eval_batch=2), augment)
+    batches = feed.evaluation(shards, ["train"], data, Plan(eval_batch=2), augment)
     held = [(batch, batch.image_BCHW.clone()) for batch in batches]
     gc.collect()
     assert len(held) == 8
@@ -96,7 +96,7 @@ def test_evaluation_has_each_picture_once(shards: Manifest, world: int) -> None:
     data = Data(findings=("Effusion", "Mass"))
     rows, images = [], {}
     for rank in range(world):
-        for batch in feed.evaluation(shards, "val", data, Plan(eval_batch=3), Augment(size=48), rank, world):
+        for batch in feed.evaluation(shards, ["val"], data, Plan(eval_batch=3), Augment(size=48), rank, world):
             assert batch.image_BCHW.shape == (3, 1, 48, 48)
             for row, image, label in zip(
                 batch.row_B[batch.valid_B], batch.image_BCHW[batch.valid_B], batch.label_BF[batch.valid_B], strict=True
@@ -105,7 +105,7 @@ def test_evaluation_has_each_picture_once(shards: Manifest, world: int) -> None:
                 images[int(row)] = image
                 assert np.array_equal(label.numpy(), shards.labels(data.findings)[int(row)], equal_nan=True)
     assert sorted(rows) == shards.rows("val").tolist()
-    whole = next(feed.evaluation(shards, "val", data, Plan(eval_batch=8), Augment(size=48)))
+    whole = next(feed.evaluation(shards, ["val"], data, Plan(eval_batch=8), Augment(size=48)))
     assert all(torch.equal(whole.image_BCHW[i], images[int(row)]) for i, row in enumerate(whole.row_B))
 
 
@@ -125,7 +125,7 @@ def test_a_corrupt_byte_makes_one_row_invalid(make_shards: MakeShards) -> None:
 def test_lossless_and_untouched_shards_read_alike(make_shards: MakeShards) -> None:
     data, augment = Data(findings=("Effusion",)), Augment(size=48)
     sets = [make_shards(codec, codec=codec) for codec in ("png", "source")]
-    first, second = (next(feed.evaluation(each, "val", data, Plan(), augment)) for each in sets)
+    first, second = (next(feed.evaluation(each, ["val"], data, Plan(), augment)) for each in sets)
     assert torch.equal(first.image_BCHW, second.image_BCHW)
 
 
@@ -156,7 +156,7 @@ def test_many_iterators_leave_no_threads_behind(shards: Manifest) -> None:
     before, native = threading.active_count(), len(list(Path("/proc/self/task").iterdir()))
     for _ in range(8):
         train(shards, 1)
-        list(feed.evaluation(shards, "val", Data(findings=("Effusion",)), Plan(), Augment(size=48)))
+        list(feed.evaluation(shards, ["val"], Data(findings=("Effusion",)), Plan(), Augment(size=48)))
     gc.collect()
     assert threading.active_count() == before
     assert len(list(Path("/proc/self/task").iterdir())) <= native + 1
@@ -178,4 +178,4 @@ def test_refusals(shards: Manifest, make_shards: MakeShards) -> None:
             feed.training(manifest, data, planned, augment)
         assert "\n" not in str(error.value)
     with pytest.raises(InputError, match=r"pack.masks=true"):
-        feed.evaluation(unmasked, "val", segment, Plan(), fits)
+        feed.evaluation(unmasked, ["val"], segment, Plan(), fits)
