@@ -7,11 +7,12 @@ import logging
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperGroup
 
 from cxrscale import __version__, config, progress, report, storage
 from cxrscale.config import Recipe
@@ -22,7 +23,24 @@ from cxrscale.schema import InputError
 DEFAULTS: dict[str, dict[str, object]] = {"siim": {"masks": True}, "kermany": {"repeats": "unite"}}
 """What sharding an archive sets unless told otherwise: SIIM is for its masks; Kermany holds some files twice."""
 
+
+class Verbs(TyperGroup):
+    """Turns a user's mistake into one line and exit code 2, and Ctrl-C into what to do next."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb."""
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on from what is finished", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
+    cls=Verbs,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -211,13 +229,6 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one line on stderr and exit code 2."""
+    """Run the command line."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    try:
-        app()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from what is finished", file=sys.stderr)
-        sys.exit(130)
+    app()

@@ -14,6 +14,9 @@ from blake3 import blake3
 
 from cxrscale.schema import InputError
 
+STRAY = ".tmp-"
+"""How the name of an unfinished file begins; it never ends as the finished one's does, so no `*.tar` takes it in."""
+
 
 def is_remote(address: str) -> bool:
     """Whether the address needs a network file system (s3://, gs://, ...); file:// and plain paths do not."""
@@ -97,7 +100,7 @@ def publishing(address: str) -> Iterator[Path]:
     with _named(address):
         if not remote:
             final.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=f"-{final.name}", dir=None if remote else final.parent)
+        handle, name = tempfile.mkstemp(prefix=f"{STRAY}{final.name}-", dir=None if remote else final.parent)
         os.close(handle)
         temporary = Path(name)
         try:
@@ -122,7 +125,7 @@ def write(address: str, data: bytes | str) -> None:
 
 def sweep(address: str) -> int:
     """Remove temporary files that killed processes left in a local folder; returns how many there were."""
-    strays = [] if is_remote(address) else list(local_path(address).glob(".tmp-*"))
+    strays = [] if is_remote(address) else list(local_path(address).glob(f"{STRAY}*"))
     for stray in strays:
         stray.unlink(missing_ok=True)
     return len(strays)

@@ -1,6 +1,7 @@
 """What many tests share: one small phantom, its shards, one Ray cluster."""
 
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,6 +49,22 @@ TINY_SEGMENTER = (
     "tracking.log_steps=1",
 )
 
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+S3_PORT = _free_port()
+# Set before Ray starts, so that its workers speak to the same S3.
+os.environ |= {
+    "AWS_ENDPOINT_URL": f"http://127.0.0.1:{S3_PORT}",
+    "AWS_ACCESS_KEY_ID": "testing",
+    "AWS_SECRET_ACCESS_KEY": "testing",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
+
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -80,6 +97,19 @@ def siim_shards(drawn: PhantomPaths, nih_shards: str, tmp_path_factory: pytest.T
     settings = Pack(size=64, samples_per_shard=20, masks=True)
     build.build("siim", str(drawn.siim), settings, out, twins_of=nih_shards, local=True)
     return out
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """The address of a bucket on a real S3 server on this machine."""
+    import fsspec
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=S3_PORT, verbose=False)
+    server.start()
+    fsspec.filesystem("s3").mkdir("cxr")
+    yield "s3://cxr"
+    server.stop()
 
 
 @pytest.fixture(scope="session")

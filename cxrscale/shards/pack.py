@@ -335,6 +335,7 @@ def _publish(
     patients_from: str,
 ) -> Packed:
     """Join the parts: quarantine list, fingerprints, and the manifest last, so that nothing half-done is ever seen."""
+    storage.sweep(out)  # a task that was killed and run again has left its half behind
     tables, shards, quarantined = [], {}, []
     for plan in plans:
         table = pq.read_table(io.BytesIO(storage.read(storage.join(out, PARTS, plan.name + ".parquet"))))
