@@ -36,8 +36,8 @@ _LARGE_HEART = (0.55, 0.66)  # of the thorax' width; a normal heart takes 0.39 t
 _SHRUNK_X, _SHRUNK_Y = (0.70, 0.88), (0.80, 0.94)
 _AIR, _PLEURA = (0.04, 0.09), (0.10, 0.20)
 _FLUID = (0.10, 0.26)  # its level above the costophrenic angle
-_MASS_RADIUS, _MASS = (0.048, 0.075), (0.16, 0.28)
-_NODULE_RADIUS, _NODULE = (0.018, 0.028), (0.18, 0.30)
+_MASS_RADIUS, _MASS = (0.048, 0.078), (0.18, 0.30)
+_NODULE_RADIUS, _NODULE = (0.020, 0.030), (0.20, 0.32)
 _PATCH_RADIUS, _PATCH = (0.075, 0.12), (0.20, 0.32)
 
 
@@ -101,7 +101,9 @@ def _pneumothorax(chest: Chest, fluid: Layer, rng: np.random.Generator) -> tuple
         inside = fill(chest.frame, shrunk, 0.0)
         medial = chest.frame.pixels(np.array([[chest.midline + side * 0.10, 0.0]]))[0, 0]
         lateral_W = (np.arange(size) - medial) * side > 0
-        crescent = _largest(lateral_W & (chest.lungs[side] * (1 - inside) > 0.5) & (fluid < 0.4))
+        crescent = _largest(
+            lateral_W & (chest.lungs[side] * (1 - inside) > 0.5) & (np.maximum(fluid, chest.heart) < 0.4)
+        )
         crescents.append(crescent)
         solid = crescent.astype(np.float32)
         air = np.maximum(air, cv2.GaussianBlur(solid, (0, 0), max(0.003 * size, 0.3)))
