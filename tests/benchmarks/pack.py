@@ -1,0 +1,286 @@
+"""What packing costs, beside the bare work and beside what others use, interleaved in one run.
+
+    python -m tests.benchmarks.pack --nih DIR --siim DIR [--rounds 5] [--out results/pack.json]
+
+DIR are raw archives. Every contender of a round works on the same pictures, one after the other, so that a machine
+that slows down slows all of them; ratios are medians over rounds of the ratio within a round. Peers that are not
+installed are left out and named: pip install img2dataset litdata.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pydicom
+import webdataset
+from PIL import Image
+
+from cxrscale import archives, masks
+from cxrscale.archives import siim
+from cxrscale.config import Pack
+from cxrscale.schema import ImageRecord
+from cxrscale.shards import build, pack
+
+SIZE = 512
+Work = Callable[[Path], object]
+
+
+def cpu() -> float:
+    """CPU seconds of this process and its finished children."""
+    own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+
+
+def bare(records: list[ImageRecord], out: Path) -> None:
+    """OpenCV alone: decode, resize, encode; nothing is checked, nothing written but the pictures."""
+    for record in records:
+        grey = cv2.imdecode(np.fromfile(record.path, np.uint8), cv2.IMREAD_GRAYSCALE)
+        assert grey is not None
+        small = cv2.resize(grey, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
+        jpeg = cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
+        (out / f"{Path(record.path).stem}.jpg").write_bytes(jpeg.tobytes())
+
+
+def ours(records: list[ImageRecord], out: Path) -> None:
+    """cxrscale shard nih --local once the tables are read: checked, with manifest, fingerprints, CRCs and digests."""
+    settings = Pack(size=SIZE)
+    pack.pack(records, build.assign(records, settings), settings, str(out / "shards"), local=True)
+
+
+def usual(records: list[ImageRecord], out: Path) -> None:
+    """What most people write: PIL and webdataset.ShardWriter."""
+    with webdataset.ShardWriter(str(out / "%05d.tar"), maxcount=2000, verbose=0) as writer:
+        for record in records:
+            picture = Image.open(record.path).convert("L").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+            buffer = io.BytesIO()
+            picture.save(buffer, "JPEG", quality=95)
+            key = Path(record.path).stem
+            writer.write({"__key__": key, "jpg": buffer.getvalue(), "json": json.dumps(dict(record.findings))})
+
+
+def img2dataset_peer(records: list[ImageRecord], out: Path) -> None:
+    """img2dataset over file:// addresses, one process, one thread."""
+    from img2dataset import download  # type: ignore[import-not-found,unused-ignore]
+
+    listed = out / "urls.txt"
+    listed.write_text("\n".join(f"file://{record.path}" for record in records))
+    download(
+        url_list=str(listed),
+        output_folder=str(out / "i2d"),
+        image_size=SIZE,
+        resize_mode="no",
+        encode_quality=95,
+        output_format="webdataset",
+        processes_count=1,
+        thread_count=1,
+        number_sample_per_shard=2000,
+        disallowed_header_directives=[],
+        enable_wandb=False,
+    )
+
+
+def litdata_peer(records: list[ImageRecord], out: Path) -> None:
+    """litdata.optimize with the bare OpenCV work as its function, one worker."""
+    from litdata import optimize  # type: ignore[import-not-found,unused-ignore]
+
+    optimize(
+        fn=_litdata_sample,
+        inputs=[record.path for record in records],
+        output_dir=str(out / "lit"),
+        chunk_bytes="64MB",
+        num_workers=1,
+        verbose=False,
+    )
+
+
+def _litdata_sample(path: str) -> dict[str, Any]:
+    grey = cv2.imread(path, cv2.IMREAD_GRAYSCALE)
+    assert grey is not None
+    small = cv2.resize(grey, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
+    return {"id": path, "jpg": cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()}
+
+
+def measured(work: Work) -> dict[str, float]:
+    """CPU and wall seconds of work in a fresh folder."""
+    folder = Path(tempfile.mkdtemp(prefix="bench-"))
+    try:
+        wall, spent = time.perf_counter(), cpu()
+        work(folder)
+        return {"wall": time.perf_counter() - wall, "cpu": cpu() - spent}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def interleaved(contenders: dict[str, Work], rounds: int) -> dict[str, list[dict[str, float]]]:
+    """Rounds of every contender in turn; the first round only warms up."""
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
+    for number in range(rounds + 1):
+        for name, work in contenders.items():
+            seconds = measured(work)
+            if number:
+                times[name].append(seconds)
+    return times
+
+
+def table(title: str, times: dict[str, list[dict[str, float]]], count: int, against: str) -> dict[str, Any]:
+    """Print and return medians in ms an image, and ratios to one contender within each round."""
+    print(f"\n{title} ({count} items, {len(times[against])} rounds)")
+    print(f"{'':28}{'cpu ms':>9}{'wall ms':>9}{'cpu ratio':>11}{'wall ratio':>12}")
+    found: dict[str, Any] = {}
+    for name, rounds in times.items():
+        row = {kind: 1000 * statistics.median(r[kind] for r in rounds) / count for kind in ("cpu", "wall")}
+        for kind in ("cpu", "wall"):
+            pairs = zip(rounds, times[against], strict=True)
+            row[f"{kind}_ratio"] = statistics.median(own[kind] / max(1e-9, other[kind]) for own, other in pairs)
+        found[name] = row
+        print(f"{name:28}{row['cpu']:9.2f}{row['wall']:9.2f}{row['cpu_ratio']:11.2f}{row['wall_ratio']:12.2f}")
+    return found
+
+
+def siim_contenders(records: list[ImageRecord]) -> dict[str, Work]:
+    """The source codec, which passes JPEG frames through, against pixel_array and PNG."""
+    settings = Pack(codec="source")
+
+    def passed(out: Path) -> None:
+        pack.pack(records, build.assign(records, settings), settings, str(out / "shards"), local=True)
+
+    def decoded(out: Path) -> None:
+        with tarfile.open(out / "a.tar", "w") as tar:
+            for number, record in enumerate(records):
+                picture = pydicom.dcmread(record.path).pixel_array
+                buffer = io.BytesIO()
+                Image.fromarray(picture).save(buffer, "PNG")
+                member = tarfile.TarInfo(f"{number}.png")
+                member.size = len(buffer.getvalue())
+                tar.addfile(member, io.BytesIO(buffer.getvalue()))
+
+    return {"ours, pass-through": passed, "pixel_array + PNG": decoded}
+
+
+def rle_loop_decode(rle: str, side: int) -> np.ndarray[Any, Any]:
+    """The challenge's own decoder: a loop over runs with a division a run."""
+    mask = np.zeros(side * side)
+    numbers = np.asarray([int(x) for x in rle.split()])
+    position = 0
+    for start, length in zip(numbers[0::2], numbers[1::2], strict=True):
+        position += start
+        mask[position : position + length] = 255
+        position += length
+    return mask.reshape(side, side).T
+
+
+def rle_loop_encode(mask: np.ndarray[Any, Any]) -> str:
+    """The challenge's way to encode: every pixel asked for in turn, column by column."""
+    columns = mask.T * 255
+    runs: list[str] = []
+    last, since, start, length = 0, 0, -1, 0
+    for x in range(columns.shape[0]):
+        for y in range(columns.shape[1]):
+            colour = columns[x][y]
+            if colour != last:
+                if colour == 255:
+                    start, length = since, 1
+                else:
+                    runs += [str(start), str(length)]
+                    start, length, since = -1, 0, 0
+            elif start > -1:
+                length += 1
+            last = colour
+            since += 1
+    return " ".join(runs) if runs else "-1"
+
+
+def rle_contenders(table: str) -> tuple[dict[str, Work], ...]:
+    # The table, not only the pictures at hand: masks of all sizes.
+    rles = list(itertools.islice((rle for rows in siim.read_table(table).values() for rle in rows), 100))
+    drawn = [masks.decode(rle, (1024, 1024)) for rle in rles]
+    for rle, mask in zip(rles, drawn, strict=True):
+        assert (rle_loop_decode(rle, 1024) > 0).tolist() == mask.tolist()
+    assert [rle_loop_encode(mask) for mask in drawn[:1]] == [masks.encode(mask) for mask in drawn[:1]]
+    return (
+        {
+            "ours, decode": lambda _: [masks.decode(rle, (1024, 1024)) for rle in rles],
+            "loop, decode": lambda _: [rle_loop_decode(rle, 1024) for rle in rles],
+        },
+        {
+            "ours, encode": lambda _: [masks.encode(mask) for mask in drawn[:10]],
+            "loop, encode": lambda _: [rle_loop_encode(mask) for mask in drawn[:10]],
+        },
+    )
+
+
+def workers_contenders(root: str) -> dict[str, Work]:
+    """One and two Ray tasks at a time over many small shards, so that both stay busy to the end."""
+
+    def spread(workers: int) -> Work:
+        settings = Pack(size=SIZE, samples_per_shard=15, workers=workers)
+        return lambda out: build.build("nih", root, settings, str(out / "shards"))
+
+    return {"two workers": spread(2), "one worker": spread(1)}
+
+
+def installed(name: str) -> bool:
+    """Whether a peer can be imported."""
+    import importlib.util
+
+    return importlib.util.find_spec(name) is not None
+
+
+def main() -> None:
+    """Run everything and print; --out keeps the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nih", required=True)
+    parser.add_argument("--siim", required=True)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--count", type=int, default=96)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    cv2.setNumThreads(1)
+    records = sorted(archives.read("nih", given.nih), key=lambda record: record.image_id)[: given.count]
+    contenders: dict[str, Work] = {
+        "bare OpenCV": lambda out: bare(records, out),
+        "ours, in-process": lambda out: ours(records, out),
+        "PIL + ShardWriter": lambda out: usual(records, out),
+    }
+    for name, work in (("img2dataset", img2dataset_peer), ("litdata", litdata_peer)):
+        if installed(name):
+            contenders[name] = lambda out, work=work: work(records, out)  # type: ignore[misc]
+        else:
+            print(f"{name} is not installed and is left out")
+    found = {
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "nih": table("NIH PNG -> 512 JPEG", interleaved(contenders, given.rounds), len(records), "bare OpenCV"),
+    }
+    pictures = [record for record in archives.read("siim", given.siim) if record.rles is not None]
+    found["siim"] = table(
+        "SIIM DICOM", interleaved(siim_contenders(pictures), given.rounds), len(pictures), "pixel_array + PNG"
+    )
+    decode, encode = rle_contenders(str(Path(given.siim) / "train-rle.csv"))
+    found["rle_decode"] = table("RLE decode", interleaved(decode, given.rounds), 100, "loop, decode")
+    found["rle_encode"] = table("RLE encode", interleaved(encode, given.rounds), 10, "loop, encode")
+    whole = len(archives.read("nih", given.nih))
+    many = interleaved(workers_contenders(given.nih), given.rounds)
+    found["workers"] = table("On Ray, shards of 15", many, whole, "one worker")
+    if given.out:
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        given.out.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
