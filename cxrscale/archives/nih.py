@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-
-import pandas as pd
+from operator import itemgetter
 
 from cxrscale import labels, storage
 from cxrscale.schema import Box, ImageRecord, InputError
@@ -22,9 +22,11 @@ SPLIT_LISTS = {"train_val": "train_val_list.txt", "test": "test_list.txt"}
 
 _PUBLISHED_SIDE = 1024
 _OLDEST = 120
-_AGE = re.compile(r"(\d+)([YMD]?)")
+# Six digits hold any lifetime in days; hundreds of them are no number to divide.
+_AGE = re.compile(r"([0-9]{1,6})([YMD]?)")
+_PATIENT = re.compile(r"[0-9]+")
 _FOLDER = re.compile(r"images(_\d{3})?")
-_PICTURE_NAME = re.compile(r"(\d{8})_\d{3}\.png")
+_PICTURE_NAME = re.compile(r"([0-9]{8})_[0-9]{3}\.png")
 _BOX_FINDINGS = {"Infiltrate": "Infiltration"}
 # The headers hold 'OriginalImage[Width,Height]' and 'Bbox [x,y,w,h]' without quotes: a CSV reader sees these columns.
 _SCAN_COLUMNS = ("OriginalImage[Width", "Height]", "OriginalImagePixelSpacing[x", "y]")
@@ -100,36 +102,31 @@ def read_table(path: str) -> dict[str, Entry]:
         path: Data_Entry_2017.csv or Data_Entry_2017_v2020.csv, a local path or an fsspec address.
 
     Raises:
-        InputError: the file is absent, is no CSV, lacks a column, or a row has an unknown finding, a patient that is
-            not a number, or a picture that another row has too.
+        InputError: the file is absent, is no CSV, lacks a column, or a row has more or fewer values than the header,
+            an unknown finding, a patient that is not a number, or a picture that another row has too.
     """
-    table = _csv(path, ("Image Index", "Finding Labels", "Patient ID"))
-    findings = _findings(path, table["Finding Labels"].tolist())
-    columns = (
-        table["Image Index"].tolist(),
-        table["Patient ID"].tolist(),
-        table["Finding Labels"].tolist(),
-        _column(table, "View Position"),
-        # Some copies of the table call it Patient Sex.
-        _column(table, "Patient Gender" if "Patient Gender" in table else "Patient Sex"),
-        _column(table, "Patient Age"),
-        *(_column(table, name) for name in _SCAN_COLUMNS),
-    )
+    needed = ("Image Index", "Finding Labels", "Patient ID")
+    # Some copies of the table call the sex Patient Sex.
+    others = ("View Position", "Patient Gender", "Patient Sex", "Patient Age", *_SCAN_COLUMNS)
+    states: dict[str, dict[str, int]] = {}
     entries: dict[str, Entry] = {}
-    for image_id, patient, found, view, sex, age, width, height, x_mm, y_mm in zip(*columns, strict=True):
+    for line, (image_id, found, patient, view, gender, sex, age, *scan) in _rows(path, needed, others):
         if image_id in entries:
-            raise InputError(f"{path}: two rows for {image_id}; keep the right one")
-        if not patient.isdecimal():
+            raise InputError(f"{path}, line {line}: another row for {image_id!r:.80}; keep the right one")
+        if not _PATIENT.fullmatch(patient):
             raise InputError(
-                f"{path}: Patient ID {patient!r} of {image_id} is not a number; take the table as published"
+                f"{path}, line {line}: Patient ID {patient!r:.80} of {image_id!r:.80} is not a number; "
+                "take the table as published"
             )
+        if found not in states:  # some 800 in all of the archive's rows
+            states[found] = _states(path, line, found)
         entries[image_id] = Entry(
             patient=patient.zfill(8),
-            findings=findings[found],
+            findings=states[found],
             view=view if view in ("PA", "AP") else None,
-            sex=sex if sex in ("F", "M") else None,
+            sex=(gender or sex) if (gender or sex) in ("F", "M") else None,
             age=_age(age),
-            scan_mm=_scan_mm(width, height, x_mm, y_mm),
+            scan_mm=_scan_mm(*scan),
         )
     return entries
 
@@ -141,19 +138,21 @@ def read_boxes(path: str) -> dict[str, tuple[Box, ...]]:
         path: BBox_List_2017.csv, a local path or an fsspec address.
 
     Raises:
-        InputError: the file is absent, is no CSV, lacks a column, or a row has an unknown finding or no number.
+        InputError: the file is absent, is no CSV, lacks a column, or a row has more or fewer values than the header,
+            an unknown finding or no number.
     """
-    raw = _csv(path, ("Image Index", "Finding Label", *_BOX_COLUMNS))
     boxes: dict[str, tuple[Box, ...]] = {}
-    for image_id, label, *values in raw[["Image Index", "Finding Label", *_BOX_COLUMNS]].itertuples(index=False):
+    for line, (image_id, label, *values) in _rows(path, ("Image Index", "Finding Label", *_BOX_COLUMNS)):
         finding = _BOX_FINDINGS.get(label, label)
         if finding not in labels.NIH14:
-            raise InputError(f"{path}: unknown finding {label!r} of {image_id}; take the table as published")
+            raise InputError(
+                f"{path}, line {line}: unknown finding {label!r:.80} of {image_id!r:.80}; take the table as published"
+            )
         try:
             x, y, width, height = (float(value) for value in values)
         except ValueError:
             raise InputError(
-                f"{path}: the box of {image_id} is not four numbers; take the table as published"
+                f"{path}, line {line}: the box of {image_id!r:.80} is not four numbers; take the table as published"
             ) from None
         boxes[image_id] = (*boxes.get(image_id, ()), Box(finding, x, y, width, height))
     return boxes
@@ -206,33 +205,55 @@ def _png_size(path: str) -> tuple[int, int]:
     return (height, width) if width and height else (_PUBLISHED_SIDE, _PUBLISHED_SIDE)
 
 
-def _csv(path: str, needed: tuple[str, ...]) -> pd.DataFrame:
-    """A table of strings; what a short row lacks is an empty string."""
-    try:
-        # index_col=False: the older table ends its header, but not always its rows, with a comma.
-        table = pd.read_csv(io.BytesIO(storage.read(path)), dtype=object, na_filter=False, index_col=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path} is not a readable CSV table ({reason}); copy it again") from None
-    if missing := [name for name in needed if name not in table.columns]:
+def _rows(path: str, needed: tuple[str, ...], others: tuple[str, ...] = ()) -> Iterator[tuple[int, list[str]]]:
+    """(line number, its values of the columns `needed` and `others`) of every row; '' where the table lacks another."""
+    rows = _lines(path)
+    if (top := next(rows, None)) is None:
+        raise InputError(f"{path} is not a readable CSV table (it is empty); copy it again")
+    header = top[1]
+    if missing := [name for name in needed if name not in header]:
         raise InputError(f"{path}: no column {missing[0]!r}; take the table with the header that NIH published")
-    return table
+    # The box table's header and the older label table's end with commas, which not all of their rows repeat.
+    named = max(at for at, name in enumerate(header, 1) if name)
+    # An empty string at each row's end stands for the columns that the table lacks.
+    chosen = itemgetter(*(header.index(name) if name in header else -1 for name in (*needed, *others)))
+    for line, row in rows:
+        # One value more or less shifts those behind it into columns where they mean something else. Commas at the end
+        # can hide one that is missing, but then they leave the last column empty.
+        ends_early = len(row) < named or (len(row) < len(header) and not row[named - 1])
+        if ends_early or len(row) > len(header) or any(row[named:]):
+            raise InputError(
+                f"{path}, line {line}: the row of {row[0]!r:.80} needs {named} values as its header has; "
+                "take the table as published"
+            )
+        values = list(chosen([*row, ""]))
+        if not values[0] or not values[0].isprintable():  # a stray quote swallows the ends of lines
+            raise InputError(
+                f"{path}, line {line}: {needed[0]} {values[0]!r:.80} is no file name; take the table as published"
+            )
+        yield line, values
 
 
-def _column(table: pd.DataFrame, name: str) -> list[str]:
-    """A column's texts, empty ones where the table lacks it."""
-    return table[name].tolist() if name in table.columns else [""] * len(table)
+def _lines(path: str) -> Iterator[tuple[int, list[str]]]:
+    """(line number, values) of the header and every row that holds any."""
+    try:
+        table = csv.reader(io.StringIO(storage.read(path).decode("utf-8-sig"), newline=""), strict=True)
+        for row in table:
+            if any(map(str.strip, row)):
+                yield table.line_num, row
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not a readable CSV table ({error}); copy it again") from None
 
 
-def _findings(path: str, texts: Iterable[str]) -> dict[str, dict[str, int]]:
-    """The states that each distinct 'A|B' stands for: some 800 in all of the archive's rows."""
-    states: dict[str, dict[str, int]] = {}
-    for text in set(texts):
-        try:
-            states[text] = labels.closed_world((part.strip() for part in text.split("|")), labels.NIH14)
-        except ValueError as error:
-            raise InputError(f"{path}: Finding Labels {text!r}: {error}; take the table as published") from None
-    return states
+def _states(path: str, line: int, text: str) -> dict[str, int]:
+    """The states that 'A|B' stands for."""
+    try:
+        return labels.closed_world((part.strip() for part in text.split("|")), labels.NIH14)
+    except ValueError:
+        raise InputError(
+            f"{path}, line {line}: Finding Labels {text!r:.80} is not 'No Finding' or names of "
+            f"{', '.join(labels.NIH14)} with | between them; take the table as published"
+        ) from None
 
 
 @lru_cache(maxsize=1024)

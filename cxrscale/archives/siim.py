@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import os
+from collections.abc import Iterator
 from pathlib import PurePosixPath
 
 import fsspec
-import pandas as pd
 
 from cxrscale import labels, storage
 from cxrscale.schema import ImageRecord, InputError
@@ -67,23 +68,54 @@ def read_table(path: str) -> dict[str, tuple[str, ...]]:
             `ImageId,EncodedPixels` or `ImageId, EncodedPixels`, its values with or without a space before them.
 
     Raises:
-        InputError: the file is absent, is no CSV, lacks a column, or a row has no value.
+        InputError: the file is absent, is no CSV, lacks a column, or a row has more or fewer values than the header,
+            or an empty or damaged one.
     """
-    try:
-        table = pd.read_csv(io.BytesIO(storage.read(path)), dtype=object, na_filter=False, index_col=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path} is not a readable CSV table ({reason}); copy it again") from None
-    table.columns = table.columns.str.strip()
-    for name in ("ImageId", "EncodedPixels"):
-        if name not in table.columns:
-            raise InputError(f"{path}: no column {name!r}; expected the header 'ImageId, EncodedPixels'")
     masks: dict[str, tuple[str, ...]] = {}
-    for image_id, rle in zip(table["ImageId"].str.strip(), table["EncodedPixels"].str.strip(), strict=True):
+    for line, image_id, rle in _rows(path):
+        # A stray quote swallows the ends of lines, and with them other pictures' rows.
+        if not image_id or not image_id.isprintable():
+            raise InputError(f"{path}, line {line}: ImageId {image_id!r:.80} is no picture's name; mend the row")
         if not rle:
-            raise InputError(f"{path}: EncodedPixels of {image_id} is empty; {NO_MASK} stands for no pneumothorax")
+            raise InputError(
+                f"{path}, line {line}: EncodedPixels of {image_id!r:.80} is empty; {NO_MASK} stands for no pneumothorax"
+            )
+        if not rle.isprintable():
+            raise InputError(
+                f"{path}, line {line}: EncodedPixels of {image_id!r:.80} is damaged: {rle!r:.80}; mend the row"
+            )
         masks[image_id] = masks.get(image_id, ()) if rle == NO_MASK else (*masks.get(image_id, ()), rle)
     return masks
+
+
+def _rows(path: str) -> Iterator[tuple[int, str, str]]:
+    """(line number, ImageId, EncodedPixels) of every row, without spaces around them."""
+    rows = _lines(path)
+    if (top := next(rows, None)) is None:
+        raise InputError(f"{path} is not a readable CSV table (it is empty); copy it again")
+    header = [name.strip() for name in top[1]]
+    for name in ("ImageId", "EncodedPixels"):
+        if name not in header:
+            raise InputError(f"{path}: no column {name!r}; expected the header 'ImageId, EncodedPixels'")
+    for line, row in rows:
+        # One value more or less shifts those behind it into columns where they mean something else.
+        if len(row) != len(header):
+            raise InputError(
+                f"{path}, line {line}: the row of {row[0]!r:.80} needs {len(header)} values as its header has; "
+                "mend the row"
+            )
+        yield line, row[header.index("ImageId")].strip(), row[header.index("EncodedPixels")].strip()
+
+
+def _lines(path: str) -> Iterator[tuple[int, list[str]]]:
+    """(line number, values) of the header and every row that holds any."""
+    try:
+        table = csv.reader(io.StringIO(storage.read(path).decode("utf-8-sig"), newline=""), strict=True)
+        for row in table:
+            if any(map(str.strip, row)):
+                yield table.line_num, row
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not a readable CSV table ({error}); copy it again") from None
 
 
 def _pictures(root: str) -> dict[str, str]:

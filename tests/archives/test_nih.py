@@ -92,7 +92,11 @@ def test_the_newer_table_wins(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "age"), [("411", None), ("120", 120), ("058Y", 58), ("013M", 1), ("009D", 0), ("", None), ("-1", None)]
+    ("text", "age"),
+    [
+        *(("411", None), ("120", 120), ("058Y", 58), ("013M", 1), ("009D", 0), ("", None), ("-1", None)),
+        *(("43800D", 119), ("9" * 400, None), ("9" * 400 + "M", None), ("9" * 5000, None), ("٥٨", None)),
+    ],
 )
 def test_ages(root: Path, text: str, age: int | None) -> None:
     path = table(root, ROWS_2020[0].replace(",57,", f",{text},"))
@@ -138,8 +142,15 @@ def test_a_damaged_first_picture_does_not_stop_the_reading(root: Path) -> None:
         ("Image Index,Patient ID", "a.png,1", "'Finding Labels'"),
         ("Image Index,Finding Labels,Patient ID", "a.png,Measles,1", "'Measles'"),
         ("Image Index,Finding Labels,Patient ID", "a.png,,1", "Finding Labels ''"),
-        ("Image Index,Finding Labels,Patient ID", "a.png,Mass,one", "'one' of a.png"),
-        ("Image Index,Finding Labels,Patient ID", "a.png,Mass,1\na.png,Mass,1", "two rows for a.png"),
+        ("Image Index,Finding Labels,Patient ID", "a.png,Mass,one", "line 2: Patient ID 'one' of 'a.png'"),
+        ("Image Index,Finding Labels,Patient ID", "a.png,Mass,٣", "Patient ID '٣' of 'a.png' is not a number"),
+        ("Image Index,Finding Labels,Patient ID", "a.png,Mass,²", "Patient ID '²' of 'a.png' is not a number"),
+        ("Image Index,Finding Labels,Patient ID", "a.png,Mass,1\na.png,Mass,1", "line 3: another row for 'a.png'"),
+        ("Image Index,Finding Labels,Patient ID", ",Mass,1", "line 2: Image Index '' is no file name"),
+        ("Image Index,Finding Labels,Patient ID", '"a\nb.png",Mass,1', r"line 3: Image Index 'a\\nb.png' is no file"),
+        ("Image Index,Finding Labels,Patient ID", 'a.png,"Mass\n",one', "line 3: Patient ID 'one' of 'a.png'"),
+        ("Image Index,Finding Labels,Patient ID", 'a.png,"\nx",1', r"Finding Labels '\\nx'"),
+        ("Image Index,Finding Labels,Patient ID", 'a.png,Mass,"\r\n1"', r"Patient ID '\\r\\n1' of 'a.png'"),
         ("Image Index,Finding Labels,Patient ID", 'a.png,"Mass,1', "not a readable CSV"),
     ],
 )
@@ -148,16 +159,66 @@ def test_what_a_table_may_not_say(root: Path, header: str, row: str, words: str)
     with pytest.raises(InputError, match=words) as caught:
         nih.read(str(root))
     assert "Data_Entry_2017_v2020.csv" in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("number", range(len(ROWS_2020)))
+@pytest.mark.parametrize("end", ["", ","])
+def test_a_value_too_many_or_too_few_is_refused(tmp_path: Path, number: int, end: str) -> None:
+    """Else the values behind it move into columns where they mean something else: Follow-up # becomes a patient."""
+    cells = ROWS_2020[number].split(",")
+    for at in range(len(cells)):
+        for damaged in (
+            [*cells[:at], "Mass", *cells[at:]],
+            [*cells[:at], "", *cells[at:]],
+            cells[:at] + cells[at + 1 :],
+        ):
+            rows = [row + end for row in ROWS_2020]
+            rows[number] = ",".join(damaged) + end
+            path = table(tmp_path, *rows, header=HEADER_2020 + end)
+            words = rf"v2020\.csv, line {number + 2}: the row of .* needs 11 values as its header has; take the table"
+            with pytest.raises(InputError, match=words):
+                nih.read_table(str(path))
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_line_ends_empty_rows_and_a_byte_order_mark(tmp_path: Path, end: str) -> None:
+    expected = nih.read_table(str(table(tmp_path)))
+    path = tmp_path / "table.csv"
+    path.write_bytes(end.join(["", HEADER_2020, *ROWS_2020, "," * 10, " ", ""]).encode("utf-8-sig"))
+    assert nih.read_table(str(path)) == expected
+
+
+def test_long_cells_are_cut_in_messages(tmp_path: Path) -> None:
+    name, junk = "a" * 5000, "\u2028" * 5000
+    for row in (f"{name},Mass,{junk}", f"{name},{junk},1", f"{junk},Mass,1", f"{name},Mass,1,{junk}"):
+        path = table(tmp_path, row, header="Image Index,Finding Labels,Patient ID")
+        with pytest.raises(InputError) as caught:
+            nih.read_table(str(path))
+        message = str(caught.value).removeprefix(str(path))
+        assert len(message) < 400
+        assert len(message.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("Image Index,Finding Label\n", "'Bbox"),
-        ("Image Index,Finding Label,Bbox [x,y,w,h],,,\na.png,Measles,1,2,3,4\n", "'Measles' of a.png"),
-        ("Image Index,Finding Label,Bbox [x,y,w,h],,,\na.png,Mass,1,2,3\n", "a.png is not four numbers"),
+        ("Image Index,Finding Label,Bbox [x,y,w,h],,,\na.png,Measles,1,2,3,4\n", "'Measles' of 'a.png'"),
+        ("Image Index,Finding Label,Bbox [x,y,w,h],,,\na.png,Mass,1,2,x,4\n", "'a.png' is not four numbers"),
+        (
+            "Image Index,Finding Label,Bbox [x,y,w,h],,,\na.png,Mass,1,2,3\n",
+            "line 2: the row of 'a.png' needs 6 values",
+        ),
+        ("Image Index,Finding Label,Bbox [x,y,w,h],,,\na.png,Mass,0,1,2,3,4\n", "line 2: the row of 'a.png' needs 6"),
+        (
+            "Image Index,Finding Label,Bbox [x,y,w,h]\na.png,Mass,1,2,3,4\nb.png,Mass,1,2,3,4,\n",
+            "line 3: the row of 'b",
+        ),
+        ('Image Index,Finding Label,Bbox [x,y,w,h],,,\n"a\n.png",Mass,1,2,3,4\n', r"Image Index 'a\\n.png' is no file"),
+        ('Image Index,Finding Label,Bbox [x,y,w,h],,,\na.png,"\n",1,2,3,4\n', r"finding '\\n' of 'a.png'"),
         ("", "not a readable CSV"),
+        ("\n\n", "not a readable CSV"),
     ],
 )
 def test_what_a_box_table_may_not_say(tmp_path: Path, text: str, words: str) -> None:
@@ -166,6 +227,7 @@ def test_what_a_box_table_may_not_say(tmp_path: Path, text: str, words: str) -> 
     with pytest.raises(InputError, match=words) as caught:
         nih.read_boxes(str(path))
     assert str(path) in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_missing_parts_are_named(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -94,7 +94,21 @@ def test_roots_of_all_kinds(root: Path, monkeypatch: pytest.MonkeyPatch) -> None
     [
         ("ImageId, Pixels\na, -1\n", "no column 'EncodedPixels'"),
         ("Id, EncodedPixels\na, -1\n", "no column 'ImageId'"),
-        ("ImageId, EncodedPixels\na,\n", "EncodedPixels of a is empty; -1 stands for"),
+        ("ImageId, EncodedPixels\na,\n", "line 2: EncodedPixels of 'a' is empty; -1 stands for"),
+        ("ImageId, EncodedPixels\na,-1\n , 1 2\n", "line 3: ImageId '' is no picture's name; mend the row"),
+        ('ImageId, EncodedPixels\n"a\nb",\n', r"line 3: ImageId 'a\\nb' is no picture's name"),
+        (
+            'ImageId, EncodedPixels\na,"1 2\nb,-1\nc,3"\n',
+            r"line 4: EncodedPixels of 'a' is damaged: '1 2\\nb,-1\\nc,3'",
+        ),
+        (
+            "ImageId, EncodedPixels\na, 1 2, 3 4\nb,-1\n",
+            "line 2: the row of 'a' needs 2 values as its header has; mend",
+        ),
+        ("ImageId, EncodedPixels\na,-1\nb, 1 2, 3 4\n", "line 3: the row of 'b' needs 2 values"),
+        ("ImageId, EncodedPixels\n0,a,-1\n", "line 2: the row of '0' needs 2 values"),
+        ("ImageId, EncodedPixels\na\n", "line 2: the row of 'a' needs 2 values"),
+        ('ImageId, EncodedPixels\na,"1 2\n', "not a readable CSV"),
         ("", "not a readable CSV"),
     ],
 )
@@ -103,7 +117,24 @@ def test_what_a_table_may_not_say(root: Path, text: str, words: str) -> None:
     with pytest.raises(InputError, match=words) as caught:
         siim.read(str(root))
     assert str(root / "train-rle.csv") in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("row", ["{},", '{},"1\n2"', "{},1,2", "\u2028{},-1", "a,{}\u2028", "{}"])
+def test_long_cells_are_cut_in_messages(tmp_path: Path, row: str) -> None:
+    path = table(tmp_path, row.replace("{}", "9\u20299" * 5000))
+    with pytest.raises(InputError) as caught:
+        siim.read_table(str(path))
+    message = str(caught.value).removeprefix(str(path))
+    assert len(message) < 250
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_line_ends_empty_rows_and_a_byte_order_mark(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "train-rle.csv"
+    path.write_bytes(end.join(["", "ImageId, EncodedPixels", "a, -1", ",", "b, 1 2", ""]).encode("utf-8-sig"))
+    assert siim.read_table(str(path)) == {"a": (), "b": ("1 2",)}
 
 
 def test_missing_and_double_parts_are_named(root: Path) -> None:
