@@ -25,6 +25,8 @@ from cxrscale.worker import LocalWorker, RayWorker
 
 RECIPE = "recipe.yaml"
 ABOUT = "run.json"
+MISTAKE = "mistake.txt"
+"""What a worker found wrong with the input, for the driver to say."""
 FREE_TO_CHANGE = frozenset({"scaling", "tracking", "pack"})
 """Sections that may differ when an unfinished run goes on: they do not change what is learned."""
 
@@ -112,6 +114,7 @@ def prepare(recipe: Recipe, stem: str, about: dict[str, Any]) -> Path:
             raise InputError(f"run {name} is finished; give another tracking.name, or `cxrscale evaluate {run}`")
     storage.write(str(run / ABOUT), json.dumps(about, indent=2) + "\n")
     storage.write(str(run / RECIPE), config.to_yaml(recipe))
+    (run / MISTAKE).unlink(missing_ok=True)
     return run
 
 
@@ -154,12 +157,22 @@ def _on_ray(recipe: Recipe, run: Path) -> bool:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise InputError(_reason(error)) from error
+    if (run / MISTAKE).exists():
+        raise InputError((run / MISTAKE).read_text())
     return True
 
 
 def _ray_loop(settings: dict[str, Any]) -> None:
-    recipe = config.parse(Recipe, settings["recipe"], where="the driver's recipe")
-    train(recipe, Path(settings["run"]), RayWorker())
+    recipe, run = config.parse(Recipe, settings["recipe"], where="the driver's recipe"), Path(settings["run"])
+    mistake = run / MISTAKE
+    # Ray starts a failed group again. A lost worker is worth that, a user's mistake is not: the new group leaves.
+    if mistake.exists():
+        return
+    try:
+        train(recipe, run, RayWorker())
+    except InputError as error:
+        storage.write(str(mistake), str(error))
+        raise
 
 
 def _reason(error: Exception) -> str:

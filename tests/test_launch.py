@@ -35,6 +35,15 @@ def test_more_workers_than_the_cluster_has_is_one_line(nih_shards: str, tmp_path
         launch.launch(tiny(nih_shards, tmp_path, "scaling.num_workers=800", "plan.batch=800"), "tiny", watch)
 
 
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_mistake_that_only_workers_find_is_one_line_too(nih_shards: str, tmp_path: Path) -> None:
+    recipe = tiny(nih_shards, tmp_path, "optim.lr=1e30", "train.epochs=1", "plan.steps_per_epoch=6")
+    with pytest.raises(
+        InputError, match=r"^the loss is (nan|inf) at step \d: lower optim\.lr or set optim.clip_norm=1$"
+    ):
+        launch.launch(recipe, "tiny", watch)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
