@@ -1,12 +1,15 @@
 """The same picture in two archives (or twice in one), found by the pixels alone.
 
-A difference hash (Krawetz 2013) of 256 bits proposes, 32 x 32 thumbnails confirm. Among real chest films the
-nearest different pictures are 19 bits apart, re-encoded, resized or windowed copies at most 3.
+Thumbnails propose and confirm, a difference hash (Krawetz 2013) of 256 bits may object. Copies differ in size, in
+JPEG's noise and in their tone curve: brightness, contrast, gamma, a window that clips both ends. Two thumbnails are
+held to show one picture where one is nearly a function of the other, grey level by grey level. Of 18 million pairs of
+different real chest films none comes nearer than 0.039 on that scale; 37 films that were resized, re-encoded at quality
+75, or windowed to 60..200 stay below 0.01.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -16,12 +19,16 @@ import numpy.typing as npt
 from cxrscale.schema import GreyImage
 
 HASH_BITS = 256
-MAX_DISTANCE = 10
-"""Bits that two copies may differ by."""
-MAX_SQUARED = 5.0
-"""Mean squared difference that two copies' thumbnails may have, once their contrast is matched (grey levels^2)."""
-CANDIDATES = 1 << 20
-"""Pairs compared at a time: some 100 MB."""
+MAX_DISTANCE = 64
+"""Bits that two copies may differ by: where a window clips, neighbours become equal and their bits fall."""
+MIN_CORRELATION = 0.96
+"""Correlation of two copies' 16 x 16 cells at least."""
+MAX_UNLIKENESS = 0.015
+"""Share of a copy's variance that the other's grey level may leave unexplained."""
+SLOWEST = 7
+"""Half-waves across and down, together, of the waves that sift the pairs before all 256 cells are compared."""
+BLOCK = 1024
+"""Pictures of either side that are compared at a time: what 4 MB hold stays in a processor's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +43,14 @@ class Fingerprint:
 
 def fingerprint(grey_HW: GreyImage) -> Fingerprint:
     """The fingerprint of an upright grey picture."""
-    # Two area averages: the second is integer-exact whatever size the first had to start from.
-    cells = cv2.resize(grey_HW, (17, 16), interpolation=cv2.INTER_AREA).astype(np.int16)
+    # Halving is the one area average that OpenCV vectorises: 0.3 ms in all at 1024 pixels, 3.9 ms without it.
+    small_HW = grey_HW
+    while min(small_HW.shape) >= 512:
+        height, width = small_HW.shape
+        small_HW = cv2.resize(small_HW, (width // 2, height // 2), interpolation=cv2.INTER_AREA)
+    cells = cv2.resize(small_HW, (17, 16), interpolation=cv2.INTER_AREA).astype(np.int16)
     bits = cells[:, :-1] > cells[:, 1:]
-    thumbnail = cv2.resize(grey_HW, (32, 32), interpolation=cv2.INTER_AREA)
+    thumbnail = cv2.resize(small_HW, (32, 32), interpolation=cv2.INTER_AREA)
     return Fingerprint(np.packbits(bits).tobytes(), thumbnail.tobytes())
 
 
@@ -55,12 +66,13 @@ def find(
         hashes_A, hashes_B: (N, 32) uint8 difference hashes.
         thumbs_A, thumbs_B: (N, 1024) uint8 thumbnails.
     """
-    return _confirmed(_proposed(hashes_A, hashes_B, itself=False), thumbs_A, thumbs_B)
+    pairs = _proposed(thumbs_A, thumbs_B, itself=False)
+    return _confirmed(pairs, hashes_A, thumbs_A, hashes_B, thumbs_B)
 
 
 def repeats(hashes: npt.NDArray[np.uint8], thumbs: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
     """All pairs (a, b), a < b, of one archive that show the same picture, as (P, 2)."""
-    return _confirmed(_proposed(hashes, hashes, itself=True), thumbs, thumbs)
+    return _confirmed(_proposed(thumbs, thumbs, itself=True), hashes, thumbs, hashes, thumbs)
 
 
 def united(patients: Sequence[str], pairs: Iterable[Sequence[int]]) -> list[str]:
@@ -96,73 +108,81 @@ def united(patients: Sequence[str], pairs: Iterable[Sequence[int]]) -> list[str]
 
 
 def _proposed(
-    hashes_A: npt.NDArray[np.uint8], hashes_B: npt.NDArray[np.uint8], *, itself: bool
+    thumbs_A: npt.NDArray[np.uint8], thumbs_B: npt.NDArray[np.uint8], *, itself: bool
 ) -> npt.NDArray[np.int64]:
-    """All pairs whose hashes differ by at most `MAX_DISTANCE` bits, (P, 2), ordered; with `itself` only a < b.
+    """All pairs whose cells correlate by at least `MIN_CORRELATION`, (P, 2), ordered; with `itself` only a < b.
 
-    The bits are dealt to one block more than may differ, so two copies agree in at least one whole block (multi-index
-    hashing, Norouzi et al. 2012): only pictures that share a block are compared. Dealing them in turn puts bits from
-    all over the picture into each block; neighbouring bits agree too often to tell chests apart.
+    Every pair is looked at, first by its slowest waves: with the length of what they leave out as one number more,
+    their product is never below the correlation (Cauchy-Schwarz), so nothing is missed.
     """
-    blocks = MAX_DISTANCE + 1
-    bits_A, bits_B = np.unpackbits(hashes_A, axis=1), np.unpackbits(hashes_B, axis=1)
-    words_A, words_B = (np.ascontiguousarray(hashes).view(np.uint64) for hashes in (hashes_A, hashes_B))
-    found = [np.empty(0, dtype=np.int64)]
-    for block in range(blocks):
-        keys_A, keys_B = (_numbers(bits[:, block::blocks]) for bits in (bits_A, bits_B))
-        for a, b in _agreeing(keys_A, keys_B, itself=itself):
-            distance = np.bitwise_count(words_A[a] ^ words_B[b]).sum(axis=1)
-            near = distance <= MAX_DISTANCE
-            found.append(a[near] * len(hashes_B) + b[near])
-    rows_A, rows_B = np.divmod(np.unique(np.concatenate(found)), max(1, len(hashes_B)))
-    return np.stack([rows_A, rows_B], axis=1)
+    cells_A, cells_B = _cells(thumbs_A), _cells(thumbs_B)
+    waves = _waves()
+    short_A, short_B = _shortened(cells_A, waves), _shortened(cells_B, waves)
+    found = [np.empty((0, 2), dtype=np.int64)]
+    for from_A in range(0, len(cells_A), BLOCK):
+        for from_B in range(from_A if itself else 0, len(cells_B), BLOCK):
+            part_B = short_B[from_B : from_B + BLOCK]
+            # Rounding must not dismiss what lies on the bound.
+            near = np.flatnonzero(short_A[from_A : from_A + BLOCK] @ part_B.T >= MIN_CORRELATION - 1e-4)
+            for some in np.array_split(near, 1 + len(near) // 65536):
+                a, b = from_A + some // len(part_B), from_B + some % len(part_B)
+                alike = np.einsum("pc,pc->p", cells_A[a], cells_B[b]) >= MIN_CORRELATION
+                found.append(np.stack([a[alike], b[alike]], axis=1))
+    pairs = np.concatenate(found)
+    pairs = pairs[pairs[:, 0] < pairs[:, 1]] if itself else pairs
+    return pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
 
 
-def _numbers(bits: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
-    """(N, up to 32) bits as N numbers."""
-    packed = np.packbits(bits, axis=1).astype(np.int64)
-    return packed @ (256 ** np.arange(packed.shape[1], dtype=np.int64))
+def _waves() -> npt.NDArray[np.float32]:
+    """(256, W) the slowest waves of the cosine transform of 16 x 16 cells, orthonormal; the constant is left out."""
+    wave = np.cos(np.pi / 16 * np.outer(np.arange(16) + 0.5, np.arange(16))) * np.sqrt(2 / 16)
+    wave[:, 0] /= np.sqrt(2)
+    speeds = [(u, v) for u in range(16) for v in range(16) if 0 < u + v <= SLOWEST]
+    return np.stack([np.outer(wave[:, u], wave[:, v]).ravel() for u, v in speeds], axis=1).astype(np.float32)
 
 
-def _agreeing(
-    keys_A: npt.NDArray[np.int64], keys_B: npt.NDArray[np.int64], *, itself: bool
-) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-    """Rows (a, b) with equal keys, some `CANDIDATES` at a time, so that memory does not grow with their number."""
-    order = np.argsort(keys_B, kind="stable")
-    ordered = keys_B[order]
-    rows = order if itself else np.arange(len(keys_A))
-    # Sorting is stable: the partners after a row in the order are also the later rows.
-    low = np.arange(1, len(order) + 1) if itself else np.searchsorted(ordered, keys_A, side="left")
-    counts = np.searchsorted(ordered, keys_A[rows], side="right") - low
-    ends = np.cumsum(counts)
-    total = int(ends[-1]) if len(ends) else 0
-    cuts = np.unique([0, *np.searchsorted(ends, np.arange(CANDIDATES, total, CANDIDATES)), len(rows)])
-    for start, stop in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
-        many = counts[start:stop]
-        before = np.repeat(ends[start:stop] - many, many)
-        place = np.arange(many.sum()) + (before[0] if len(before) else 0) - before + np.repeat(low[start:stop], many)
-        yield np.repeat(rows[start:stop], many), order[place]
+def _shortened(cells: npt.NDArray[np.float32], axes: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """(N, W + 1): the cells along W orthonormal axes, and the length of the rest."""
+    along = cells @ axes
+    rest = (cells**2).sum(axis=1) - (along**2).sum(axis=1)
+    return np.concatenate([along, np.sqrt(np.maximum(rest, 0))[:, None]], axis=1)
+
+
+def _cells(thumbs: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """(N, 256) means of 2 x 2 pixels, centred and of length 1: products are correlations. A blank picture's are 0."""
+    cells = thumbs.reshape(-1, 16, 2, 16, 2).mean(axis=(2, 4), dtype=np.float32).reshape(-1, 256)
+    cells -= cells.mean(axis=1, keepdims=True)
+    length = np.linalg.norm(cells, axis=1, keepdims=True)
+    unit: npt.NDArray[np.float32] = np.divide(cells, length, out=np.zeros_like(cells), where=length > 0)
+    return unit
 
 
 def _confirmed(
-    pairs: npt.NDArray[np.int64], thumbs_A: npt.NDArray[np.uint8], thumbs_B: npt.NDArray[np.uint8]
+    pairs: npt.NDArray[np.int64],
+    hashes_A: npt.NDArray[np.uint8],
+    thumbs_A: npt.NDArray[np.uint8],
+    hashes_B: npt.NDArray[np.uint8],
+    thumbs_B: npt.NDArray[np.uint8],
 ) -> npt.NDArray[np.int64]:
-    """Those of the (P, 2) proposed pairs whose thumbnails agree too."""
-    kept = [
-        part[_differences(thumbs_A[part[:, 0]], thumbs_B[part[:, 1]]) < MAX_SQUARED]
-        for part in (pairs[start : start + 4096] for start in range(0, len(pairs), 4096))
-    ]
-    return np.concatenate([pairs[:0], *kept])
+    """Those of the (P, 2) proposed pairs whose hashes are near and whose thumbnails are alike but for their tones."""
+    kept = [pairs[:0]]
+    for start in range(0, len(pairs), 512):
+        part = pairs[start : start + 512]
+        distance = np.bitwise_count(hashes_A[part[:, 0]] ^ hashes_B[part[:, 1]]).sum(axis=1)
+        part = part[distance <= MAX_DISTANCE]
+        one, other = thumbs_A[part[:, 0]], thumbs_B[part[:, 1]]
+        # A window that clips can be told from the whole picture, but not the other way round.
+        unlike = np.minimum(_unexplained(one, other), _unexplained(other, one))
+        kept.append(part[unlike <= MAX_UNLIKENESS])
+    return np.concatenate(kept)
 
 
-def _differences(one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
-    """Mean squared differences of P pairs of thumbnails (P, 1024), each after matching brightness and contrast, which
-    windowing changes, by least squares; a contrast that would have to be halved or doubled is not matched."""
-    a, b = one.astype(np.float64), other.astype(np.float64)
-    plain = ((a - b) ** 2).mean(axis=1)
-    a -= a.mean(axis=1, keepdims=True)
-    b -= b.mean(axis=1, keepdims=True)
-    spread = (b**2).mean(axis=1)
-    gain = np.divide((a * b).mean(axis=1), spread, out=np.zeros_like(spread), where=spread > 0)
-    matched = ((a - gain[:, None] * b) ** 2).mean(axis=1)
-    return np.where((gain > 0.5) & (gain < 2), matched, plain)
+def _unexplained(by: npt.NDArray[np.uint8], what: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
+    """For P pairs of thumbnails (P, 1024), the share of one's variance that is left among pixels of like grey level in
+    the other: 64 groups of 16 pixels, by rank, so that no tone curve matters."""
+    order = np.argsort(by, axis=1, kind="stable")
+    groups = np.take_along_axis(what, order, axis=1).reshape(len(what), 64, 16).astype(np.float64)
+    variance = what.var(axis=1)
+    left = groups.var(axis=2).mean(axis=1)
+    share: npt.NDArray[np.float64] = np.divide(left, variance, out=np.ones_like(variance), where=variance > 0)
+    return share

@@ -5,7 +5,7 @@ from random import Random
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cxrscale import twins
@@ -49,6 +49,49 @@ def test_a_file_that_occurs_twice_is_a_repeat() -> None:
 def test_different_pictures_are_no_twins(a: int, b: int) -> None:
     pairs = twins.find(*prints([picture(a)]), *prints([picture(b)]))
     assert (len(pairs) == 1) == (a == b)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**32), block=st.sampled_from([1, 7, 1024]), noise=st.floats(0, 12))
+def test_blocks_find_what_comparing_one_by_one_finds(seed: int, block: int, noise: float) -> None:
+    rng = np.random.default_rng(seed)
+    first = [picture(int(n)) for n in rng.integers(0, 1000, size=rng.integers(0, 5))]
+    second = [np.clip(p + rng.normal(0, noise, p.shape), 20, 200).astype(np.uint8) for p in first[::2]] + [picture(0)]
+    (hashes_A, thumbs_A), (hashes_B, thumbs_B) = prints(first), prints(second)
+
+    def correlation(one: np.ndarray, other: np.ndarray) -> float:
+        cells = [p.reshape(16, 2, 16, 2).mean(axis=(1, 3)).ravel() for p in (one, other)]
+        return float(np.corrcoef(*cells)[0, 1])
+
+    def unexplained(by: np.ndarray, what: np.ndarray) -> float:
+        order = sorted(range(1024), key=lambda pixel: by[pixel])
+        left = [np.var(what[order[start : start + 16]].astype(float)) for start in range(0, 1024, 16)]
+        return float(np.mean(left) / np.var(what.astype(float)))
+
+    def same(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]) -> bool:
+        distance = np.bitwise_count(one[0] ^ other[0]).sum()
+        likeness = correlation(one[1], other[1])
+        unlike = min(unexplained(one[1], other[1]), unexplained(other[1], one[1]))
+        assume(abs(likeness - twins.MIN_CORRELATION) > 1e-5)  # float32 may round either way there
+        assume(abs(unlike - twins.MAX_UNLIKENESS) > 1e-9)
+        return bool(
+            distance <= twins.MAX_DISTANCE and likeness >= twins.MIN_CORRELATION and unlike <= twins.MAX_UNLIKENESS
+        )
+
+    marks_A = list(zip(hashes_A, thumbs_A, strict=True))
+    marks_B = list(zip(hashes_B, thumbs_B, strict=True))
+    expected = [[a, b] for a, one in enumerate(marks_A) for b, other in enumerate(marks_B) if same(one, other)]
+    every = marks_A + marks_B
+    repeated = [[a, b] for b, other in enumerate(every) for a, one in enumerate(every[:b]) if same(one, other)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(twins, "BLOCK", block)
+        assert twins.find(hashes_A, thumbs_A, hashes_B, thumbs_B).tolist() == expected
+        joint = np.concatenate([hashes_A, hashes_B]), np.concatenate([thumbs_A, thumbs_B])
+        assert twins.repeats(*joint).tolist() == sorted(repeated)
+
+
+def test_blank_pictures_show_nobody() -> None:
+    assert twins.repeats(*prints([np.full((64, 64), grey, dtype=np.uint8) for grey in (0, 0, 255, 255)])).tolist() == []
 
 
 @st.composite
