@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cxrscale import config, evaluate, launch, progress, storage
+from cxrscale import config, evaluate, launch, progress
 from cxrscale.archives import phantom
 from cxrscale.schema import InputError
 from cxrscale.shards import audit, build, manifest
@@ -36,7 +36,7 @@ def run(out: Path, images: int = IMAGES, *, local: bool = False) -> Iterator[tup
     build.build("siim", str(drawn.siim), masked, siim, twins_of=nih, local=local)
     for shards in (nih, siim):
         found = audit.audit(shards)
-        storage.write(str(out / f"audit-{Path(shards).name}.json"), json.dumps(found, indent=2) + "\n")
+        audit.write(found, [shards], str(out / f"audit-{Path(shards).name}.html"))
         crossing = len(found["patients_in_two_splits"])
         print(f"{shards}: {found['pictures']} pictures, splits {found['splits']}, {crossing} patients in two splits")
     for stem, shards in (("demo", nih), ("demo-unet", siim)):

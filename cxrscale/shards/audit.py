@@ -1,62 +1,192 @@
-"""What a shard set holds: counts, pixel statistics, leaks. Queries on the manifest alone."""
+"""What shard sets hold: queries on their manifests and fingerprints, no tar is opened."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from cxrscale.shards import manifest
-from cxrscale.splits import crossing
+from cxrscale import labels, storage
+from cxrscale.shards import leaks
+from cxrscale.shards.build import UNLABELLED
+from cxrscale.shards.leaks import Sets
+from cxrscale.shards.manifest import Manifest
+from cxrscale.splits import TEST, TRAIN, VAL
+
+AREA_EDGES = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 1.0)
+"""Bounds of the mask area histogram, as shares of the picture."""
+AGE_BANDS = (*((low, low + 9) for low in range(0, 90, 10)), (90, 120))
+"""First and last year of each age band."""
 
 
 def audit(*roots: str) -> dict[str, Any]:
-    """Counts a finding, split, sex, view and age band; pixel statistics; patients that cross splits.
+    """Counts a finding, split, sex, view and age band; pixels and masks; patients and pictures that splits share.
+
+    Args:
+        roots: shard sets that are meant to be used together, each a folder or an address.
+
+    Returns:
+        What `audit.json` holds. `verdict` says it in words; `not_checked` is what could not be told, and how it could.
 
     Raises:
-        InputError: a folder holds no shard set.
+        InputError: a folder holds no shard set, or two of them hold a picture of the same id.
     """
-    data = manifest.load(*roots)
+    sets = leaks.join(*roots)
+    return {
+        "shards": list(roots),
+        "manifest": sets.data.digest,
+        "pictures": len(sets.data),
+        **leaks.look(sets),
+        **_counted(sets.data),
+        "pixels": _pixels(sets),
+        "masks": _masks(sets),
+        "sets": [_described(sets, s) for s in range(len(roots))],
+        "quarantined": [
+            {"shards": root, **line}
+            for root, about in zip(roots, sets.data.about, strict=True)
+            for line in about["quarantined"]
+        ],
+    }
+
+
+def write(found: dict[str, Any], roots: Sequence[str], out_html: str) -> str:
+    """Write the page with its plots and example pictures, and the JSON beside it.
+
+    Args:
+        found: what `audit(*roots)` returned.
+        roots: the same shard sets; example pictures are read from their tars.
+        out_html: path or address of the page; its suffix may be left out, or be .json.
+
+    Returns:
+        The page's path or address.
+
+    Raises:
+        InputError: the files cannot be written.
+    """
+    from cxrscale.shards import audit_page  # only here: matplotlib takes half a second, and a query needs no plots
+
+    stem = out_html.removesuffix(".html").removesuffix(".json")
+    page = audit_page.render(found, roots)
+    storage.write(f"{stem}.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
+    storage.write(f"{stem}.html", page)
+    return f"{stem}.html"
+
+
+def stored_pixels(sets: Sets) -> npt.NDArray[np.float64]:
+    """(N,) pixels of each stored picture, which a mask's area is a share of."""
+    sizes = [None if about["pack"]["codec"] == "source" else int(about["pack"]["size"]) for about in sets.data.about]
+    original = sets.data.column("width").astype(float) * sets.data.column("height").astype(float)
+    side_N = np.array([size or 0 for size in sizes], dtype=float)[sets.member_N]
+    return np.where(side_N > 0, side_N**2, original)
+
+
+# Counts
+
+
+def _counted(data: Manifest) -> dict[str, Any]:
+    """The tables: splits, findings, sexes, views and ages, each by split."""
     split = data.split.astype(str)
-    names = sorted(set(split))
-    label_NF = data.labels(data.findings())
+    names = data.findings()
+    label_NF = data.labels(names) if names else np.empty((len(data), 0), dtype=np.float32)
+    splits = dict(sorted(data.split_counts().items(), key=lambda item: _order(item[0])))
     findings = {
         finding: {
             name: {
-                "present": int((label_NF[split == name, f] == 1).sum()),
-                "absent": int((label_NF[split == name, f] == 0).sum()),
+                "present": int((label_NF[split == name, f] == labels.PRESENT).sum()),
+                "absent": int((label_NF[split == name, f] == labels.ABSENT).sum()),
                 "unlabelled": int(np.isnan(label_NF[split == name, f]).sum()),
             }
-            for name in names
+            for name in splits
         }
-        for f, finding in enumerate(data.findings())
+        for f, finding in enumerate(names)
     }
-    mask = data.column("mask_pixels").astype(float)
-    shared = crossing(data.patient.tolist(), split.tolist())
+    healthy = labels.no_finding(label_NF) if names else np.zeros(len(data), dtype=bool)
+    age_N = data.column("age").astype(float)
+    band_N = np.full(len(data), "unknown", dtype=object)
+    for low, high in AGE_BANDS:
+        band_N[(age_N >= low) & (age_N <= high)] = f"{low}-{high}"
+    bands = [f"{low}-{high}" for low, high in AGE_BANDS]
     return {
-        "shards": list(roots),
-        "manifest": data.digest,
-        "pictures": len(data),
-        "patients": len(set(data.patient.tolist())),
-        "splits": {name: int((split == name).sum()) for name in names},
+        "splits": splits,
         "findings": findings,
-        "sex": _counts(data.column("sex")),
-        "view": _counts(data.column("view")),
-        "age": _ages(data.column("age").astype(float)),
-        "pixel_mean": [about["pixel_mean"] for about in data.about],
-        "pixel_std": [about["pixel_std"] for about in data.about],
-        "masks": {"labelled": int(np.isfinite(mask).sum()), "with_pixels": int((np.nan_to_num(mask) > 0).sum())},
-        "quarantined": [line for about in data.about for line in about["quarantined"]],
-        "patients_in_two_splits": shared,
+        "no_finding": {name: int(healthy[split == name].sum()) for name in splits},
+        "sex": _by_split(data.column("sex"), split, ("F", "M")),
+        "view": _by_split(data.column("view"), split, ("PA", "AP")),
+        "age": _by_split(band_N, split, bands),
     }
 
 
-def _counts(values: Any) -> dict[str, int]:
-    names, counts = np.unique([str(value) if value else "unknown" for value in values], return_counts=True)
-    return {str(name): int(count) for name, count in zip(names, counts, strict=True)}
+def _by_split(values: npt.NDArray[Any], split: npt.NDArray[Any], expected: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Value -> split -> pictures; the expected values are there even at 0, `unknown` where any is."""
+    said = np.array([str(value) if value else "unknown" for value in values.tolist()], dtype=object)
+    others = sorted(set(said.tolist()) - {*expected, "unknown"})
+    order = [*expected, *others, *(["unknown"] if "unknown" in said else [])]
+    return {
+        value: {
+            name: int(((said == value) & (split == name)).sum())
+            for name in sorted(np.unique(split).tolist(), key=_order)
+        }
+        for value in order
+    }
 
 
-def _ages(age_N: Any) -> dict[str, int]:
-    bands = ((0, 18), (18, 40), (40, 60), (60, 80), (80, 121))
-    counted = {f"{low}-{high - 1}": int(((age_N >= low) & (age_N < high)).sum()) for low, high in bands}
-    return {**counted, "unknown": int(np.isnan(age_N).sum())}
+def _order(split: str) -> tuple[int, str]:
+    """Sorts splits as one thinks of them: training first, what nobody trains on last."""
+    known = (TRAIN, VAL, TEST)
+    return (known.index(split) if split in known else len(known) + (split == UNLABELLED), split)
+
+
+def _pixels(sets: Sets) -> dict[str, float]:
+    """Mean and standard deviation of all stored pixels, 0..1: packing streamed those of each set."""
+    area_N, abouts = stored_pixels(sets), sets.data.about
+    weight = np.array([area_N[sets.member_N == s].sum() for s in range(len(abouts))])
+    weight /= weight.sum()
+    mean = np.array([about["pixel_mean"] for about in abouts])
+    square = np.array([about["pixel_std"] for about in abouts]) ** 2 + mean**2
+    whole = float(weight @ mean)
+    return {"mean": whole, "std": float(np.sqrt(max(0.0, float(weight @ square) - whole**2)))}
+
+
+def _masks(sets: Sets) -> dict[str, Any]:
+    """How many masks there are and what share of the picture they cover; masks that contradict the labels."""
+    data = sets.data
+    mask_N = data.column("mask_pixels").astype(float)
+    has = np.isfinite(mask_N)
+    filled = np.nan_to_num(mask_N) > 0
+    share = mask_N[filled] / stored_pixels(sets)[filled]
+    names = data.findings()
+    present = (data.labels(names) == labels.PRESENT).any(axis=1) if names else np.zeros(len(data), dtype=bool)
+    counts = np.histogram(share, bins=AREA_EDGES)[0]
+    quantiles = np.quantile(share, (0.05, 0.5, 0.95)).tolist() if len(share) else [None] * 3
+    return {
+        "labelled": int(has.sum()),
+        "with_pixels": int(filled.sum()),
+        "area_edges": list(AREA_EDGES),
+        "area_counts": counts.tolist(),
+        "area_quantiles": dict(zip(("5%", "50%", "95%"), quantiles, strict=True)),
+        "present_but_empty": data.image_id[has & present & ~filled].tolist(),
+        "absent_but_filled": data.image_id[filled & ~present].tolist(),
+    }
+
+
+def _described(sets: Sets, s: int) -> dict[str, Any]:
+    """One shard set: where it is from and how it was packed."""
+    about, own = sets.data.about[s], sets.member_N == s
+    return {
+        "shards": sets.roots[s],
+        "source": about["source"],
+        "patients_from": sets.spaces[s],
+        "pictures": int(own.sum()),
+        "patients": len(set(sets.data.patient[own].tolist())),
+        "quarantined": len(about["quarantined"]),
+        "tars": len(about["shards"]),
+        "bytes": sum(int(tar["bytes"]) for tar in about["shards"].values()),
+        "pixel_mean": about["pixel_mean"],
+        "pixel_std": about["pixel_std"],
+        "version": about["version"],
+        "input": about["input"],
+        "pack": about["pack"],
+    }
