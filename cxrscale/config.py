@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from cxrscale.labels import NIH14
 from cxrscale.schema import InputError
@@ -102,13 +111,44 @@ class Plan(Section):
     batch: int = Field(16, ge=1)
     """Pictures an optimizer step over all workers together; the same at any number of workers."""
     steps_per_epoch: int | None = Field(None, ge=1)
-    """Steps an epoch; None: one pass over what the sampling draws from, rounded down (at least 1)."""
-    sampling: Literal["all", "positives", "balanced"] = "all"
-    """all: each picture once a pass; positives: only with a finding present; balanced: as many with as without."""
+    """Steps an epoch; None: as many as draw no picture twice, at least 1; for hard and weighted one pass."""
+    sampling: Literal["all", "positives", "balanced", "ratio", "weighted", "hard"] = "all"
+    """all: each picture once a pass; positives: only with a finding present; balanced: as many with as without; ratio:
+    `positive_share` of them with; weighted: by `weights`, with replacement; hard: all, and what `hard_scores` got wrong
+    more often."""
+    positive_share: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.8, 0.4)
+    """For sampling=ratio: share of pictures with a finding present in every step of the first and of the last of
+    `share_epochs`; evenly in between, constant afterwards."""
+    share_epochs: int = Field(10, ge=1)
+    """Epochs over which `positive_share` goes from its first to its last value; 1: the last at once."""
+    weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field({}, validate_default=True)
+    """For sampling=weighted: finding -> how often a picture is drawn that shows it, the largest of its findings
+    counting; 1 for what is not named. `No Finding` names the pictures with every finding absent."""
+    hard_scores: str | None = Field(None, validate_default=True)
+    """For sampling=hard: a run's predictions of the training split, predictions-train.parquet."""
+    hard_share: float = Field(0.1, gt=0, le=1)
+    """Share of the predicted training pictures, those with the largest |label - score|, that count as hard."""
+    hard_repeats: int = Field(2, ge=1)
+    """How many times a hard picture is appended to each pass, beyond the once of every picture."""
+    mix: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = ()
+    """Share of each entry of data.shards, in their order, in every step; [3, 1] is three to one. Empty: by their
+    sizes, one shuffle over all."""
     subset: int | None = Field(None, ge=1)
     """Train on so many pictures only (the ablation run: can it learn at all?)."""
     eval_batch: int = Field(32, ge=1)
     """Pictures a forward pass and worker in evaluation."""
+
+    @field_validator("weights", "hard_scores")
+    @classmethod
+    def _check_given(cls, value: Any, info: ValidationInfo) -> Any:
+        wanted = {"weights": "weighted", "hard_scores": "hard"}
+        if not value and info.data.get("sampling") == wanted[str(info.field_name)]:
+            remedies = {
+                "weights": "sampling=weighted wants a weight for a finding, e.g. plan.weights={Hernia: 5}",
+                "hard_scores": "sampling=hard wants a run's predictions, e.g. runs/NAME/predictions-train.parquet",
+            }
+            raise ValueError(remedies[str(info.field_name)])
+        return value
 
 
 PRESETS: dict[str, dict[str, Any]] = {

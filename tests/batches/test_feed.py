@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+from cxrscale import config, predict
 from cxrscale.batches import feed, plan
-from cxrscale.config import Augment, Data, Plan
-from cxrscale.schema import Batch, InputError
+from cxrscale.config import Augment, Data, Plan, Recipe
+from cxrscale.schema import Batch, InputError, Scores
+from cxrscale.shards import manifest as manifests
 from cxrscale.shards.manifest import Manifest
 from tests.batches.conftest import MakeShards, chest
 from tests.batches.test_source import flip
@@ -160,6 +165,113 @@ def test_many_iterators_leave_no_threads_behind(shards: Manifest) -> None:
     gc.collect()
     assert threading.active_count() == before
     assert len(list(Path("/proc/self/task").iterdir())) <= native + 1
+
+
+def predictions(path: Path, manifest: Manifest, score: dict[str, float], finding: str = "Effusion") -> str:
+    """A predictions file of the training split as a run writes it: 0.5 for all but the given ids."""
+    rows = manifest.rows("train")
+    ids = manifest.image_id[rows]
+    score_NF = np.array([[score.get(name, 0.5)] for name in ids], np.float32)
+    scores = Scores(ids, manifest.patient[rows], score_NF, manifest.labels([finding])[rows], (finding,))
+    predict.write(path, scores, {})
+    return str(path)
+
+
+def drawn(manifest: Manifest, plan: Plan, steps: int = 40) -> Counter[int]:
+    """How often each row comes in the first steps."""
+    row_TG, _ = feed.sampling(manifest, Data(findings=("Effusion",)), plan).take(0, steps)
+    return Counter(row_TG.ravel().tolist())
+
+
+def test_what_a_run_got_wrong_comes_again(shards: Manifest, tmp_path: Path) -> None:
+    # Rows 3k + 1 have the effusion; so 4 is badly missed and 6 badly overcalled.
+    path = predictions(tmp_path / "p.parquet", shards, {"4.png": 0.01, "6.png": 0.99, "7.png": 0.9})
+    plan = Plan(sampling="hard", hard_scores=path, hard_share=0.125, hard_repeats=2, batch=4)
+    assert feed.training_rows(shards, Data(findings=("Effusion",)), plan) == 16 + 2 * 2
+    assert drawn(shards, plan, 5) == {row: 3 if row in (4, 6) else 1 for row in shards.rows("train").tolist()}
+
+
+def test_weights_follow_the_findings(shards: Manifest) -> None:
+    plan = Plan(sampling="weighted", weights={"Effusion": 3, "No Finding": 0}, batch=50)
+    count = drawn(shards, plan)
+    label_NF = shards.labels(["Effusion", "Mass"])
+    rows = shards.rows("train")
+    # Where the mass is unlabelled not every finding is absent: neither named nor healthy, weight 1.
+    unnamed = [row for row in rows.tolist() if label_NF[row, 0] == 0 and np.isnan(label_NF[row, 1])]
+    ill = [row for row in rows.tolist() if label_NF[row, 0] == 1]
+    assert set(count) == {*unnamed, *ill}
+    share = sum(count[row] for row in ill) / sum(count.values())
+    expected = 3 * len(ill) / (3 * len(ill) + len(unnamed))
+    assert abs(share - expected) < 5 * (0.25 / sum(count.values())) ** 0.5
+
+
+def test_shard_sets_are_mixed(make_shards: MakeShards, monkeypatch: pytest.MonkeyPatch) -> None:
+    sets = [make_shards("a", count=6), make_shards("b", count=24)]
+    monkeypatch.setattr("cxrscale.shards.manifest._check_unique", lambda _: None)
+    joined = manifests.load(*(str(each.table["root"][0]) for each in sets))
+    data = Data(findings=("Effusion",))
+    rows, _ = feed.sampling(joined, data, Plan(mix=(1, 3), batch=8)).take(0, 20)
+    assert ((rows < 6).sum(axis=1) == 2).all()
+    with pytest.raises(InputError, match=r"plan.mix=\[1.0\] has 1 shares for 2 data.shards; give one for each"):
+        feed.training_rows(joined, data, Plan(mix=(1,)))
+
+
+def test_predictions_and_weights_that_do_not_fit(shards: Manifest, tmp_path: Path) -> None:
+    path = predictions(tmp_path / "p.parquet", shards, {})
+    table = pq.read_table(path)
+    changed = {
+        "others": table.set_column(0, "image_id", pa.array([f"x{i}" for i in range(len(table))])),
+        "unlabelled": table.set_column(2, "score.Effusion", pa.nulls(len(table), pa.float32())),
+        "nameless": table.drop_columns(["image_id"]),
+    }
+    for name, other in changed.items():
+        pq.write_table(other, tmp_path / f"{name}.parquet")
+    (tmp_path / "text.parquet").write_text("no table")
+    mass = predictions(tmp_path / "mass.parquet", shards, {}, "Mass")
+
+    def hard(name: str) -> Plan:
+        return Plan(sampling="hard", hard_scores=str(tmp_path / name))
+
+    cases = [
+        (hard("others.parquet"), r"covers none of the 16 training pictures; .*predictions-train.parquet"),
+        (hard("unlabelled.parquet"), r"covers none of the 16 training pictures"),
+        (hard("nameless.parquet"), r"no image_id with a score for any of Effusion; give the predictions"),
+        (Plan(sampling="hard", hard_scores=mass), r"with a score for any of Effusion; give"),
+        (hard("text.parquet"), r"is no Parquet file; give"),
+        (hard("absent.parquet"), r"absent.parquet"),
+        (Plan(sampling="weighted", weights={"Hernia": 2}), r"no label 'Hernia'; they have Effusion, Mass, No Finding"),
+    ]
+    for plan_, message in cases:
+        with pytest.raises(InputError, match=message) as error:
+            feed.training(shards, Data(findings=("Effusion",)), plan_, Augment(size=48))
+        assert "\n" not in str(error.value)
+    for override, message in (("hard", "predictions-train.parquet"), ("weighted", "plan.weights={Hernia: 5}")):
+        with pytest.raises(InputError, match=message) as error:
+            config.parse(Recipe, {"plan": {"sampling": override}}, where="test")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("sampling", ["ratio", "weighted", "hard"])
+def test_every_sampling_restarts_and_spreads_with_the_same_bits(
+    shards: Manifest, tmp_path: Path, sampling: str
+) -> None:
+    path = predictions(tmp_path / "p.parquet", shards, {"4.png": 0.01})
+    plan_ = Plan.model_validate(
+        {"batch": 6, "sampling": sampling, "weights": {"Effusion": 2}, "hard_scores": path, "share_epochs": 2}
+    )
+    data, augment = Data(findings=("Effusion",), task="segment"), Augment.model_validate(EVERYTHING)
+
+    def some(count: int, rank: int = 0, world: int = 1, epoch: int = 0, step: int = 0) -> list[Batch]:
+        batches = feed.training(shards, data, plan_, augment, rank, world, "cpu", epoch, step)
+        found = list(islice(batches, count))
+        batches.close()
+        return found
+
+    steps = plan.steps_per_epoch(feed.training_rows(shards, data, plan_), plan_)
+    whole = some(steps + 3)
+    assert same(some(2, epoch=1, step=1), whole[steps + 1 :])
+    ranks = [some(3, rank, 2) for rank in range(2)]
+    assert same([batch for step in zip(*ranks, strict=True) for batch in step], whole[:3])
 
 
 def test_refusals(shards: Manifest, make_shards: MakeShards) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cxrscale.batches import plan as planning
+from cxrscale.batches.deal import WHOLE, Deal, edges
+from cxrscale.batches.plan import Traits
 from cxrscale.config import Plan
 from cxrscale.schema import InputError
 
@@ -18,7 +24,7 @@ Table = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.int
 
 counts = st.integers(1, 40)
 worlds = st.integers(1, 5)
-samplings = st.sampled_from(["all", "positives", "balanced"])
+samplings = st.sampled_from(["all", "positives", "balanced", "ratio", "weighted", "hard"])
 
 
 def table(count: int, seed: int = 0) -> Table:
@@ -30,11 +36,26 @@ def table(count: int, seed: int = 0) -> Table:
     return np.arange(count, dtype=np.int64) + 7, label_NF, rng.permutation(key_N)
 
 
+def traits(data: Table) -> Traits:
+    """Sets, weights and hardness that hang on the keys, so that shuffling the table shuffles them along."""
+    order = np.argsort(np.argsort(data[2]))
+    return Traits(order % 2, (order % 3).astype(np.float64) + (len(order) == 1), order % 4 == 0)
+
+
+def settled(sampling: str, **fields: Any) -> Plan:
+    """A plan of one sampling, with what that sampling cannot do without."""
+    needed: dict[str, dict[str, Any]] = {"weighted": {"weights": {"Mass": 2}}, "hard": {"hard_scores": "given.parquet"}}
+    return Plan.model_validate({"sampling": sampling, **needed.get(sampling, {}), **fields})
+
+
 def stream(
-    data: Table, plan: Plan, steps: int, world: int = 1, epoch: int = 0, step: int = 0
+    data: Table, plan: Plan, steps: int, world: int = 1, epoch: int = 0, step: int = 0, given: Traits | None = None
 ) -> list[list[tuple[int, int]]]:
     """The valid (row, draw) of each global step, flattened in the order of the ranks."""
-    ranks = [list(islice(planning.training(*data, plan, rank, world, epoch, step), steps)) for rank in range(world)]
+    given = given or traits(data)
+    ranks = [
+        list(islice(planning.training(*data, plan, rank, world, epoch, step, given), steps)) for rank in range(world)
+    ]
     pairs = []
     for shares in zip(*ranks, strict=True):
         assert len({len(share.row_B) for share in shares}) == 1
@@ -75,14 +96,14 @@ def test_passes_and_seeds_have_orders_of_their_own() -> None:
 
 @given(st.integers(2, 40), st.integers(1, 13), worlds, samplings)
 def test_the_union_over_ranks_is_the_same_at_any_world(count: int, batch: int, world: int, sampling: str) -> None:
-    data, plan = table(count), Plan.model_validate({"batch": batch, "sampling": sampling})
+    data, plan = table(count), settled(sampling, batch=batch)
     assert stream(data, plan, 5, world) == stream(data, plan, 5)
 
 
 @given(st.integers(2, 40), st.integers(1, 13), samplings, st.integers(0, 3), st.integers(0, 12))
 def test_a_restart_gives_the_same_suffix(count: int, batch: int, sampling: str, epoch: int, step: int) -> None:
-    data, plan = table(count), Plan.model_validate({"batch": batch, "sampling": sampling})
-    steps = planning.steps_per_epoch(planning.pass_length(planning.streams(*data, plan)), plan)
+    data, plan = table(count), settled(sampling, batch=batch)
+    steps = planning.sampling(*data, plan, traits(data)).deal.steps
     done = epoch * steps + step
     assert stream(data, plan, 3, epoch=epoch, step=step) == stream(data, plan, done + 3)[done:]
 
@@ -90,7 +111,7 @@ def test_a_restart_gives_the_same_suffix(count: int, batch: int, sampling: str, 
 @given(st.integers(2, 40), samplings, st.integers(0, 1 << 30))
 def test_the_order_of_the_table_does_not_matter(count: int, sampling: str, shuffle: int) -> None:
     rows, label_NF, key_N = table(count)
-    plan = Plan.model_validate({"batch": 4, "sampling": sampling})
+    plan = settled(sampling, batch=4)
     mixed = np.random.default_rng(shuffle).permutation(count)
     ours = stream((rows, label_NF, key_N), plan, 6)
     theirs = stream((rows[mixed], label_NF[mixed], key_N[mixed]), plan, 6)
@@ -136,7 +157,7 @@ def test_an_epoch_is_a_pass(sampling: str, length: int) -> None:
     label_NF[:] = 0
     label_NF[:6, 0] = 1
     plan = Plan.model_validate({"batch": 4, "sampling": sampling})
-    assert planning.pass_length(planning.streams(rows, label_NF, key_N, plan)) == length
+    assert planning.sampling(rows, label_NF, key_N, plan).pass_length == length
     assert planning.epoch_rows(rows, label_NF, key_N, plan, 0)[0].shape == (max(1, length // 4), 4)
 
 
@@ -157,12 +178,37 @@ def test_more_workers_than_pictures_a_step() -> None:
 
 def test_an_empty_stream_is_refused_at_once() -> None:
     rows, label_NF, key_N = table(9)
-    with pytest.raises(InputError, match=r"plan.sampling=positives: no picture has a finding present"):
-        planning.training(rows, label_NF * 0, key_N, Plan(sampling="positives"))
-    with pytest.raises(InputError, match=r"no picture is without a finding among the 3 that plan.subset=3 leaves"):
-        planning.training(rows, label_NF * 0 + 1, key_N, Plan(sampling="balanced", subset=3))
-    with pytest.raises(InputError, match="no picture is left"):
-        planning.training(rows[:0], label_NF[:0], key_N[:0], Plan())
+    none, every = (rows, label_NF * 0, key_N), (rows, label_NF * 0 + 1, key_N)
+    here = Traits(set_N=np.zeros(9, np.int64))
+    cases: list[tuple[Table, Plan, Traits, str]] = [
+        (
+            none,
+            settled("positives"),
+            Traits(),
+            r"sampling=positives: no picture has a finding present; use sampling=all",
+        ),
+        (
+            every,
+            settled("balanced", subset=3),
+            Traits(),
+            r"no picture is without a finding among the 3 that plan.subset=3 leaves; raise plan.subset or use",
+        ),
+        ((rows[:0], label_NF[:0], key_N[:0]), Plan(), Traits(), r"no picture is left to train on; check data.train"),
+        (none, settled("ratio"), Traits(), r"sampling=ratio: no picture has a finding present"),
+        (none, Plan(mix=(1, 1)), here, r"left to train on in data.shards\[1\]; leave plan.mix or that entry"),
+        (none, settled("weighted"), Traits(weight_N=np.zeros(9)), r"plan.weights gives every .* raise one"),
+        (none, settled("hard", subset=2), Traits(hard_N=np.zeros(9, np.bool_)), r"plan.subset=2 leaves none .* raise"),
+    ]
+    for data, plan, known, message in cases:
+        with pytest.raises(InputError, match=message) as error:
+            planning.training(*data, plan, traits=known)
+        assert "\n" not in str(error.value)
+
+
+def test_a_side_that_is_never_drawn_from_may_be_empty() -> None:
+    rows, label_NF, key_N = table(9)
+    plan = settled("ratio", batch=4, positive_share=(0, 0))
+    assert stream((rows, label_NF * 0, key_N), plan, 3)
 
 
 def test_hashes_are_splitmix64_and_bijective() -> None:
@@ -183,3 +229,240 @@ def test_uniform_numbers_are_uniform() -> None:
     # Standard error of a bin of 10,000: 100.
     assert np.abs(np.histogram(value, 20, (0, 1))[0] - 10_000).max() < 500
     assert abs(np.corrcoef(value[:-1], value[1:])[0, 1]) < 0.01
+
+
+# All samplings and mixtures at once
+
+
+@dataclass(frozen=True)
+class Case:
+    """A plan over a table, and a place in its stream."""
+
+    data: Table
+    plan: Plan
+    world: int
+    epoch: int
+    step: int
+
+    @property
+    def sampling(self) -> planning.Sampling:
+        return planning.sampling(*self.data, self.plan, traits(self.data))
+
+
+shares = st.floats(0, 1).map(lambda share: round(share, 3))
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Any plan of up to two sets; both states occur in both."""
+    data = table(draw(st.integers(8, 40)), draw(st.integers(0, 9)))
+    set_N = traits(data).set_N
+    assert set_N is not None
+    for number in (0, 1):
+        members = np.flatnonzero(set_N == number)
+        data[1][members[0]], data[1][members[-1]] = 0, 1
+    plan = settled(
+        draw(samplings),
+        seed=draw(st.integers(0, 3)),
+        batch=draw(st.integers(1, 17)),
+        mix=draw(st.sampled_from([(), (1, 1), (3, 1), (0.45, 0.21)])),
+        steps_per_epoch=draw(st.sampled_from([None, 1, 4])),
+        positive_share=draw(st.tuples(shares, shares)),
+        share_epochs=draw(st.integers(1, 4)),
+        hard_repeats=draw(st.integers(1, 3)),
+    )
+    return Case(data, plan, draw(worlds), draw(st.integers(0, 6)), draw(st.integers(0, 6)))
+
+
+def check_worlds(case: Case) -> None:
+    """The same pictures in the same global step, in the same order, at any number of workers."""
+    at = case.epoch, case.step
+    assert stream(case.data, case.plan, 3, case.world, *at) == stream(case.data, case.plan, 3, 1, *at)
+
+
+def check_restart(case: Case) -> None:
+    """Going on at (epoch, step) gives what going through to it would have given."""
+    done = case.epoch * case.sampling.deal.steps + case.step
+    whole, whole_draw = case.sampling.take(0, done + 3)
+    suffix = stream(case.data, case.plan, 3, epoch=case.epoch, step=case.step)
+    expected = [
+        list(zip(row_G.tolist(), draw_G.tolist(), strict=True))
+        for row_G, draw_G in zip(whole[done:], whole_draw[done:], strict=True)
+    ]
+    assert suffix == expected
+
+
+def check_shares(case: Case) -> None:
+    """Each set, and with one or two sets the positives, have their share of every step, up to less than a row."""
+    given, plan, sampling = traits(case.data), case.plan, case.sampling
+    assert given.set_N is not None
+    order = np.argsort(case.data[0])
+    positive = (case.data[1] == 1).any(axis=1)
+    first = case.epoch * sampling.deal.steps + case.step
+    row_TG, draw_TG = sampling.take(first, 6)
+    place_TG = order[np.searchsorted(case.data[0][order], row_TG)]
+    assert draw_TG.ravel().tolist() == list(range(first * plan.batch, (first + 6) * plan.batch))
+    for step, place_G in enumerate(place_TG, first):
+        epoch = min(step // sampling.deal.steps, plan.share_epochs - 1)
+        share = {"balanced": 0.5, "ratio": planning.positive_shares(plan)[epoch], "positives": 1.0}.get(plan.sampling)
+        if share is not None:
+            assert abs(int(positive[place_G].sum()) - share * plan.batch) < 1 + 1e-6
+        for number, part in enumerate(plan.mix):
+            here = int((given.set_N[place_G] == number).sum())
+            assert abs(here - part / sum(plan.mix) * plan.batch) < 1 + 1e-6
+
+
+def check_passes(case: Case) -> None:
+    """Each stream gives every one of its pictures as often as it should before any of them comes again."""
+    sampling, plan = case.sampling, case.plan
+    if plan.sampling == "weighted":
+        return
+    longest = max(len(stream.rows_N) for stream in sampling.streams)
+    lane_TG, index_TG = sampling.deal.slots(0, 2 * longest + case.step)
+    row_TG, _ = sampling.take(0, 2 * longest + case.step)
+    for lane, part in enumerate(sampling.streams):
+        drawn = row_TG[lane_TG == lane]
+        assert index_TG[lane_TG == lane].tolist() == list(range(len(drawn)))
+        for start in range(0, len(drawn) - len(part.rows_N) + 1, len(part.rows_N)):
+            assert sorted(drawn[start : start + len(part.rows_N)]) == sorted(part.rows_N)
+
+
+def check_an_epoch_has_no_repeats(case: Case) -> None:
+    """With steps_per_epoch left open, no picture comes twice within an epoch's length from the start of a pass."""
+    sampling, plan = case.sampling, case.plan
+    if plan.sampling in ("weighted", "hard") or plan.steps_per_epoch or plan.batch > sampling.pass_length:
+        return
+    # The first epoch: in later ones streams of different lengths are in the midst of their passes.
+    row_TG, _ = sampling.take(0, sampling.deal.steps)
+    # A step's share is rounded up to a row for each stream.
+    repeats = row_TG.size - len(np.unique(row_TG))
+    assert repeats <= 2 * len(sampling.streams)
+    assert len(sampling.streams) > 1 or repeats == 0
+
+
+CHECKS = [check_worlds, check_restart, check_shares, check_passes, check_an_epoch_has_no_repeats]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@settings(max_examples=50, deadline=None)
+@given(case=cases())
+def test_of_any_plan(check: Callable[[Case], None], case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=cases())
+def test_ten_thousand_plans(case: Case) -> None:
+    for check in CHECKS:
+        check(case)
+
+
+@given(
+    st.integers(1, 100),
+    st.integers(1, 50),
+    st.lists(st.lists(st.integers(0, 1000), min_size=3, max_size=3).filter(any), min_size=1, max_size=4),
+    st.integers(0, 5000),
+)
+def test_a_deal_is_exact_in_every_step_and_close_in_sum(
+    batch: int, steps: int, parts: list[list[int]], step: int
+) -> None:
+    deal = Deal(batch, steps, edges(parts))
+    share_EL = np.diff(deal.edge_EL, axis=1) / WHOLE
+    assert np.allclose(share_EL, np.array(parts) / np.sum(parts, axis=1, keepdims=True), atol=1e-8)
+    lane_TG, index_TG = deal.slots(step, 9)
+    for number, lane_G in enumerate(lane_TG, step):
+        want = batch * share_EL[min(number // steps, len(parts) - 1)]
+        for lanes in ([0], [1], [2], [0, 1], [1, 2], [2, 0]):
+            assert abs(np.isin(lane_G, lanes).sum() - want[lanes].sum()) < 1
+        assert (deal.before(number + 1) - deal.before(number)).tolist() == np.bincount(lane_G, minlength=3).tolist()
+    for lane in range(3):
+        held = index_TG[lane_TG == lane]
+        assert held.tolist() == list(range(deal.before(step)[lane], deal.before(step)[lane] + len(held)))
+    epoch_T = np.minimum(np.arange(step) // steps, len(parts) - 1)
+    # Each change of shares may add the few rows by which a van der Corput sequence strays.
+    assert np.abs(deal.before(step) - batch * share_EL[epoch_T].sum(axis=0)).max() <= 6 * len(parts)
+
+
+def test_the_positive_share_slides_and_stays() -> None:
+    data = table(200)
+    plan = Plan(sampling="ratio", batch=10, steps_per_epoch=7, positive_share=(0.8, 0.4), share_epochs=5)
+    positive = dict(zip(data[0].tolist(), (data[1] == 1).any(axis=1).tolist(), strict=True))
+    seen = [sum(positive[row] for row, _ in step) for step in stream(data, plan, 7 * 7)]
+    assert seen == [8] * 7 + [7] * 7 + [6] * 7 + [5] * 7 + [4] * 21
+    assert planning.positive_shares(Plan(positive_share=(0.8, 0.4), share_epochs=1)) == [0.4]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_lanes_alternate_within_a_rank(world: int) -> None:
+    """Each rank's block has its part of the positives, to within a row."""
+    data = table(60)
+    plan = Plan(sampling="ratio", batch=32, positive_share=(0.25, 0.25))
+    positive = dict(zip(data[0].tolist(), (data[1] == 1).any(axis=1).tolist(), strict=True))
+    for rank in range(world):
+        for step in islice(planning.training(*data, plan, rank, world), 5):
+            assert abs(sum(positive[row] for row in step.row_B.tolist()) - 8 / world) <= 1
+
+
+def test_weights_are_frequencies() -> None:
+    data = table(30)
+    given = Traits(weight_N=np.arange(30, dtype=np.float64) % 4)
+    row_TG, _ = planning.sampling(*data, settled("weighted", batch=500), given).take(0, 200)
+    count_N = np.bincount(row_TG.ravel() - 7, minlength=30)
+    assert given.weight_N is not None
+    expected = row_TG.size * given.weight_N / given.weight_N.sum()
+    assert (count_N[expected == 0] == 0).all()
+    # Five standard errors of a multinomial's counts.
+    assert (np.abs(count_N - expected) <= 5 * np.sqrt(expected)).all()
+
+
+def test_hard_pictures_are_appended() -> None:
+    data = table(20)
+    hard_N = np.arange(20) % 7 == 0
+    sampling = planning.sampling(*data, settled("hard", batch=2, hard_repeats=3), Traits(hard_N=hard_N))
+    assert sampling.pass_length == 20 + 3 * 3
+    row_TG, _ = sampling.take(0, 29)
+    count_N = np.bincount(row_TG.ravel() - 7, minlength=20)
+    assert count_N.tolist() == [8 if hard else 2 for hard in hard_N]
+    halves = row_TG.ravel()[:29], row_TG.ravel()[29:]
+    assert sorted(halves[0]) == sorted(halves[1])
+    assert halves[0].tolist() != halves[1].tolist()
+
+
+def test_an_epoch_of_a_ratio_or_mix_ends_before_a_stream_repeats() -> None:
+    rows, label_NF, key_N = table(100)
+    label_NF[:] = 0
+    label_NF[:24, 0] = 1
+    ratio = Plan(sampling="ratio", batch=1, positive_share=(0.8, 0.4))
+    assert planning.sampling(rows, label_NF, key_N, ratio).pass_length == 30
+    given = Traits(set_N=(np.arange(100) < 10).astype(np.int64))
+    assert planning.sampling(rows, label_NF, key_N, Plan(mix=(3, 1)), given).pass_length == 40
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("count", [112_120, 10_000_000])
+def test_planning_takes_seconds(count: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Prints what a stream costs to begin, and a step in its midst (batch 256, median), over NIH and 10 million."""
+    rng = np.random.default_rng(0)
+    rows = np.arange(count, dtype=np.int64)
+    label_NF = (rng.random((count, 14)) < 0.04).astype(np.float32)
+    key_N = rng.integers(-(2**63), 2**63 - 1, count)
+    given = Traits(rows % 3, 1 + rng.random(count), rng.random(count) < 0.1)
+    plans = {name: settled(name, batch=256) for name in ("all", "positives", "balanced", "ratio", "weighted", "hard")}
+    plans["ratio of 3 sets"] = settled("ratio", batch=256, mix=(5, 3, 2))
+    for name, plan in plans.items():
+        began = time.perf_counter()
+        steps = planning.training(rows, label_NF, key_N, plan, epoch=7, step=3, traits=given)
+        next(steps)
+        first = time.perf_counter() - began
+        later = []
+        for _ in range(200):
+            began = time.perf_counter()
+            next(steps)
+            later.append(time.perf_counter() - began)
+        with capsys.disabled():
+            mean = 1e6 * sum(sorted(later)[:-3]) / 197
+            print(f"\n{count:>10,} {name:16} first step {first:6.3f} s, then {mean:6.0f} us a step", end="")
+        assert first < 60
