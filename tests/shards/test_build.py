@@ -1,0 +1,112 @@
+"""From archives to splits: every policy, patients' names, twins and repeats."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cxrscale import archives
+from cxrscale.archives.phantom import PhantomPaths
+from cxrscale.config import Pack
+from cxrscale.schema import ImageRecord, InputError
+from cxrscale.shards import build, manifest
+from cxrscale.splits import crossing
+
+
+@pytest.fixture(scope="module")
+def records(drawn: PhantomPaths) -> list[ImageRecord]:
+    return archives.read("nih", str(drawn.nih))
+
+
+@pytest.mark.parametrize("policy", ["official", "random", "chexnet", "kfold"])
+def test_no_policy_parts_a_patient(policy: str, records: list[ImageRecord]) -> None:
+    split = build.assign(records, Pack.model_validate({"split": policy, "folds": 4}))
+    assert crossing([record.patient for record in records], split) == []
+    expected = {f"fold{n}" for n in range(4)} if policy == "kfold" else {"train", "val", "test"}
+    assert set(split) == expected
+
+
+def test_official_is_the_archives_test_list(records: list[ImageRecord]) -> None:
+    split = build.assign(records, Pack())
+    assert [name == "test" for name in split] == [record.split == "test" for record in records]
+
+
+def test_lists_of_ones_own(records: list[ImageRecord], tmp_path: Path) -> None:
+    ids = [record.image_id for record in records]
+    (tmp_path / "train.txt").write_text("\n".join(ids[:50]))
+    (tmp_path / "val.txt").write_text("\n".join(ids[50:60]))
+    lists = {name: str(tmp_path / f"{name}.txt") for name in ("train", "val")}
+    split = build.assign(records, Pack(split="lists", split_lists=lists))
+    assert split == ["train"] * 50 + ["val"] * 10 + ["unlisted"] * 20
+    with pytest.raises(InputError, match=r"pack\.split=lists needs pack\.split_lists"):
+        build.assign(records, Pack(split="lists"))
+
+
+def test_pictures_without_a_label_are_set_apart(drawn: PhantomPaths) -> None:
+    siim = archives.read("siim", str(drawn.siim))
+    split = build.assign(siim, Pack(masks=True))
+    assert [name == build.UNLABELLED for name in split] == [record.rles is None for record in siim]
+    assert build.UNLABELLED in split
+
+
+def test_patients_are_hashed_by_a_key_of_ones_own(records: list[ImageRecord], monkeypatch: pytest.MonkeyPatch) -> None:
+    record = records[0]
+    plain = build.patient_name(record, Pack())
+    assert record.patient not in plain
+    assert build.patient_name(record, Pack(patients="original")) == record.patient
+    monkeypatch.setenv(build.PATIENT_KEY, "secret")
+    assert build.patient_name(record, Pack()) != plain
+
+
+def test_no_original_name_reaches_a_shard(drawn: PhantomPaths, siim_shards: str) -> None:
+    import pydicom
+
+    told = set()
+    for path in drawn.siim.rglob("*.dcm"):
+        header = pydicom.dcmread(path, stop_before_pixels=True)
+        told |= {str(header.PatientID).encode(), str(header.PatientName).encode(), str(header.StudyDate).encode()}
+    told.discard(b"")
+    content = b"".join(path.read_bytes() for path in sorted(Path(siim_shards).iterdir()) if path.is_file())
+    assert told
+    assert [name for name in told if name in content] == []
+
+
+def test_siim_takes_patient_and_split_from_its_nih_twins(nih_shards: str, siim_shards: str) -> None:
+    nih, siim = manifest.load(nih_shards), manifest.load(siim_shards)
+    assert siim.about[0]["patients_from"] == "nih"
+    home = dict(zip(nih.patient.tolist(), nih.split.tolist(), strict=True))
+    for who, split in zip(siim.patient.tolist(), siim.split.tolist(), strict=True):
+        assert split in (home[who], build.UNLABELLED)
+
+
+def test_twins_of_the_wrong_set_are_refused(drawn: PhantomPaths, tmp_path: Path) -> None:
+    siim = Path(shutil.copytree(drawn.siim, tmp_path / "siim"))
+    for path in sorted(siim.rglob("*.dcm"))[1:]:
+        path.unlink()
+    one, out = str(tmp_path / "one"), str(tmp_path / "out")
+    build.build("nih", str(drawn.nih), Pack(size=64, limit=1), one, local=True)
+    with pytest.raises(InputError, match=r"--twins .*none of these \d+ pictures is there"):
+        build.build("siim", str(siim), Pack(size=64), out, twins_of=one, local=True)
+
+
+def test_a_picture_that_occurs_twice_unites_its_patients(drawn: PhantomPaths, tmp_path: Path) -> None:
+    nih = Path(shutil.copytree(drawn.nih, tmp_path / "nih"))
+    first, *_, last = sorted(nih.rglob("*.png"))
+    shutil.copy(first, last)
+    records = archives.read("nih", str(nih))
+    united = build.unite(records, Pack(), local=True)
+    who = {record.image_id: record.patient for record in united}
+    assert who[first.name] == who[last.name]
+    before = {record.image_id: record.patient for record in records}
+    assert before[first.name] != before[last.name]
+    changed = [name for name in who if who[name] != before[name]]
+    assert {before[name] for name in changed} == {max(before[first.name], before[last.name])}
+
+
+def test_a_manifest_says_what_it_was_made_of(nih_shards: str) -> None:
+    about = manifest.load(nih_shards).about[0]
+    assert about["pack"]["size"] == 64
+    assert len(about["input"]) == 64
+    assert 0 < about["pixel_std"] < 0.5
+    assert np.isclose(sum(tar["bytes"] for tar in about["shards"].values()) % 512, 0)
