@@ -53,8 +53,8 @@ def look(sets: Sets) -> dict[str, Any]:
     are one. Pictures of the split `unlabelled` are trained on by nobody: they leak nothing.
 
     Returns:
-        verdict and not_checked, in sentences; patients, the number of persons; patients_in_two_splits and
-        patients_in_two_sets; twins, the pairs of pictures that are the same.
+        verdict and not_checked, in sentences; patients, the number of persons (a picture whose patient is unknown is
+        one); patients_in_two_splits and patients_in_two_sets; twins, the pairs of pictures that are the same.
 
     Raises:
         InputError: fingerprints cannot be read.
@@ -72,6 +72,7 @@ def look(sets: Sets) -> dict[str, Any]:
         "verdict": _verdict(crossing, joint, alike, open_questions),
         "not_checked": open_questions,
         "patients": len(set(person)),
+        "pictures_of_unknown_patients": int(unknown_N.sum()),
         "patients_in_two_splits": crossing,
         "patients_in_two_sets": joint,
         "twins": {"pairs": len(pairs), **alike},
@@ -203,7 +204,9 @@ def _nameless(sets: Sets) -> npt.NDArray[np.bool_]:
         elif spaces[s] in patients:
             nameless_N |= own & ~np.isin(data.patient.astype(str), sorted(patients[spaces[s]]))
         else:
-            hashed = [build.patient_name(_record(about, name), Pack(**about["pack"])) for name in data.image_id[own]]
+            # Only this setting: a manifest of another version may have fields that this one does not know.
+            settings = Pack(patients=about["pack"].get("patients", "original"))
+            hashed = [build.patient_name(_record(about, name), settings) for name in data.image_id[own]]
             nameless_N[own] |= data.patient[own] == np.array(hashed, dtype=object)
     return np.asarray(nameless_N, dtype=np.bool_)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import fsspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -177,8 +178,10 @@ def test_a_twin_across_sets_is_named_with_its_patient(nih_shards: str, strangers
 
 
 def test_it_says_what_it_could_not_check(strangers: str, nih_shards: str, tmp_path: Path) -> None:
-    (unknown,) = audit.audit(strangers)["not_checked"]
+    found = audit.audit(strangers)
+    (unknown,) = found["not_checked"]
     count = len(manifest.load(strangers))
+    assert found["pictures_of_unknown_patients"] == count
     assert f"the patients of {count} of {count} pictures of {strangers} are unknown" in unknown
     assert "--twins" in unknown
     assert "NIH" in unknown
@@ -308,6 +311,18 @@ def test_a_lost_tar_leaves_a_page_that_says_so(nih_shards: str, tmp_path: Path) 
         tar.unlink()
     page = Path(audit.write(audit.audit(root), [root], str(tmp_path / "audit.json"))).read_text()
     assert page.count("cannot be read: run `cxrscale verify`") == audit_page.EXAMPLES
+
+
+def test_sets_in_a_bucket_are_audited_there(s3: str, siim_shards: str) -> None:
+    files = fsspec.filesystem("s3")
+    files.put(siim_shards, f"{s3}/audited/", recursive=True)
+    root = f"{s3}/audited/{Path(siim_shards).name}"
+    page = audit.write(audit.audit(root), [root], f"{s3}/audit.html")
+    assert page == f"{s3}/audit.html"
+    text = files.cat_file(page).decode()
+    assert text.count("data:image/jpeg") == audit_page.EXAMPLES
+    assert "cannot be read" not in text
+    assert json.loads(files.cat_file(f"{s3}/audit.json"))["shards"] == [root]
 
 
 # The real pictures
