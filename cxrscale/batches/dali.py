@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from nvidia.dali import fn, math, pipeline_def, types
 
 from cxrscale.batches.numbers import HALF, Numbers, draw, noise_bank
 from cxrscale.batches.plan import Rows, Step
-from cxrscale.batches.source import Source
+from cxrscale.batches.source import UNDECODABLE, Bytes, Source, undecodable
 from cxrscale.config import Augment, Data
 from cxrscale.schema import Batch
 
@@ -64,26 +65,69 @@ def batches(
         device: where decoding and all that follows run, and where the batches lie.
     """
     device = torch.device(device)
-    feeder = _Feeder(steps, source, augment, key_N, seed, training, data.task == "segment", device)
+    remaining: Iterable[Step] | None = steps
+    while remaining is not None:
+        feeder = _Feeder(remaining, source, augment, key_N, seed, training, data.task == "segment", device)
+        try:
+            remaining = yield from _run(feeder, label_NF, augment, data, device)
+        finally:
+            feeder.close()
+
+
+def _run(
+    feeder: _Feeder, label_NF: npt.NDArray[np.float32], augment: Augment, data: Data, device: torch.device
+) -> Generator[Batch, None, Iterable[Step] | None]:
+    """Batches until the steps end or one cannot be decoded; returns the steps to go on with then, or None."""
+    pipe = _pipeline(feeder, augment, data, device)
+    while True:
+        try:
+            outputs = pipe.run(torch.cuda.current_stream(device)) if device.type == "cuda" else pipe.run()
+        except StopIteration:
+            return None
+        except RuntimeError:
+            # One picture that cannot be decoded has cost the graph; without it another graph does the same batch.
+            if not feeder.running or not _reject_undecodable(feeder, device):
+                raise
+            return feeder.unfinished()
+        # With DALI's dynamic executor these tensors own their memory: nothing is copied, nothing is overwritten.
+        tensors = [torch.utils.dlpack.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2) for output in outputs]
+        step, ok_B = feeder.running.popleft()
+        yield Batch(
+            image_BCHW=tensors[0],
+            label_BF=torch.from_numpy(label_NF[step.row_B]).to(device),
+            mask_B1HW=tensors[1] if len(tensors) > 1 else None,
+            row_B=torch.from_numpy(step.row_B).to(device),
+            valid_B=torch.from_numpy(step.valid_B & ok_B).to(device),
+        )
+
+
+def _reject_undecodable(feeder: _Feeder, device: torch.device) -> bool:
+    """Reject the rows of the oldest step under way that cannot be decoded; False where all of them can."""
+    row_B = feeder.running[0][0].row_B
+    encoded = feeder.source.read(row_B, feeder.masks)
+    bad = undecodable(encoded)
+    if not len(bad):
+        # OpenCV may swallow what DALI does not: ask DALI itself, one file at a time.
+        files = zip(encoded.images, encoded.masks or encoded.images, strict=True)
+        ok = [all(_decodes(file, device) for file in pair) for pair in files]
+        bad = np.flatnonzero(~np.array(ok, np.bool_))
+    for place in bad.tolist():
+        feeder.source.reject(int(row_B[place]), UNDECODABLE)
+    return len(bad) > 0
+
+
+def _decodes(file: Bytes, device: torch.device) -> bool:
+    """Whether DALI decodes the file."""
+
+    def graph() -> Any:
+        encoded = fn.external_source(lambda: [file], dtype=types.UINT8, ndim=1)
+        return _decode(encoded, "mixed" if device.type == "cuda" else "cpu")
+
     try:
-        pipe = _pipeline(feeder, augment, data, device)
-        while True:
-            try:
-                outputs = pipe.run(torch.cuda.current_stream(device)) if device.type == "cuda" else pipe.run()
-            except StopIteration:
-                return
-            # With DALI's dynamic executor these tensors own their memory: nothing is copied, nothing is overwritten.
-            tensors = [torch.utils.dlpack.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2) for output in outputs]
-            step, ok_B = feeder.running.popleft()
-            yield Batch(
-                image_BCHW=tensors[0],
-                label_BF=torch.from_numpy(label_NF[step.row_B]).to(device),
-                mask_B1HW=tensors[1] if len(tensors) > 1 else None,
-                row_B=torch.from_numpy(step.row_B).to(device),
-                valid_B=torch.from_numpy(step.valid_B & ok_B).to(device),
-            )
-    finally:
-        feeder.close()
+        pipeline_def(graph)(batch_size=1, num_threads=1, device_id=_index(device), exec_dynamic=True).run()
+    except RuntimeError:
+        return False
+    return True
 
 
 class _Feeder:
@@ -126,6 +170,11 @@ class _Feeder:
             for each, values in inputs.items():
                 self.waiting[each].append(values)
         return self.waiting[name].popleft()
+
+    def unfinished(self) -> Iterable[Step]:
+        """The steps under way, and those after them."""
+        begun = [step for step, _ in self.running]
+        return chain(begun, [] if self.first is None else [self.first], self.steps)
 
     def close(self) -> None:
         """Let go of the source: a graph is freed by the garbage collector, some time, but files should close now."""
@@ -199,12 +248,11 @@ def _pipeline(feeder: _Feeder, augment: Augment, data: Data, device: torch.devic
         given = {name: external(name) for name in feeder.names}
         return _graph(given, augment, "mixed" if gpu else "cpu")
 
-    index = (device.index if device.index is not None else torch.cuda.current_device()) if gpu else None
     make = pipeline_def(graph, enable_conditionals=True)
     pipe = make(
         batch_size=feeder.batch_size,
         num_threads=data.threads,
-        device_id=index,
+        device_id=_index(device),
         prefetch_queue_depth=data.prefetch,
         exec_dynamic=True,
     )
@@ -212,9 +260,19 @@ def _pipeline(feeder: _Feeder, augment: Augment, data: Data, device: torch.devic
     return pipe
 
 
+def _index(device: torch.device) -> int | None:
+    """The GPU's number; None for the CPU."""
+    if device.type != "cuda":
+        return None
+    return device.index if device.index is not None else torch.cuda.current_device()
+
+
+def _decode(encoded: Any, decoder: str) -> Any:
+    return fn.decoders.image(encoded, device=decoder, output_type=types.GRAY, adjust_orientation=False)
+
+
 def _graph(given: dict[str, Any], augment: Augment, decoder: str) -> tuple[Any, ...]:
     """The graph: encoded bytes and numbers in, (H, W, 1) float32 pictures and masks out."""
-    decode = partial(fn.decoders.image, device=decoder, output_type=types.GRAY, adjust_orientation=False)
     # In float32: rounding after each operation would add up, and CPU and GPU round halves differently.
     warp = partial(
         fn.warp_affine,
@@ -225,7 +283,7 @@ def _graph(given: dict[str, Any], augment: Augment, decoder: str) -> tuple[Any, 
         inverse_map=True,
         dtype=types.FLOAT,
     )
-    image = warp(decode(given["image"]))
+    image = warp(_decode(given["image"], decoder))
     image = _equalised(image, given, augment)
     if "blur" in given:
         image = _blurred(image, given["blur"], augment)
@@ -233,7 +291,7 @@ def _graph(given: dict[str, Any], augment: Augment, decoder: str) -> tuple[Any, 
     image = _normalised(image, augment)
     if "mask" not in given:
         return (image,)
-    mask = warp(decode(given["mask"]))
+    mask = warp(_decode(given["mask"], decoder))
     # Thresholding the interpolated mask at one half puts its edge where it is to a fraction of a pixel; nearest
     # neighbour would move it by up to half a source pixel.
     return image, fn.cast(mask > 255 * HALF, dtype=types.FLOAT)

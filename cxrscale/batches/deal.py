@@ -3,8 +3,8 @@
 A step's G slots are dealt to L lanes by systematic sampling: the lanes' shares lie end to end on a line of length G,
 and every whole number plus the step's offset in [0, 1) on that line is a slot. So a lane holds its share rounded up or
 down in every step, and so do neighbouring lanes taken together (the first and the last are neighbours too). Offsets run
-through a van der Corput sequence, by which each lane's total stays a few rows from its share and comes back to it, but
-for rounding, every 1,024 steps; that period makes the totals a closed form.
+through a van der Corput sequence of period 1,024, by which each lane's total strays from its share by a few rows, and
+by less than one more in every 1,024 steps; the period makes the totals a closed form.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ import torch
 
 from cxrscale.batches.numbers import HALF, Numbers, about_centres, draw, noise_bank
 from cxrscale.batches.plan import Rows, Step
-from cxrscale.batches.source import Bytes, Source
+from cxrscale.batches.source import UNDECODABLE, Bytes, Source, undecodable
 from cxrscale.config import Augment, Data
-from cxrscale.schema import Batch
+from cxrscale.schema import Batch, Unreadable
 
 Levels = npt.NDArray[np.float32]
 
@@ -33,21 +33,40 @@ def batches(
     device = torch.device(device)
     segment = data.task == "segment"
     for step in steps:
-        encoded = source.read(step.row_B, segment)
-        numbers = draw(augment, seed, key_N[step.row_B], step.draw_B, *source.sizes(step.row_B), training)
-        matrix_B23 = about_centres(numbers.matrix_B23)
-        pictures = [picture(file, i, matrix_B23[i], numbers, augment) for i, file in enumerate(encoded.images)]
-        masks = None
-        if encoded.masks is not None:
-            drawn = [mask(file, matrix_B23[i], augment) for i, file in enumerate(encoded.masks)]
-            masks = torch.from_numpy(np.stack(drawn)[:, None]).to(device)
-        yield Batch(
-            image_BCHW=torch.from_numpy(np.stack(pictures)[:, None]).to(device),
-            label_BF=torch.from_numpy(label_NF[step.row_B]).to(device),
-            mask_B1HW=masks,
-            row_B=torch.from_numpy(step.row_B).to(device),
-            valid_B=torch.from_numpy(step.valid_B & encoded.ok_B).to(device),
-        )
+        try:
+            yield _batch(step, source, label_NF, augment, segment, key_N, seed, training, device)
+        except Unreadable:
+            for place in undecodable(source.read(step.row_B, segment)).tolist():
+                source.reject(int(step.row_B[place]), UNDECODABLE)
+            yield _batch(step, source, label_NF, augment, segment, key_N, seed, training, device)
+
+
+def _batch(
+    step: Step,
+    source: Source,
+    label_NF: npt.NDArray[np.float32],
+    augment: Augment,
+    segment: bool,
+    key_N: Rows,
+    seed: int,
+    training: bool,
+    device: torch.device,
+) -> Batch:
+    encoded = source.read(step.row_B, segment)
+    numbers = draw(augment, seed, key_N[step.row_B], step.draw_B, *source.sizes(step.row_B), training)
+    matrix_B23 = about_centres(numbers.matrix_B23)
+    pictures = [picture(file, i, matrix_B23[i], numbers, augment) for i, file in enumerate(encoded.images)]
+    masks = None
+    if encoded.masks is not None:
+        drawn = [mask(file, matrix_B23[i], augment) for i, file in enumerate(encoded.masks)]
+        masks = torch.from_numpy(np.stack(drawn)[:, None]).to(device)
+    return Batch(
+        image_BCHW=torch.from_numpy(np.stack(pictures)[:, None]).to(device),
+        label_BF=torch.from_numpy(label_NF[step.row_B]).to(device),
+        mask_B1HW=masks,
+        row_B=torch.from_numpy(step.row_B).to(device),
+        valid_B=torch.from_numpy(step.valid_B & encoded.ok_B).to(device),
+    )
 
 
 def picture(file: Bytes, index: int, matrix_23: npt.NDArray[np.float64], numbers: Numbers, augment: Augment) -> Levels:
@@ -72,8 +91,14 @@ def mask(file: Bytes, matrix_23: npt.NDArray[np.float64], augment: Augment) -> L
 
 
 def decoded(file: Bytes) -> npt.NDArray[np.uint8]:
-    """(H, W) uint8 of a JPEG or PNG; as stored, whatever orientation its header claims."""
+    """(H, W) uint8 of a JPEG or PNG; as stored, whatever orientation its header claims.
+
+    Raises:
+        Unreadable: it cannot be decoded.
+    """
     image = cv2.imdecode(file, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION)
+    if image is None:
+        raise Unreadable(UNDECODABLE)
     return np.asarray(image, np.uint8)
 
 

@@ -23,6 +23,8 @@ from cxrscale.shards.manifest import Manifest
 
 Bytes = npt.NDArray[np.uint8]
 
+UNDECODABLE = "is no picture that can be decoded, though its bytes are those that were packed"
+
 _log = logging.getLogger("cxrscale")
 
 
@@ -57,11 +59,15 @@ class Source(Protocol):
     def sizes(self, row_B: Rows) -> tuple[Rows, Rows]:
         """(height_B, width_B) of the stored pictures in pixels."""
 
+    def reject(self, row: int, reason: str) -> None:
+        """From now on deliver this row as bad: a reader could make nothing of its bytes."""
+
 
 class ShardSource:
     """Slices of memory-mapped shards, each compared with its CRC-32.
 
-    A row whose bytes are bad is logged and listed in `bad` once, and delivered as a grey picture with ok False.
+    A row whose bytes are bad, or that a reader rejects, is logged and listed in `bad` once, and delivered as a grey
+    picture with ok False.
     """
 
     def __init__(self, manifest: Manifest) -> None:
@@ -73,6 +79,7 @@ class ShardSource:
         self._height_N, self._width_N = _stored_sizes(manifest)
         self._maps: dict[int, Bytes] = {}
         self._copies: set[Path] = set()
+        self._rejected: set[int] = set()
 
     def sizes(self, row_B: Rows) -> tuple[Rows, Rows]:
         """(height_B, width_B) of the stored pictures in pixels."""
@@ -87,15 +94,22 @@ class ShardSource:
         images, mask_files, ok_B = [], [], np.ones(len(row_B), np.bool_)
         for place, row in enumerate(row_B.tolist()):
             try:
+                if row in self._rejected:
+                    raise _Damaged("was rejected")
                 image = self._member(row, self._image_N3, "picture")
                 mask = self._member(row, self._mask_N3, "mask") if masks else None
             except _Damaged as damage:
-                self._record(row, str(damage))
+                self._record(row, str(damage), "run `cxrscale verify`")
                 image, mask, ok_B[place] = placeholder(), placeholder(), False
             images.append(image)
             if mask is not None:
                 mask_files.append(mask)
         return Encoded(images, mask_files if masks else None, ok_B)
+
+    def reject(self, row: int, reason: str) -> None:
+        """From now on deliver this row as bad: a reader could make nothing of its bytes."""
+        self._rejected.add(row)
+        self._record(row, reason, "shard it again from its archive")
 
     def _member(self, row: int, place_N3: Rows, what: str) -> Bytes:
         offset, length, crc = place_N3[row].tolist()
@@ -122,12 +136,12 @@ class ShardSource:
             if copy.exists():
                 return _mapped(copy)
 
-    def _record(self, row: int, reason: str) -> None:
+    def _record(self, row: int, reason: str, remedy: str) -> None:
         if any(sample.row == row for sample in self.bad):
             return
         self.bad.append(BadSample(row, reason))
         name, shard = self.manifest.image_id[row], self._shards[int(self._shard_N[row])].address
-        _log.warning("%s in %s: %s; left out, run `cxrscale verify`", name, shard, reason)
+        _log.warning("%s in %s: %s; left out, %s", name, shard, reason, remedy)
 
 
 class MemorySource:
@@ -161,15 +175,29 @@ class MemorySource:
         rows = row_B.tolist()
         ok_B = np.array([self._ok[row] for row in rows], np.bool_)
         for row in rows:
-            if not self._ok[row] and all(sample.row != row for sample in self.bad):
-                self.bad.append(BadSample(row, "no picture that can be decoded"))
-                _log.warning("file %d is no picture that can be decoded; left out", row)
+            if not self._ok[row]:
+                self.reject(row, "is no picture that can be decoded")
         images = [self._images[row] if self._ok[row] else placeholder() for row in rows]
         if not masks:
             return Encoded(images, None, ok_B)
         if self._masks is None:
             raise InputError("data.task=segment wants masks and these pictures have none; set data.task=classify")
         return Encoded(images, [self._masks[row] if self._ok[row] else placeholder() for row in rows], ok_B)
+
+    def reject(self, row: int, reason: str) -> None:
+        """From now on deliver this file as bad."""
+        self._ok[row] = False
+        if all(sample.row != row for sample in self.bad):
+            self.bad.append(BadSample(row, reason))
+            _log.warning("file %d %s; left out", row, reason)
+
+
+def undecodable(encoded: Encoded) -> Rows:
+    """The places in the batch whose picture or mask OpenCV cannot decode."""
+    flags = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION
+    files = zip(encoded.images, encoded.masks or encoded.images, strict=True)
+    ok = [all(len(file) and cv2.imdecode(file, flags) is not None for file in pair) for pair in files]
+    return np.flatnonzero(~np.array(ok, np.bool_)).astype(np.int64)
 
 
 @lru_cache(maxsize=1)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import logging
 import threading
+import zlib
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -18,6 +20,7 @@ import torch
 
 from cxrscale import config, predict
 from cxrscale.batches import feed, plan
+from cxrscale.batches.source import UNDECODABLE
 from cxrscale.config import Augment, Data, Plan, Recipe
 from cxrscale.schema import Batch, InputError, Scores
 from cxrscale.shards import manifest as manifests
@@ -125,6 +128,62 @@ def test_a_corrupt_byte_makes_one_row_invalid(make_shards: MakeShards) -> None:
         assert torch.equal(before.image_BCHW[kept], after.image_BCHW[kept])
         assert bool(torch.isfinite(after.image_BCHW).all())
     assert sum(int((~batch.valid_B).sum()) for batch in found) == 2
+
+
+def spoil(manifest: Manifest, row: int, member: str = "image") -> Manifest:
+    """Garbage behind a member's first bytes, packed as if it were right: its CRC-32 is that of the garbage."""
+    root, place = Path(manifest.table["root"][0].as_py()), manifest.table[f"{member}_offset"][row].as_py()
+    path, length = root / manifest.table["shard"][row].as_py(), manifest.table[f"{member}_length"][row].as_py()
+    content = bytearray(path.read_bytes())
+    garbage = np.random.default_rng(0).integers(0, 256, length - 4).astype(np.uint8).tobytes()
+    content[place + 4 : place + length] = garbage
+    path.write_bytes(content)
+    crcs = manifest.table[f"{member}_crc"].to_pylist()
+    crcs[row] = zlib.crc32(content[place : place + length])
+    table = manifest.table.drop_columns(["root"])
+    at = table.column_names.index(f"{member}_crc")
+    manifests.write(
+        str(root / manifests.NAME),
+        table.set_column(at, f"{member}_crc", pa.array(crcs, pa.uint32())),
+        manifest.about[0],
+    )
+    return manifests.load(str(root))
+
+
+@pytest.mark.parametrize("fields", [{"prefetch": 1}, {"prefetch": 4}, {"reader": "reference"}])
+@pytest.mark.parametrize("member", ["image", "mask"])
+def test_what_cannot_be_decoded_makes_one_row_invalid(
+    make_shards: MakeShards, caplog: pytest.LogCaptureFixture, member: str, fields: dict[str, Any]
+) -> None:
+    manifest = make_shards()
+    clean = train(manifest, 6, **fields)
+    manifest = spoil(manifest, 4, member)
+    with caplog.at_level(logging.WARNING, "cxrscale"):
+        found = train(manifest, 6, **fields)
+    assert [record.getMessage().split(": ", 1)[1] for record in caplog.records] == [
+        f"{UNDECODABLE}; left out, shard it again from its archive"
+    ]
+    for before, after in zip(clean, found, strict=True):
+        assert torch.equal(before.row_B, after.row_B)
+        assert torch.equal(after.valid_B, before.row_B != 4)
+        assert torch.equal(before.image_BCHW[after.valid_B], after.image_BCHW[after.valid_B])
+        assert bool(torch.isfinite(after.image_BCHW).all())
+    assert same(train(manifest, 3, start=3, **fields), found[3:])
+    data = Data.model_validate({"findings": ("Effusion",), "task": "segment", "train_split": "train", **fields})
+    once = list(feed.evaluation(manifest, ["train", "val"], data, Plan(eval_batch=5), Augment(size=48)))
+    rows = torch.cat([batch.row_B[batch.valid_B] for batch in once])
+    assert sorted(rows.tolist()) == [row for row in range(24) if row != 4]
+
+
+def test_dali_is_asked_what_opencv_swallows(make_shards: MakeShards, monkeypatch: pytest.MonkeyPatch) -> None:
+    clean = train(make_shards(), 4)
+    manifest = spoil(make_shards(), 4)
+    monkeypatch.setattr("cxrscale.batches.dali.undecodable", lambda _: np.zeros(0, np.int64))
+    found = train(manifest, 4)
+    assert [batch.valid_B.tolist() for batch in found] == [(batch.row_B != 4).tolist() for batch in clean]
+    monkeypatch.setattr("cxrscale.batches.dali._decodes", lambda *_: True)
+    with pytest.raises(RuntimeError, match=r"decoders.image"):
+        train(manifest, 4)
 
 
 def test_lossless_and_untouched_shards_read_alike(make_shards: MakeShards) -> None:
