@@ -142,6 +142,21 @@ def audit(
     print(page if storage.is_remote(page) else Path(page).resolve())
 
 
+@app.command("batches")
+def batches_verb(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    out: Annotated[str, typer.Option(help="The page.")] = "batches.html",
+) -> None:
+    """Look before you train: pictures as the net will see them, and the first epoch's sampling against its plan."""
+    from cxrscale.batches import sheet
+
+    resolved = config.load_recipe(recipe, overrides or [])
+    for line in sheet.write(resolved, Path(recipe).stem, out):
+        print(line)
+    print(out if storage.is_remote(out) else Path(out).resolve())
+
+
 @app.command()
 def train(recipe: RecipePath, overrides: Overrides = None, local: Local = False) -> None:
     """Train a recipe: cxrscale train jobs/chexnet14.yaml data.shards=[shards/nih] scaling.num_workers=2."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ import torch
 from cxrscale import labels, storage
 from cxrscale.batches import plan as planning
 from cxrscale.batches import reference
-from cxrscale.batches.plan import Flags, Rows, Sampling, Traits
+from cxrscale.batches.plan import Flags, Rows, Sampling, Step, Traits
 from cxrscale.batches.source import MemorySource, ShardSource
 from cxrscale.config import Augment, Data, Plan
 from cxrscale.schema import Batch, InputError
@@ -79,6 +79,24 @@ def training(
     rows = usable_rows(manifest, data.train_split, data)
     traits = _traits(manifest, rows, data, plan)
     steps = planning.training(rows, label_NF[rows], manifest.key[rows], plan, rank, world, epoch, step, traits)
+    return augmented(manifest, steps, data, plan, augment, device)
+
+
+def augmented(
+    manifest: Manifest,
+    steps: Iterable[Step],
+    data: Data,
+    plan: Plan,
+    augment: Augment,
+    device: torch.device | str = "cpu",
+) -> Batches:
+    """Training batches of steps of one's own choosing: what a picture looks like at some place of the stream.
+
+    Raises:
+        InputError: a label missing, an input larger than what is stored.
+    """
+    _check_size(manifest, augment)
+    label_NF = manifest.labels(data.findings)
     return _reader(data)(
         steps, ShardSource(manifest), label_NF, augment, data, manifest.key, plan.seed, True, torch.device(device)
     )

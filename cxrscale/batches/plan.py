@@ -97,6 +97,10 @@ class Stream:
         self._pass: int | None = None
         self._order_N = rows_N
 
+    def chances(self) -> npt.NDArray[np.float64]:
+        """(N,) how likely a draw is to be each of `rows_N`, which names hard pictures several times."""
+        return np.full(len(self.rows_N), 1 / max(1, len(self.rows_N)))
+
     def take(self, position_P: Rows) -> Rows:
         """(P,) rows of the manifest at ascending positions of the sequence."""
         taken = np.empty_like(position_P)
@@ -123,6 +127,10 @@ class WeightedStream:
         order = order[weight_N[order] > 0]
         self.purpose, self.rows_N, self.seed = purpose, rows_N[order], seed
         self._summed_N = np.cumsum(weight_N[order])
+
+    def chances(self) -> npt.NDArray[np.float64]:
+        """(N,) how likely a draw is to be each of `rows_N`; they sum to 1."""
+        return np.asarray(np.diff(self._summed_N, prepend=0) / self._summed_N[-1], np.float64)
 
     def take(self, position_P: Rows) -> Rows:
         """(P,) rows of the manifest at any positions of the sequence."""
