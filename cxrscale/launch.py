@@ -19,7 +19,7 @@ from cxrscale import __version__, config, models, session, storage
 from cxrscale.batches import feed
 from cxrscale.config import Recipe
 from cxrscale.schema import InputError
-from cxrscale.shards import manifest
+from cxrscale.shards import leaks, manifest
 from cxrscale.train import refuse_leaks, train
 from cxrscale.worker import LocalWorker, RayWorker
 
@@ -67,7 +67,8 @@ def preflight(recipe: Recipe) -> dict[str, Any]:
         InputError: shards, labels, splits or model do not fit the recipe.
     """
     data = manifest.load(*recipe.data.shards)
-    refuse_leaks(data, recipe)
+    if not recipe.data.allow_leaks:
+        refuse_leaks(data, recipe, leaks.persons(leaks.join(*recipe.data.shards)))
     data.labels(recipe.data.findings)
     feed.training(data, recipe.data, recipe.plan, recipe.augment).close()
     feed.evaluation(data, recipe.data.val_split, recipe.data, recipe.plan, recipe.augment).close()

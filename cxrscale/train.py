@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def train(recipe: Recipe, run: Path, worker: Worker) -> Outcome:
         InputError: shards, labels or splits do not fit the recipe.
     """
     data = manifest.load(*recipe.data.shards)
-    refuse_leaks(data, recipe)
+    refuse_leaks(data, recipe, data.patient.tolist())
     # Every rank starts from the same weights; the seed of each step below keeps dropout resumable.
     torch.manual_seed(recipe.plan.seed)
     net = _place(models.build(recipe.model, recipe.data), recipe, worker)
@@ -227,22 +227,26 @@ def make_optimizer(net: nn.Module, optim: Optim, device: torch.device) -> torch.
     return kind(trained, optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=fused)
 
 
-def refuse_leaks(data: Manifest, recipe: Recipe) -> None:
+def refuse_leaks(data: Manifest, recipe: Recipe, persons: Sequence[str]) -> None:
     """Refuse to train where a patient stands in more than one of the recipe's three parts: train, val and test.
+
+    Args:
+        persons: (N,) who each picture of the manifest shows; its patients, or `leaks.persons`, which knows of twins.
 
     Raises:
         InputError: names one such patient and how many there are.
     """
+    who = np.array(persons, dtype=object)
     parts = {"train": recipe.data.train_split, "val": recipe.data.val_split, "test": recipe.data.test_split}
     rows = {part: np.flatnonzero(np.isin(data.split.astype(str), names)) for part, names in parts.items()}
     shared = crossing(
-        [name for part in parts for name in data.patient[rows[part]].tolist()],
+        [name for part in parts for name in who[rows[part]].tolist()],
         [part for part in parts for _ in rows[part]],
     )
     if shared and not recipe.data.allow_leaks:
         raise InputError(
             f"data.shards: {len(shared)} patients stand in more than one of train, val and test, e.g. {shared[0]}; "
-            "shard again with pack.split=random, or say data.allow_leaks=true"
+            "look with `cxrscale audit`, shard again (SIIM with --twins), or say data.allow_leaks=true"
         )
 
 

@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 
 from cxrscale import launch
+from cxrscale.archives.phantom import PhantomPaths
+from cxrscale.config import Pack
 from cxrscale.progress import watch
 from cxrscale.schema import InputError
+from cxrscale.shards import build
 from tests.conftest import tiny
 
 
@@ -42,6 +45,20 @@ def test_a_mistake_that_only_workers_find_is_one_line_too(nih_shards: str, tmp_p
         InputError, match=r"^the loss is (nan|inf) at step \d: lower optim\.lr or set optim.clip_norm=1$"
     ):
         launch.launch(recipe, "tiny", watch)
+
+
+def test_sets_that_share_pictures_across_splits_are_refused(
+    drawn: PhantomPaths, nih_shards: str, tmp_path: Path
+) -> None:
+    # Without its NIH twins, SIIM's patients are unknown and its random split tears NIH's patients apart.
+    siim = str(tmp_path / "siim")
+    build.build("siim", str(drawn.siim), Pack(size=64), siim, local=True)
+    both = f"{nih_shards}, {siim}"
+    more = ("data.findings=[Pneumothorax]", "train.epochs=1", "plan.steps_per_epoch=1")
+    with pytest.raises(InputError, match=r"\d+ patients stand in more than one of train, val and test"):
+        launch.launch(tiny(both, tmp_path, *more), "tiny", watch, local=True)
+    allowed = tiny(both, tmp_path, *more, "data.allow_leaks=true")
+    assert launch.launch(allowed, "tiny", watch, local=True).is_dir()
 
 
 @pytest.mark.parametrize(

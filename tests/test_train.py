@@ -55,8 +55,14 @@ def test_a_patient_in_two_splits_is_refused_unless_allowed() -> None:
     with pytest.raises(
         InputError, match=r"1 patients stand in more than one of train, val and test, e\.g\. a; .*data.allow_leaks=true"
     ):
-        refuse_leaks(leaking, resolve())
-    refuse_leaks(leaking, resolve("data.allow_leaks=true"))
-    refuse_leaks(manifest_of(["a", "b", "a"], ["train", "test", "train"]), resolve())
+        refuse_leaks(leaking, resolve(), leaking.patient.tolist())
+    refuse_leaks(leaking, resolve("data.allow_leaks=true"), ["a", "b", "a"])
+    refuse_leaks(manifest_of(["a", "b", "a"], ["train", "test", "train"]), resolve(), ["a", "b", "a"])
     # Splits that the recipe does not use are none of its business.
-    refuse_leaks(manifest_of(["a", "a"], ["train", "fold9"]), resolve())
+    refuse_leaks(manifest_of(["a", "a"], ["train", "fold9"]), resolve(), ["a", "a"])
+    # Nor is it a leak that folds trained on together share a patient; that training and validation are one is.
+    folds = manifest_of(["a", "a", "b"], ["fold1", "fold2", "fold0"])
+    several = ("data.train_split=[fold1, fold2]", "data.val_split=fold0", "data.test_split=none")
+    refuse_leaks(folds, resolve(*several), ["a", "a", "b"])
+    with pytest.raises(InputError, match="1 patients stand"):
+        refuse_leaks(folds, resolve(*several, "data.val_split=fold2"), ["a", "a", "b"])

@@ -59,7 +59,7 @@ def look(sets: Sets) -> dict[str, Any]:
     Raises:
         InputError: fingerprints cannot be read.
     """
-    named = [f"{sets.spaces[s]}:{who}" for s, who in zip(sets.member_N.tolist(), sets.data.patient, strict=True)]
+    named = _names(sets)
     pairs, unmarked = _same_pictures(sets)
     person = twins.united(named, pairs.tolist())
     nameless_N = _nameless(sets)
@@ -77,6 +77,22 @@ def look(sets: Sets) -> dict[str, Any]:
         "patients_in_two_sets": joint,
         "twins": {"pairs": len(pairs), **alike},
     }
+
+
+def persons(sets: Sets) -> list[str]:
+    """(N,) who each picture shows: patients are one where the same archive names them alike or they share a picture.
+
+    12 s for the 112,120 pictures of ChestX-ray14.
+
+    Raises:
+        InputError: fingerprints cannot be read.
+    """
+    pairs, _ = _same_pictures(sets)
+    return twins.united(_names(sets), pairs.tolist())
+
+
+def _names(sets: Sets) -> list[str]:
+    return [f"{sets.spaces[s]}:{who}" for s, who in zip(sets.member_N.tolist(), sets.data.patient, strict=True)]
 
 
 def _same_pictures(sets: Sets) -> tuple[npt.NDArray[np.int64], dict[str, int]]:
