@@ -164,6 +164,8 @@ def train(recipe: RecipePath, overrides: Overrides = None, local: Local = False)
 
     resolved = config.load_recipe(recipe, overrides or [])
     run = launch.launch(resolved, Path(recipe).stem, progress.watch, local=local)
+    if not json.loads((run / launch.ABOUT).read_text())["finished"]:
+        print(f"stopped with a checkpoint; go on with tracking.name={run.name}", file=sys.stderr)
     print(run)
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,10 +54,9 @@ def train(recipe: Recipe, run: Path, worker: Worker) -> Outcome:
     folder = str(run / CHECKPOINTS)
     progress = checkpoint.resume(folder, net, optimizer, data.digest) or Progress()
     steps = plan.steps_per_epoch(feed.training_rows(data, recipe.data, recipe.plan), recipe.plan)
-    tracker = None
-    if worker.rank == 0:
-        start = progress.epoch * steps + progress.step
-        tracker = Tracker(run, recipe.tracking, recipe.model_dump(mode="json"), start)
+    start = progress.epoch * steps + progress.step
+    about: dict[str, Any] = {"recipe": recipe.model_dump(mode="json"), "manifest": data.digest, "pixels": _pixels(data)}
+    tracker = Tracker(run, recipe.tracking, about["recipe"], start) if worker.rank == 0 else None
     batches = feed.training(
         data,
         recipe.data,
@@ -70,7 +70,6 @@ def train(recipe: Recipe, run: Path, worker: Worker) -> Outcome:
     )
     fast: nn.Module = torch.compile(net) if recipe.train.compile else net  # type: ignore[assignment]
     wrapped = wrap(fast, worker)
-    about = {"recipe": recipe.model_dump(mode="json"), "manifest": data.digest, "pixels": _pixels(data)}
 
     def keep(step: int) -> None:
         if worker.rank == 0:
