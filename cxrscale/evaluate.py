@@ -43,21 +43,16 @@ def evaluate(run: Path, resamples: int = 1000) -> Path:
     chosen = stored_thresholds(run)
     scores = predict.split(run, "test")
     draws = metrics.patient_draws(scores.patient, resamples, seed=0)
-    table = {
-        name: _finding(scores, f, chosen["thresholds"][name]["value"], draws) for f, name in enumerate(scores.findings)
-    }
-    defined = [row["auroc"]["value"] for row in table.values() if row["auroc"]["value"] is not None]
-    per_draw = (
-        np.stack(
-            [
-                metrics.auroc_draws(scores.score_NF[:, f], scores.label_NF[:, f], draws)
-                for f, name in enumerate(scores.findings)
-                if table[name]["auroc"]["value"] is not None
-            ]
-        )
-        if defined
-        else np.full((1, resamples), np.nan)
+    area_FR = np.stack(
+        [metrics.auroc_draws(scores.score_NF[:, f], scores.label_NF[:, f], draws) for f in range(len(scores.findings))]
     )
+    table = {
+        name: _finding(scores, f, chosen["thresholds"][name]["value"], area_FR[f])
+        for f, name in enumerate(scores.findings)
+    }
+    areas = [row["auroc"]["value"] for row in table.values()]
+    defined = [area for area in areas if area is not None]
+    per_draw = area_FR[[area is not None for area in areas]] if defined else np.full((1, resamples), np.nan)
     mean = float(np.mean(defined)) if defined else float("nan")
     found: dict[str, Any] = {
         "split": "test",
@@ -89,11 +84,11 @@ def stored_thresholds(run: Path) -> dict[str, Any]:
     return found
 
 
-def _finding(scores: Scores, f: int, cut: float | None, draws: Any) -> dict[str, Any]:
+def _finding(scores: Scores, f: int, cut: float | None, area_R: metrics.Floats) -> dict[str, Any]:
     score, label = scores.score_NF[:, f], scores.label_NF[:, f]
     area = metrics.auroc(score, label)
     if np.isfinite(area.value):
-        area = metrics.interval(area.value, metrics.auroc_draws(score, label, draws))
+        area = metrics.interval(area.value, area_R)
     row: dict[str, Any] = {
         "positives": int((label == 1).sum()),
         "negatives": int((label == 0).sum()),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +115,3 @@ def _segmenter(model: Model, pretrained: bool) -> nn.Module:
 def _offline(error: Exception) -> InputError:
     reason = " ".join(str(error).split())[:160]
     return InputError(f"model.weights=imagenet cannot be fetched ({reason}); connect once, or set model.weights=none")
-
-
-def quiet_hub() -> None:
-    """Silence the model hub's advice about tokens: pretrained weights here are public."""
-    warnings.filterwarnings("ignore", message=".*HF_TOKEN.*")

@@ -9,12 +9,6 @@ import ray
 
 from cxrscale.schema import InputError
 
-WORKER_ENV = {
-    # Workers that recompile torch on every start take 11 s instead of 5 to import it.
-    "PYTHONDONTWRITEBYTECODE": "",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-}
-
 
 def connect(address: str | None = None) -> None:
     """Join the cluster of this job or address, else start Ray on this machine; nothing happens when connected.
@@ -29,8 +23,8 @@ def connect(address: str | None = None) -> None:
     # Ray's own usage and dashboard lines would stand between the user and the one line that matters.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    for name in ("PYTHONDONTWRITEBYTECODE",):
-        os.environ.pop(name, None)
+    # Workers that recompile torch on every start take 11 s instead of 5 to import it.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     try:
         ray.init(
             address=address,

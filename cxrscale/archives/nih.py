@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -12,6 +10,7 @@ from functools import lru_cache
 from operator import itemgetter
 
 from cxrscale import labels, storage
+from cxrscale.archives.tables import lines
 from cxrscale.schema import Box, ImageRecord, InputError
 
 SOURCE = "nih"
@@ -207,7 +206,7 @@ def _png_size(path: str) -> tuple[int, int]:
 
 def _rows(path: str, needed: tuple[str, ...], others: tuple[str, ...] = ()) -> Iterator[tuple[int, list[str]]]:
     """(line number, its values of the columns `needed` and `others`) of every row; '' where the table lacks another."""
-    rows = _lines(path)
+    rows = lines(path)
     if (top := next(rows, None)) is None:
         raise InputError(f"{path} is not a readable CSV table (it is empty); copy it again")
     header = top[1]
@@ -232,17 +231,6 @@ def _rows(path: str, needed: tuple[str, ...], others: tuple[str, ...] = ()) -> I
                 f"{path}, line {line}: {needed[0]} {values[0]!r:.80} is no file name; take the table as published"
             )
         yield line, values
-
-
-def _lines(path: str) -> Iterator[tuple[int, list[str]]]:
-    """(line number, values) of the header and every row that holds any."""
-    try:
-        table = csv.reader(io.StringIO(storage.read(path).decode("utf-8-sig"), newline=""), strict=True)
-        for row in table:
-            if any(map(str.strip, row)):
-                yield table.line_num, row
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a readable CSV table ({error}); copy it again") from None
 
 
 def _states(path: str, line: int, text: str) -> dict[str, int]:

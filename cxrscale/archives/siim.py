@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections.abc import Iterator
 from pathlib import PurePosixPath
@@ -11,6 +9,7 @@ from pathlib import PurePosixPath
 import fsspec
 
 from cxrscale import labels, storage
+from cxrscale.archives.tables import lines
 from cxrscale.schema import ImageRecord, InputError
 
 SOURCE = "siim"
@@ -90,7 +89,7 @@ def read_table(path: str) -> dict[str, tuple[str, ...]]:
 
 def _rows(path: str) -> Iterator[tuple[int, str, str]]:
     """(line number, ImageId, EncodedPixels) of every row, without spaces around them."""
-    rows = _lines(path)
+    rows = lines(path)
     if (top := next(rows, None)) is None:
         raise InputError(f"{path} is not a readable CSV table (it is empty); copy it again")
     header = [name.strip() for name in top[1]]
@@ -105,17 +104,6 @@ def _rows(path: str) -> Iterator[tuple[int, str, str]]:
                 "mend the row"
             )
         yield line, row[header.index("ImageId")].strip(), row[header.index("EncodedPixels")].strip()
-
-
-def _lines(path: str) -> Iterator[tuple[int, list[str]]]:
-    """(line number, values) of the header and every row that holds any."""
-    try:
-        table = csv.reader(io.StringIO(storage.read(path).decode("utf-8-sig"), newline=""), strict=True)
-        for row in table:
-            if any(map(str.strip, row)):
-                yield table.line_num, row
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a readable CSV table ({error}); copy it again") from None
 
 
 def _pictures(root: str) -> dict[str, str]:

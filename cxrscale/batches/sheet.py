@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import io
 import itertools
-import re
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -31,7 +28,7 @@ from cxrscale.batches.tally import Tally, tally
 from cxrscale.config import Augment, Data, Recipe
 from cxrscale.schema import Batch, Unreadable
 from cxrscale.shards import manifest
-from cxrscale.shards.audit_page import COLOURS, INK, LINE, STYLE
+from cxrscale.shards.audit_page import COLOURS, STYLE, svg
 from cxrscale.shards.manifest import Manifest
 from cxrscale.splits import TRAIN
 
@@ -233,7 +230,7 @@ def _plot(counted: Tally) -> Markup:
     right.set_xlabel("times a picture came")
     right.set_ylabel("pictures")
     title = "Steps by their pictures with a finding, and pictures by how often they came, in the first epoch"
-    return _svg(figure, title)
+    return svg(figure, title)
 
 
 def _bars(axes: Axes, counts: Mapping[int, int]) -> None:
@@ -247,17 +244,3 @@ def _bars(axes: Axes, counts: Mapping[int, int]) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.grid(axis="y")
     axes.set_axisbelow(True)
-
-
-def _svg(figure: Figure, title: str) -> Markup:
-    """The figure as an SVG element that takes letters and lines from the page, and points nowhere outside it."""
-    buffer = io.StringIO()
-    with warnings.catch_warnings(), mpl.rc_context({"svg.hashsalt": title}):
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r' xmlns(:xlink)?="[^"]*"| version="1.1"| (width|height)="[\d.]+pt"', "", text)
-    text = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font-size: \1", text)
-    text = text.replace(INK, "currentColor").replace(LINE, "var(--line)")
-    return Markup(text.replace("<svg", Markup('<svg role="img" aria-label="{}"').format(title), 1).strip())

@@ -217,7 +217,7 @@ def _findings_plot(found: Mapping[str, Any]) -> Markup:
         axes.grid(axis="x")
         axes.set_axisbelow(True)
     figure.legend(*shares.get_legend_handles_labels(), loc="outside upper right", ncols=len(names))
-    return _svg(figure, "Pictures with each finding by split, and their share of the labelled pictures")
+    return svg(figure, "Pictures with each finding by split, and their share of the labelled pictures")
 
 
 def _people_plot(found: Mapping[str, Any]) -> Markup:
@@ -236,7 +236,7 @@ def _people_plot(found: Mapping[str, Any]) -> Markup:
         axes.set_axisbelow(True)
     panels[0].set_ylabel("pictures")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=len(names))
-    return _svg(figure, "Pictures by sex, view and age, splits stacked")
+    return svg(figure, "Pictures by sex, view and age, splits stacked")
 
 
 def _mask_plot(masks: Mapping[str, Any]) -> Markup:
@@ -252,7 +252,7 @@ def _mask_plot(masks: Mapping[str, Any]) -> Markup:
     axes.set_ylabel("masks")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.margins(y=0.15)
-    return _svg(figure, "Masks by the share of the picture that they cover")
+    return svg(figure, "Masks by the share of the picture that they cover")
 
 
 def _stack(axes: Axes, places: npt.NDArray[Any], parts: Mapping[str, Sequence[int]], *, across: bool) -> None:
@@ -272,7 +272,7 @@ def _colour(name: str, names: Sequence[str]) -> str:
     return COLOURS.get(name) or OTHER_COLOURS[others.index(name) % len(OTHER_COLOURS)]
 
 
-def _svg(figure: Figure, title: str) -> Markup:
+def svg(figure: Figure, title: str) -> Markup:
     """The figure as an SVG element that takes letters and lines from the page, and points nowhere outside it."""
     buffer = io.StringIO()
     # Its ids depend on the title alone: the page is the same every time, and no two figures share an id.
