@@ -27,7 +27,7 @@ RECIPE = "recipe.yaml"
 ABOUT = "run.json"
 MISTAKE = "mistake.txt"
 """What a worker found wrong with the input, for the driver to say."""
-FREE_TO_CHANGE = frozenset({"scaling", "tracking", "pack"})
+FREE_TO_CHANGE = frozenset({"scaling", "tracking", "pack", "threshold", "tune"})
 """Sections that may differ when an unfinished run goes on: they do not change what is learned."""
 
 Watcher = Callable[[Path, Recipe], Any]
@@ -77,7 +77,7 @@ def preflight(recipe: Recipe) -> dict[str, Any]:
             models.build(recipe.model.model_copy(update={"weights": "none"}), recipe.data)
     else:
         models.build(recipe.model, recipe.data)
-    workers = recipe.scaling.num_workers
+    workers = recipe.scaling.workers[1]
     if workers and recipe.plan.batch < workers:
         raise InputError(f"plan.batch={recipe.plan.batch} is less than scaling.num_workers={workers}; raise plan.batch")
     return {
@@ -132,7 +132,7 @@ def _on_ray(recipe: Recipe, run: Path) -> bool:
     from ray.train.torch import TorchTrainer
 
     use_gpu = recipe.scaling.use_gpu if recipe.scaling.use_gpu is not None else session.gpus() > 0
-    workers = recipe.scaling.num_workers
+    workers = recipe.scaling.workers[0]
     have, want = session.cpus(), workers * recipe.scaling.cpus_per_worker
     if want > have or (use_gpu and workers > session.gpus()):
         kind = f"{session.gpus()} GPUs" if use_gpu else f"{have} CPUs"

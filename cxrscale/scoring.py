@@ -13,6 +13,7 @@ from torch import nn
 
 from cxrscale import losses
 from cxrscale.config import Loss, Train
+from cxrscale.losses import ClassWeights
 from cxrscale.schema import Batch, MapCounts
 from cxrscale.worker import Worker, add_up, gather, share_buffers
 
@@ -47,12 +48,19 @@ def images_for(net_batch: Batch, train: Train) -> torch.Tensor:
 
 
 @torch.no_grad()
-def score(net: nn.Module, batches: Iterable[Batch], train: Train, worker: Worker, loss: Loss | None = None) -> Rows:
+def score(
+    net: nn.Module,
+    batches: Iterable[Batch],
+    train: Train,
+    worker: Worker,
+    loss: Loss | None = None,
+    weights: ClassWeights | None = None,
+) -> Rows:
     """Score every valid row of all ranks' batches; all ranks return the same.
 
     Args:
         net: (B, 1, H, W) -> logits (B, F) or (B, 1, H, W); left in the mode it was in.
-        loss: also compute this loss.
+        loss: also compute this loss, with the class weights.
     """
     was_training = net.training
     net.eval()
@@ -62,8 +70,8 @@ def score(net: nn.Module, batches: Iterable[Batch], train: Train, worker: Worker
     for batch in batches:
         with autocast(train, worker.device):
             logits = net(images_for(batch, train)).float()
-        if loss is not None:
-            found = torch.stack([torch.stack([w * s, c]) for w, s, c in losses.terms(logits, batch, loss)])
+        if loss is not None and weights is not None:
+            found = torch.stack([losses.terms(logits, batch, loss, weights), losses.counts(batch, loss)], dim=1)
             sums = found if not len(sums) else sums + found
         probability = logits.sigmoid()
         rows.append(batch.row_B.cpu().numpy())

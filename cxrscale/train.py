@@ -16,7 +16,8 @@ from torch import nn
 from cxrscale import checkpoint, losses, metrics, models, scoring, storage
 from cxrscale.batches import feed, plan
 from cxrscale.checkpoint import Progress
-from cxrscale.config import Optim, Recipe
+from cxrscale.config import LOWER_IS_BETTER, Optim, Recipe
+from cxrscale.losses import ClassWeights
 from cxrscale.schema import Batch, InputError
 from cxrscale.shards import manifest
 from cxrscale.shards.manifest import Manifest
@@ -57,6 +58,8 @@ def train(recipe: Recipe, run: Path, worker: Worker) -> Outcome:
     start = progress.epoch * steps + progress.step
     about: dict[str, Any] = {"recipe": recipe.model_dump(mode="json"), "manifest": data.digest, "pixels": _pixels(data)}
     tracker = Tracker(run, recipe.tracking, about["recipe"], start) if worker.rank == 0 else None
+    rows = feed.usable_rows(data, recipe.data.train_split, recipe.data)
+    weights = losses.class_weights(recipe.loss, data.labels(recipe.data.findings)[rows], worker.device)
     batches = feed.training(
         data,
         recipe.data,
@@ -68,7 +71,7 @@ def train(recipe: Recipe, run: Path, worker: Worker) -> Outcome:
         progress.epoch,
         progress.step,
     )
-    fast: nn.Module = torch.compile(net) if recipe.train.compile else net  # type: ignore[assignment]
+    fast: nn.Module = torch.compile(net) if recipe.train.compile not in ("auto", "never") else net  # type: ignore[assignment]
     wrapped = wrap(fast, worker)
 
     def keep(step: int) -> None:
@@ -77,13 +80,13 @@ def train(recipe: Recipe, run: Path, worker: Worker) -> Outcome:
 
     try:
         while progress.epoch < recipe.train.epochs and not _out_of_patience(progress, recipe):
-            for step in _epoch(wrapped, optimizer, batches, progress, steps, recipe, worker, tracker):
+            for step in _epoch(wrapped, optimizer, batches, progress, steps, recipe, weights, worker, tracker):
                 if recipe.train.checkpoint_steps and step % recipe.train.checkpoint_steps == 0:
                     keep(step)
                 if step % recipe.tracking.log_steps == 0 and any_asks(worker):
                     keep(step)
                     return Outcome(False, progress)
-            found = validate(net, data, recipe, worker)
+            found = validate(net, data, recipe, weights, worker)
             improved = advance(progress, found, recipe)
             if improved and worker.rank == 0:
                 content = checkpoint.dump(
@@ -108,6 +111,7 @@ def _epoch(
     progress: Progress,
     steps: int,
     recipe: Recipe,
+    weights: ClassWeights,
     worker: Worker,
     tracker: Tracker | None,
 ) -> Iterator[int]:
@@ -126,7 +130,7 @@ def _epoch(
             group["lr"] = rate
         with scoring.autocast(recipe.train, worker.device):
             logits = net(scoring.images_for(batch, recipe.train))
-        loss = _mean_loss(logits, batch, recipe, worker)
+        loss = _mean_loss(logits, batch, recipe, weights, worker)
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         if recipe.optim.clip_norm:
@@ -161,21 +165,20 @@ def _epoch(
     progress.epoch, progress.step = progress.epoch + 1, 0
 
 
-def _mean_loss(logits: torch.Tensor, batch: Batch, recipe: Recipe, worker: Worker) -> torch.Tensor:
+def _mean_loss(
+    logits: torch.Tensor, batch: Batch, recipe: Recipe, weights: ClassWeights, worker: Worker
+) -> torch.Tensor:
     """The loss of this rank, scaled so that DDP's mean over ranks is the mean over the global batch's labels."""
-    total = torch.zeros((), device=logits.device)
-    for weight, summed, count in losses.terms(logits, batch, recipe.loss):
-        everywhere = add_up(count.clone(), worker).clamp_min(1)
-        total = total + weight * summed * worker.world / everywhere
-    return total
+    everywhere = add_up(losses.counts(batch, recipe.loss), worker).clamp_min(1)
+    return (losses.terms(logits, batch, recipe.loss, weights) / everywhere).sum() * worker.world
 
 
-def validate(net: nn.Module, data: Manifest, recipe: Recipe, worker: Worker) -> dict[str, float]:
+def validate(net: nn.Module, data: Manifest, recipe: Recipe, weights: ClassWeights, worker: Worker) -> dict[str, float]:
     """The metrics of the validation split, each picture once: loss, auroc, and for segmentation dice."""
     batches = feed.evaluation(
         data, recipe.data.val_split, recipe.data, recipe.plan, recipe.augment, worker.rank, worker.world, worker.device
     )
-    rows = scoring.score(net, batches, recipe.train, worker, recipe.loss)
+    rows = scoring.score(net, batches, recipe.train, worker, recipe.loss, weights)
     label_NF = data.labels(recipe.data.findings)[rows.row_N]
     found = {"loss": rows.loss, "auroc": metrics.macro_auroc(rows.score_NF, label_NF)}
     if rows.maps is not None:
@@ -190,7 +193,7 @@ def advance(progress: Progress, found: dict[str, float], recipe: Recipe) -> bool
     """Count an epoch's metrics into the progress; returns whether they are the best so far. NaN never is."""
     progress.history.append(found)
     value = found[recipe.train.metric]
-    sign = -1.0 if recipe.train.metric == "loss" else 1.0
+    sign = -1.0 if recipe.train.metric in LOWER_IS_BETTER else 1.0
     improved = math.isfinite(value) and (progress.best is None or sign * value > sign * progress.best)
     if improved or (progress.best is None and len(progress.history) == 1):
         progress.best = value if math.isfinite(value) else None

@@ -1,0 +1,153 @@
+"""A recipe whole: one function reads it, one applies `section.field=value`."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError, model_validator
+
+from cxrscale.config.inputs import Augment, Data, Pack, Plan
+from cxrscale.config.learning import Loss, Model, Optim, Train
+from cxrscale.config.running import Scaling, Threshold, Tracking, Tune
+from cxrscale.config.section import Section
+from cxrscale.schema import InputError
+
+
+class Recipe(Section):
+    """One system, whole: what `jobs/*.yaml` states the differences of."""
+
+    pack: Pack = Pack()
+    data: Data = Data()
+    plan: Plan = Plan()
+    augment: Augment = Augment()
+    model: Model = Model()
+    loss: Loss = Loss()
+    optim: Optim = Optim()
+    train: Train = Train()
+    scaling: Scaling = Scaling()
+    tracking: Tracking = Tracking()
+    threshold: Threshold = Threshold()
+    tune: Tune = Tune()
+
+    @model_validator(mode="after")
+    def _check_across_sections(self) -> Recipe:
+        if self.data.task == "segment" and len(self.data.findings) != 1:
+            raise ValueError(f"data.findings={list(self.data.findings)}: segmentation takes one: data.findings=[X]")
+        for name in ("dice", "lovasz"):
+            if getattr(self.loss, name) and self.data.task == "classify":
+                raise ValueError(f"loss.{name} needs pixels: set data.task=segment or loss.{name}=0")
+        if self.train.metric in ("dice", "dice_positives", "iou") and self.data.task == "classify":
+            raise ValueError(
+                f"train.metric={self.train.metric} needs pixels: set data.task=segment or train.metric=auroc"
+            )
+        _, dot, finding = self.train.metric.partition(".")
+        if dot and finding not in self.data.findings:
+            raise ValueError(f"train.metric={self.train.metric}: data.findings has no {finding}")
+        return self
+
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe and apply `section.field=value` overrides; values are YAML (`3e-4`, `[a, b]`, `null`).
+
+    Raises:
+        InputError: no such file, no YAML, an unknown field (names the one you may have meant), a bad value.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        near = sorted(str(other) for other in path.parent.glob("*.yaml"))[:12] if path.parent.is_dir() else []
+        remedy = f"recipes there: {', '.join(near)}" if near else "recipes lie in jobs/"
+        raise InputError(f"recipe {path} does not exist; {remedy}") from None
+    except OSError as error:
+        raise InputError(f"recipe {path} cannot be read: {error.strerror}; give a YAML file") from None
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise InputError(f"recipe {path} is not YAML: {_one_line(error)}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"recipe {path} is a {type(tree).__name__}, not sections; see `cxrscale config`")
+    return parse(Recipe, override(tree, overrides), where=str(path))
+
+
+def override(tree: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A copy of the nested mapping with each `a.b=value` set; the value is parsed as YAML.
+
+    Raises:
+        InputError: an override has no `=` or goes through a field that is no section.
+    """
+    result: dict[str, Any] = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
+    for item in overrides:
+        name, equals, text = item.partition("=")
+        if not equals or not name:
+            raise InputError(f"override {item!r} is not of the form section.field=value, e.g. optim.lr=3e-4")
+        *parents, leaf = name.strip().split(".")
+        here = result
+        for parent in parents:
+            here = here.setdefault(parent, {})
+            if not isinstance(here, dict):
+                raise InputError(f"override {item!r}: {parent} is a value, not a section")
+        here[leaf] = _value(text)
+    return result
+
+
+def parse(section: type[AnySection], tree: Mapping[str, Any], where: str) -> AnySection:
+    """Validate a nested mapping; every error becomes one line that names the field, the value and the remedy."""
+    try:
+        return section.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise InputError(f"{where}: unknown field {field}; {_nearest(section, field)}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        value = "" if not field else f"={first['input']!r}"
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise InputError(f"{where}: {field}{value}{': ' if field else ''}{message}{more}") from None
+
+
+def to_yaml(section: Section) -> str:
+    """The resolved section as YAML in the order of its definition."""
+    text: str = yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def fields(section: type[Section], prefix: str = "") -> dict[str, str]:
+    """Every dotted field name and the sentence that explains it."""
+    names: dict[str, str] = {}
+    for name, info in section.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            names |= fields(kind, f"{prefix}{name}.")
+        else:
+            names[f"{prefix}{name}"] = info.description or ""
+    return names
+
+
+def _nearest(section: type[Section], field: str) -> str:
+    names = list(fields(section))
+    leaf_matches = [name for name in names if name.rsplit(".", 1)[-1] == field.rsplit(".", 1)[-1]]
+    close = leaf_matches or difflib.get_close_matches(field, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else "`cxrscale config RECIPE --help-fields` lists all fields"
+
+
+def _value(text: str) -> Any:
+    # YAML 1.1 reads 1e-3 as a string because it wants a dot; everyone who types a learning rate means a number.
+    if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", text.strip()):
+        return float(text)
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

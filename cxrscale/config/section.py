@@ -1,0 +1,21 @@
+"""What all sections are: frozen groups of knobs, whose sentences are their help."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+
+def _one_or_more(given: Any) -> Any:
+    return (given,) if isinstance(given, str) else given
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]
+"""One name or several; `train` is read as `[train]`."""
+
+
+class Section(BaseModel):
+    """A frozen group of knobs; the sentence under a field is its help."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
