@@ -97,6 +97,19 @@ def about_centres(matrix_B23: Floats) -> npt.NDArray[np.float64]:
     return moved
 
 
+def inside(matrix_B23: Floats, size: int, height_B: Rows, width_B: Rows) -> Flags:
+    """(B,) whether every sample of a (size, size) output lies between centres of the source's pixels.
+
+    A bilinear sample there needs no pixel beyond the border. A thousandth of a pixel beyond counts as inside: the
+    matrix is float32.
+    """
+    end = size - 0.5
+    corner_3C = np.array([[0.5, end, 0.5, end], [0.5, 0.5, end, end], [1, 1, 1, 1]])
+    point_B2C = matrix_B23.astype(np.float64) @ corner_3C
+    last_B2 = np.stack([width_B, height_B], 1) - 0.5
+    return np.asarray(((point_B2C > 0.499) & (point_B2C < last_B2[:, :, None] + 0.001)).all(axis=(1, 2)), np.bool_)
+
+
 @lru_cache(maxsize=2)
 def noise_bank(size: int) -> Floats:
     """(NOISE_STARTS + size * size,) standard normal numbers; a picture's noise is size * size of them in a row.
