@@ -12,6 +12,12 @@ import torch.nn.functional as F
 from cxrscale.config import Loss
 from cxrscale.schema import Batch
 
+Matrix = tuple[tuple[float, float], tuple[float, float]]
+PER_ELEMENT = ("bce", "penalty", "focal", "asymmetric")
+"""Terms with a value for each label or pixel."""
+PER_PICTURE = ("dice", "lovasz")
+"""Terms with one value a picture."""
+
 
 @dataclass(frozen=True, slots=True)
 class ClassWeights:
@@ -42,8 +48,7 @@ def counts(batch: Batch, loss: Loss) -> torch.Tensor:
     """(T,) how many elements (labels, or pixels) or pictures each active term of the loss sums over."""
     elements = _counted(batch).sum().float()
     pictures = batch.valid_B.sum().float()
-    per_picture = {"dice", "lovasz"}
-    return torch.stack([pictures if name in per_picture else elements for name in active(loss)])
+    return torch.stack([pictures if name in PER_PICTURE else elements for name in active(loss)])
 
 
 def terms(logits: torch.Tensor, batch: Batch, loss: Loss, weights: ClassWeights) -> torch.Tensor:
@@ -60,19 +65,32 @@ def terms(logits: torch.Tensor, batch: Batch, loss: Loss, weights: ClassWeights)
     target = torch.where(counted, target, torch.zeros_like(target))
     sums = []
     for name in active(loss):
-        if name == "bce":
-            value = (bce(logits, target, weights) * counted).sum()
-        elif name == "focal":
-            value = (focal(logits, target, loss.focal_gamma) * counted).sum()
-        else:
-            value = (soft_dice(logits, target) * batch.valid_B).sum()
-        sums.append(getattr(loss, name) * value)
+        value = _term(name, logits, target, loss, weights)
+        value = value * (batch.valid_B if name in PER_PICTURE else counted)
+        sums.append(getattr(loss, name) * value.sum())
     return torch.stack(sums)
 
 
 def active(loss: Loss) -> list[str]:
     """The terms that the recipe gives a weight, in a fixed order."""
-    return [name for name in ("bce", "focal", "dice") if getattr(loss, name)]
+    return [name for name in (*PER_ELEMENT, *PER_PICTURE) if getattr(loss, name)]
+
+
+def _term(name: str, logits: torch.Tensor, target: torch.Tensor, loss: Loss, weights: ClassWeights) -> torch.Tensor:
+    """One term, not reduced: as `logits` where it is an element's, (B,) where it is a picture's."""
+    match name:
+        case "bce":
+            return bce(logits, target, weights)
+        case "penalty":
+            return penalty(logits, target, loss.penalty_matrix)
+        case "focal":
+            return focal(logits, target, loss.focal_gamma, loss.focal_alpha)
+        case "asymmetric":
+            return asymmetric(logits, target, loss.asymmetric_gammas, loss.asymmetric_clip)
+        case "dice":
+            return soft_dice(logits, target)
+        case _:
+            return lovasz(logits, target)
 
 
 def _counted(batch: Batch) -> torch.Tensor:
@@ -88,11 +106,47 @@ def bce(logits: torch.Tensor, target: torch.Tensor, weights: ClassWeights) -> to
     return factor * F.binary_cross_entropy_with_logits(logits, target, reduction="none")
 
 
-def focal(logits: torch.Tensor, target: torch.Tensor, gamma: float) -> torch.Tensor:
-    """(1 - p_t)^gamma times binary cross-entropy, element by element (Lin et al. 2017, without alpha)."""
+def penalty(logits: torch.Tensor, target: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+    """Cross-entropy times matrix[truth][call], element by element; the call is 1 where the logit is above 0.
+
+    The class-weighted softmax cross-entropy of the Effusion tutorial (system B of jobs/effusion-resnet.yaml), written
+    for one logit: softmax over (0, z) gives present sigmoid(z), so its cross-entropy is the binary one. The entry is
+    a constant to the gradient.
+    """
+    called = logits > 0
+    where_absent = torch.where(called, matrix[0][1], matrix[0][0])
+    where_present = torch.where(called, matrix[1][1], matrix[1][0])
+    factor = torch.where(target > 0.5, where_present, where_absent)
+    return factor * F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+
+
+def focal(logits: torch.Tensor, target: torch.Tensor, gamma: float, alpha: float | None = None) -> torch.Tensor:
+    """alpha_t (1 - p_t)^gamma times binary cross-entropy, element by element (Lin et al. 2017, eq. 5).
+
+    alpha_t is alpha where the finding is present and 1 - alpha where it is absent; 1 without an alpha (eq. 4).
+    """
     cross_entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    # p_t = exp(-cross_entropy); the clamp keeps the gradient of x^gamma finite at 0 for gamma < 1.
-    return (1 - torch.exp(-cross_entropy)).clamp_min(1e-6) ** gamma * cross_entropy
+    # p_t = exp(-cross_entropy), and expm1 keeps 1 - p_t exact where it is small.
+    value = _power(-torch.expm1(-cross_entropy), gamma) * cross_entropy
+    return value if alpha is None else value * torch.where(target > 0.5, alpha, 1 - alpha)
+
+
+def asymmetric(logits: torch.Tensor, target: torch.Tensor, gammas: tuple[float, float], clip: float) -> torch.Tensor:
+    """Asymmetric loss, element by element (Ridnik et al. 2021, eq. 4 to 7), with gammas = (g+, g-).
+
+    -(1 - p)^g+ log p where the finding is present, -q^g- log(1 - q) with q = max(p - clip, 0) where it is absent. The
+    gradient goes through the powers too, as in the paper's own analysis (section 2.4); its published code can cut it
+    there, which makes another loss.
+    """
+    positive, negative = gammas
+    present = -_power(torch.sigmoid(-logits), positive) * F.logsigmoid(logits)
+    # 1 - q from sigmoid(-z), which keeps its digits where p is close to 1.
+    if clip:
+        below = (torch.sigmoid(-logits) + clip).clamp_max(1)
+        absent = -_power(1 - below, negative) * below.log()
+    else:
+        absent = -_power(torch.sigmoid(logits), negative) * F.logsigmoid(-logits)
+    return torch.where(target > 0.5, present, absent)
 
 
 def soft_dice(logits_B1HW: torch.Tensor, mask_B1HW: torch.Tensor, smooth: float = 1.0) -> torch.Tensor:
@@ -104,3 +158,24 @@ def soft_dice(logits_B1HW: torch.Tensor, mask_B1HW: torch.Tensor, smooth: float 
     mask = mask_B1HW.flatten(1)
     overlap = (probability * mask).sum(1)
     return 1 - (2 * overlap + smooth) / (probability.sum(1) + mask.sum(1) + smooth)
+
+
+def lovasz(logits_B1HW: torch.Tensor, mask_B1HW: torch.Tensor) -> torch.Tensor:
+    """The Lovasz hinge of each picture, (B,): the convex extension of 1 - IoU over hinge errors (Berman et al. 2018).
+
+    Errors are sorted from the largest down, and each costs what the Jaccard loss rises by when it joins the wrong ones
+    (algorithm 1). An empty mask costs its largest error.
+    """
+    mask = mask_B1HW.flatten(1)
+    errors = 1 - logits_B1HW.flatten(1) * (2 * mask - 1)
+    ranked, order = errors.sort(dim=1, descending=True)
+    inside = mask.gather(1, order)
+    area = inside.sum(1, keepdim=True)
+    jaccard = 1 - (area - inside.cumsum(1)) / (area + (1 - inside).cumsum(1))
+    rise = jaccard.diff(dim=1, prepend=torch.zeros_like(area))
+    return (ranked.relu() * rise).sum(1)
+
+
+def _power(base: torch.Tensor, exponent: float) -> torch.Tensor:
+    """base ** exponent for base in 0..1; the clamp keeps the gradient finite at 0 where the exponent is below 1."""
+    return base.clamp_min(1e-12) ** exponent
