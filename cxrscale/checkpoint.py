@@ -1,22 +1,25 @@
-"""What a checkpoint holds, and how a run resumes from the newest one that is whole."""
+"""What a checkpoint holds, how it is written while training goes on, and how a run resumes from the newest whole one."""
 
 from __future__ import annotations
 
 import io
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from cxrscale import storage
 from cxrscale.schema import InputError
 
 LOG = logging.getLogger("cxrscale")
 BEST = "best.pt"
+FOLDER = "checkpoints"
 _NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.pt")
 
 
@@ -39,29 +42,88 @@ class Progress:
     """The validation metrics of each finished epoch."""
 
 
-def save(
-    folder: str,
-    step: int,
-    net: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
-    about: Mapping[str, Any],
-    keep: int,
-) -> None:
+@dataclass(slots=True)
+class Learner:
+    """All that training changes."""
+
+    net: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: AveragedModel | None
+    progress: Progress
+
+    @property
+    def chosen(self) -> nn.Module:
+        """The net that is validated and kept: the average where there is one."""
+        return self.net if self.average is None else self.average.module
+
+    def state(self) -> dict[str, Any]:
+        """Everything, as copies on the host that further training does not touch."""
+        state: dict[str, Any] = {"model": self.net.state_dict(), "optimizer": self.optimizer.state_dict()}
+        if self.average is not None:
+            state["average"] = self.average.state_dict()
+        return {**on_host(state), "progress": asdict(self.progress)}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` once returned."""
+        self.net.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.progress = Progress(**state["progress"])
+
+
+class Writer:
+    """Writes files while training goes on, one after another; an error comes up at the next call."""
+
+    def __init__(self, folder: str, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, step: int, state: Mapping[str, Any]) -> None:
+        """Write a checkpoint after so many optimizer steps, and let go of all but the newest `keep`."""
+        self._do(lambda: save(self.folder, step, state, self.keep))
+
+    def write(self, address: str, state: Mapping[str, Any]) -> None:
+        """Write a state under an address of its own."""
+        self._do(lambda: storage.write(address, dump(state)))
+
+    def wait(self) -> None:
+        """Until everything is written.
+
+        Raises:
+            InputError: it could not be, for instance on a full disk.
+        """
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def close(self) -> None:
+        """Wait, and end the thread."""
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+
+    def _do(self, work: Callable[[], None]) -> None:
+        # One at a time: a disk slower than training would otherwise fill the memory with states.
+        self.wait()
+        self._pending = self._pool.submit(work)
+
+
+def save(folder: str, step: int, state: Mapping[str, Any], keep: int) -> None:
     """Write a whole checkpoint and let go of all but the newest `keep`.
 
     The file's name carries a digest of its content: a damaged file is recognised without a second file to lose.
     """
-    content = dump(
-        {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "progress": asdict(progress), **about}
-    )
+    content = dump(state)
     storage.write(storage.join(folder, f"step-{step:09d}-{storage.digest(content)[:16]}.pt"), content)
     for name in _names(folder)[:-keep]:
         storage.remove(storage.join(folder, name))
 
 
-def resume(folder: str, net: nn.Module, optimizer: torch.optim.Optimizer, manifest_digest: str) -> Progress | None:
-    """Load the newest whole checkpoint into net and optimizer; None where there is none.
+def resume(folder: str, learner: Learner, manifest_digest: str) -> bool:
+    """Load the newest whole checkpoint into the learner; False where there is none.
 
     A damaged one is passed over for the one before, and said so.
 
@@ -78,10 +140,20 @@ def resume(folder: str, net: nn.Module, optimizer: torch.optim.Optimizer, manife
         state = read(content, name)
         if state["manifest"] != manifest_digest:
             raise InputError(f"{folder}: this run was trained on other shards; give tracking.name another name")
-        net.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        return Progress(**state["progress"])
-    return None
+        learner.load(state)
+        return True
+    return False
+
+
+def on_host(value: Any) -> Any:
+    """Copies of all tensors of a nested state in the host's memory."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: on_host(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(on_host(each) for each in value)
+    return value
 
 
 def dump(state: Mapping[str, Any]) -> bytes:

@@ -50,7 +50,7 @@ app = typer.Typer(
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.field=value, e.g. optim.lr=3e-4", metavar="A.B=C")]
 Local = Annotated[bool, typer.Option("--local", help="In this very process, without Ray: breakpoints work.")]
-Run = Annotated[Path, typer.Argument(help="A run's folder, as `cxrscale train` printed it.")]
+Run = Annotated[str, typer.Argument(help="A run's folder, as `cxrscale train` printed it.")]
 RecipePath = Annotated[str, typer.Argument(help="A recipe of jobs/, or your own.", metavar="RECIPE")]
 
 
@@ -63,7 +63,7 @@ def demo_verb(
     from cxrscale import demo
 
     for run, found in demo.run(out, local=local):
-        report.show(found, run.name)
+        report.show(found, run)
         print(f"artifacts: {run}")
     print(out.resolve())
 
@@ -160,12 +160,13 @@ def batches_verb(
 @app.command()
 def train(recipe: RecipePath, overrides: Overrides = None, local: Local = False) -> None:
     """Train a recipe: cxrscale train jobs/chexnet14.yaml data.shards=[shards/nih] scaling.num_workers=2."""
-    from cxrscale import launch
+    from cxrscale import account, launch
 
     resolved = config.load_recipe(recipe, overrides or [])
     run = launch.launch(resolved, Path(recipe).stem, progress.watch, local=local)
-    if not json.loads((run / launch.ABOUT).read_text())["finished"]:
-        print(f"stopped with a checkpoint; go on with tracking.name={run.name}", file=sys.stderr)
+    if not account.read(run)["finished"]:
+        name = run.rsplit("/", 1)[-1]
+        print(f"stopped with a checkpoint; go on with tracking.name={name}", file=sys.stderr)
     print(run)
 
 
@@ -175,9 +176,9 @@ def threshold(run: Run) -> None:
     from cxrscale import evaluate
 
     path = evaluate.threshold(run)
-    for name, cut in json.loads(path.read_text())["thresholds"].items():
+    for name, cut in json.loads(storage.read(path))["thresholds"].items():
         print(f"{name}: {report.number(cut['value'])} {cut.get('reason', '')}".rstrip())
-    print(path.resolve())
+    print(storage.absolute(path))
 
 
 @app.command("evaluate")
@@ -188,14 +189,14 @@ def evaluate_verb(
     from cxrscale import evaluate
 
     path = evaluate.evaluate(run, resamples)
-    report.show(json.loads(path.read_text()), run.name)
-    print(path.resolve())
+    report.show(json.loads(storage.read(path)), run)
+    print(storage.absolute(path))
 
 
 @app.command("predict")
 def predict_verb(
     files: Annotated[list[str], typer.Argument(help="DICOM, PNG or JPEG files.")],
-    run: Annotated[Path, typer.Option(help="The run whose best checkpoint predicts.")],
+    run: Annotated[str, typer.Option(help="The run whose best checkpoint predicts.")],
     out: Annotated[Path, typer.Option(help="The file of predictions.")] = Path("predictions.json"),
 ) -> None:
     """Probabilities for picture files: cxrscale predict a.dcm b.png --run runs/NAME."""
@@ -203,7 +204,7 @@ def predict_verb(
     from cxrscale.thresholds import Triplet
 
     rule = None
-    if (run / evaluate.THRESHOLDS).is_file():
+    if storage.exists(storage.join(run, evaluate.THRESHOLDS)):
         stored = evaluate.stored_thresholds(run)
         rule = Triplet(**stored["triplet"]) if "triplet" in stored else None
     found = predict.files(run, files, rule)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cxrscale import config, evaluate, launch, progress
+from cxrscale import account, config, evaluate, launch, progress, storage
 from cxrscale.archives import phantom
 from cxrscale.schema import InputError
 from cxrscale.shards import audit, build, manifest
@@ -18,7 +18,7 @@ SIZE = 160
 """Side of the demo's stored pictures in pixels."""
 
 
-def run(out: Path, images: int = IMAGES, *, local: bool = False) -> Iterator[tuple[Path, dict[str, Any]]]:
+def run(out: Path, images: int = IMAGES, *, local: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
     """Draw, shard, audit, train, threshold and evaluate; yields (run folder, metrics.json) of each of the two nets.
 
     Everything lies under `out`; a demo that was interrupted goes on, one that is finished only reports.
@@ -41,18 +41,19 @@ def run(out: Path, images: int = IMAGES, *, local: bool = False) -> Iterator[tup
         print(f"{shards}: {found['pictures']} pictures, splits {found['splits']}, {crossing} patients in two splits")
     for stem, shards in (("demo", nih), ("demo-unet", siim)):
         trained = _train(jobs / f"{stem}.yaml", shards, out, local)
-        if not (trained / evaluate.METRICS).exists():
+        metrics = storage.join(trained, evaluate.METRICS)
+        if not storage.exists(metrics):
             evaluate.threshold(trained)
             evaluate.evaluate(trained)
-        yield trained, json.loads((trained / evaluate.METRICS).read_text())
+        yield trained, json.loads(storage.read(metrics))
 
 
-def _train(path: Path, shards: str, out: Path, local: bool) -> Path:
+def _train(path: Path, shards: str, out: Path, local: bool) -> str:
     digest = manifest.load(shards).digest[:8]
     overrides = [f"data.shards=[{shards}]", f"tracking.root={out / 'runs'}", f"tracking.name={path.stem}-{digest}"]
     recipe = config.load_recipe(path, overrides)
-    trained = out.resolve() / "runs" / f"{path.stem}-{digest}"
-    about = trained / launch.ABOUT
-    if about.exists() and json.loads(about.read_text())["finished"]:
+    trained = str(out.resolve() / "runs" / f"{path.stem}-{digest}")
+    about = storage.join(trained, account.ABOUT)
+    if storage.exists(about) and json.loads(storage.read(about))["finished"]:
         return trained
     return launch.launch(recipe, path.stem, progress.watch, local=local)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from cxrscale import checkpoint, metrics, predict, storage
 from cxrscale.metrics import Estimate
@@ -19,7 +17,7 @@ THRESHOLDS = "thresholds.json"
 METRICS = "metrics.json"
 
 
-def threshold(run: Path) -> Path:
+def threshold(run: str) -> str:
     """Search the thresholds of a run on its validation split and write thresholds.json."""
     scores = predict.split(run, "val")
     cuts = {name: best_f1(scores.score_NF[:, f], scores.label_NF[:, f]) for f, name in enumerate(scores.findings)}
@@ -34,7 +32,7 @@ def threshold(run: Path) -> Path:
     return _write(run, THRESHOLDS, found, "val")
 
 
-def evaluate(run: Path, resamples: int = 1000) -> Path:
+def evaluate(run: str, resamples: int = 1000) -> str:
     """Metrics of the test split at the stored thresholds, with 95% intervals over patients; writes metrics.json.
 
     Raises:
@@ -68,17 +66,17 @@ def evaluate(run: Path, resamples: int = 1000) -> Path:
     return _write(run, METRICS, found, "test")
 
 
-def stored_thresholds(run: Path) -> dict[str, Any]:
+def stored_thresholds(run: str) -> dict[str, Any]:
     """The run's thresholds.json.
 
     Raises:
         InputError: there is none, or the run's weights have changed since.
     """
-    path = run / THRESHOLDS
-    if not path.is_file():
+    path = storage.join(run, THRESHOLDS)
+    if not storage.exists(path):
         raise InputError(f"{path} does not exist; make it with `cxrscale threshold {run}`")
-    found: dict[str, Any] = json.loads(path.read_text())
-    weights = storage.file_digest(run / checkpoint.BEST)
+    found: dict[str, Any] = json.loads(storage.read(path))
+    weights = storage.digest(storage.read(storage.join(run, checkpoint.BEST)))
     if found["checkpoint"] != weights:
         raise InputError(f"{path} belongs to other weights than best.pt; run `cxrscale threshold {run}` again")
     return found
@@ -125,10 +123,10 @@ def _dice(scores: Scores, rule: Triplet, draws: Any) -> dict[str, Any]:
     }
 
 
-def _write(run: Path, name: str, found: dict[str, Any], split: str) -> Path:
-    about = json.loads(pq.read_schema(run / f"predictions-{split}.parquet").metadata[b"cxrscale"])
-    path = run / name
-    storage.write(str(path), json.dumps({**found, **about}, indent=2, allow_nan=False) + "\n")
+def _write(run: str, name: str, found: dict[str, Any], split: str) -> str:
+    about = predict.described(storage.join(run, f"predictions-{split}.parquet"))
+    path = storage.join(run, name)
+    storage.write(path, json.dumps({**found, **about}, indent=2, allow_nan=False) + "\n")
     return path
 
 

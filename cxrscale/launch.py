@@ -5,36 +5,36 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
-import subprocess
+import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from cxrscale import __version__, config, models, session, storage
+from cxrscale import account, config, models, session, storage
 from cxrscale.batches import feed
 from cxrscale.config import Recipe
 from cxrscale.schema import InputError
 from cxrscale.shards import leaks, manifest
-from cxrscale.train import refuse_leaks, train
-from cxrscale.worker import LocalWorker, RayWorker
+from cxrscale.splits import refuse_leaks
+from cxrscale.train import train
+from cxrscale.worker import LocalWorker, RayWorker, on_sigterm
 
 RECIPE = "recipe.yaml"
-ABOUT = "run.json"
 MISTAKE = "mistake.txt"
 """What a worker found wrong with the input, for the driver to say."""
+STOP = "stop"
+"""The file by which the driver, which gets the signals, asks the workers to leave with a checkpoint."""
 FREE_TO_CHANGE = frozenset({"scaling", "tracking", "pack", "threshold", "tune"})
 """Sections that may differ when an unfinished run goes on: they do not change what is learned."""
 
-Watcher = Callable[[Path, Recipe], Any]
+Watcher = Callable[[str, Recipe], Any]
 """Makes a context manager that shows the progress of a run while it is entered."""
 
 
-def launch(recipe: Recipe, stem: str, watch: Watcher, *, local: bool = False) -> Path:
+def launch(recipe: Recipe, stem: str, watch: Watcher, *, local: bool = False) -> str:
     """Train a recipe; an unfinished run of the same tracking.name goes on where it stopped.
 
     Args:
@@ -43,32 +43,30 @@ def launch(recipe: Recipe, stem: str, watch: Watcher, *, local: bool = False) ->
         local: in this process, without Ray (as scaling.num_workers=0 does).
 
     Returns:
-        The run's folder.
+        The run's folder or address.
 
     Raises:
         InputError: shards, weights or an earlier run of that name do not fit.
     """
-    local = local or recipe.scaling.num_workers == 0
+    local = local or recipe.scaling.workers[1] == 0
     recipe = _absolute(recipe)
-    about = preflight(recipe)
-    run = prepare(recipe, stem, about)
-    began = time.time()
-    with watch(run, recipe):
-        finished = _here(recipe, run) if local else _on_ray(recipe, run)
-    about |= {"finished": finished, "seconds": round(time.time() - began, 1)}
-    storage.write(str(run / ABOUT), json.dumps(about, indent=2) + "\n")
+    inputs = preflight(recipe)
+    run = prepare(recipe, stem, inputs)
+    workers = 1 if local else recipe.scaling.workers[1]
+    with account.session(run, inputs, workers, recipe.tracking.gpu_hour_price), watch(run, recipe):
+        (_here if local else _on_ray)(recipe, run)
     return run
 
 
 def preflight(recipe: Recipe) -> dict[str, Any]:
-    """Find a user's mistakes before any worker starts; returns what run.json says of inputs and versions.
+    """Find a user's mistakes before any worker starts; returns what run.json says of the inputs.
 
     Raises:
         InputError: shards, labels, splits or model do not fit the recipe.
     """
     data = manifest.load(*recipe.data.shards)
     if not recipe.data.allow_leaks:
-        refuse_leaks(data, recipe, leaks.persons(leaks.join(*recipe.data.shards)))
+        refuse_leaks(data.split, leaks.persons(leaks.join(*recipe.data.shards)), recipe.data)
     data.labels(recipe.data.findings)
     feed.training(data, recipe.data, recipe.plan, recipe.augment).close()
     feed.evaluation(data, recipe.data.val_split, recipe.data, recipe.plan, recipe.augment).close()
@@ -78,102 +76,118 @@ def preflight(recipe: Recipe) -> dict[str, Any]:
     else:
         models.build(recipe.model, recipe.data)
     workers = recipe.scaling.workers[1]
-    if workers and recipe.plan.batch < workers:
+    if recipe.plan.batch < workers:
         raise InputError(f"plan.batch={recipe.plan.batch} is less than scaling.num_workers={workers}; raise plan.batch")
     return {
         "shards": list(recipe.data.shards),
         "manifest": data.digest,
         "inputs": [about["input"] for about in data.about],
-        "cxrscale": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "git": _git_commit(),
-        "finished": False,
+        # The recipe only names these files: another file under the name would be another training.
+        "files": {name: storage.digest(storage.read(name)) for name in _files(recipe)},
     }
 
 
-def prepare(recipe: Recipe, stem: str, about: dict[str, Any]) -> Path:
+def prepare(recipe: Recipe, stem: str, inputs: dict[str, Any]) -> str:
     """Make the run's folder, or find the unfinished one of that name.
 
     Raises:
-        InputError: the name is that of a finished run, or of one with another recipe or other shards.
+        InputError: the name is that of a finished run, or of one with another recipe or other inputs.
     """
     name = recipe.tracking.name or f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run = Path(recipe.tracking.root).resolve() / name
-    if (run / RECIPE).exists():
-        before = yaml.safe_load((run / RECIPE).read_text())
+    run = storage.join(recipe.tracking.root, name)
+    address = storage.join(run, RECIPE)
+    if storage.exists(address):
+        before = yaml.safe_load(storage.read(address))
         now = yaml.safe_load(config.to_yaml(recipe))
         changed = [s for s in now if s not in FREE_TO_CHANGE and now[s] != before.get(s)]
-        old = json.loads((run / ABOUT).read_text())
+        old = account.read(run)
         if changed:
             raise InputError(
                 f"run {name} exists with other settings in {', '.join(changed)}; give another tracking.name"
             )
-        if old["manifest"] != about["manifest"]:
+        if old["manifest"] != inputs["manifest"]:
             raise InputError(f"run {name} was trained on other shards; give another tracking.name")
+        if old.get("files", {}) != inputs["files"]:
+            raise InputError(f"run {name} was begun with other files in {', '.join(inputs['files'])}; rename the run")
         if old["finished"]:
             raise InputError(f"run {name} is finished; give another tracking.name, or `cxrscale evaluate {run}`")
-    storage.write(str(run / ABOUT), json.dumps(about, indent=2) + "\n")
-    storage.write(str(run / RECIPE), config.to_yaml(recipe))
-    (run / MISTAKE).unlink(missing_ok=True)
+    storage.write(address, config.to_yaml(recipe))
+    for leftover in (MISTAKE, STOP, account.OUTCOME):
+        storage.remove(storage.join(run, leftover))
     return run
 
 
-def _here(recipe: Recipe, run: Path) -> bool:
+def _here(recipe: Recipe, run: str) -> None:
     worker = LocalWorker()
-    worker.obey_signals()
-    return train(recipe, run, worker).finished
+    with worker.obeying_sigterm():
+        _train(recipe, run, worker)
 
 
-def _on_ray(recipe: Recipe, run: Path) -> bool:
+def _train(recipe: Recipe, run: str, worker: LocalWorker | RayWorker) -> None:
+    outcome = train(recipe, run, worker)
+    if worker.rank == 0:
+        said = {"finished": outcome.finished, "epochs": outcome.progress.epoch, "best": outcome.progress.best}
+        device = torch.cuda.get_device_name(worker.device) if worker.device.type == "cuda" else "CPU"
+        storage.write(
+            storage.join(run, account.OUTCOME), json.dumps(said | {"device": device, "workers": worker.world})
+        )
+
+
+def _on_ray(recipe: Recipe, run: str) -> None:
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
     session.connect()
     import ray.train
     from ray.train.torch import TorchTrainer
 
     use_gpu = recipe.scaling.use_gpu if recipe.scaling.use_gpu is not None else session.gpus() > 0
-    workers = recipe.scaling.workers[0]
-    have, want = session.cpus(), workers * recipe.scaling.cpus_per_worker
-    if want > have or (use_gpu and workers > session.gpus()):
+    fewest, most = recipe.scaling.workers
+    have, want = session.cpus(), fewest * recipe.scaling.cpus_per_worker
+    if want > have or (use_gpu and fewest > session.gpus()):
         kind = f"{session.gpus()} GPUs" if use_gpu else f"{have} CPUs"
-        raise InputError(f"scaling.num_workers={workers} does not fit the cluster's {kind}; lower it or use --local")
+        raise InputError(f"scaling.num_workers={fewest} does not fit the cluster's {kind}; lower it or use --local")
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     trainer = TorchTrainer(
         _ray_loop,
-        train_loop_config={"recipe": recipe.model_dump(mode="json"), "run": str(run)},
+        train_loop_config={"recipe": recipe.model_dump(mode="json"), "run": run},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=workers,
+            num_workers=fewest if fewest == most else (fewest, most),  # type: ignore[arg-type]
             use_gpu=use_gpu,
             resources_per_worker={"CPU": recipe.scaling.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
         ),
         run_config=ray.train.RunConfig(
             # Our own checkpoints carry the resume, so each launch is a new run to Ray: a name that Ray has finished
             # would train nothing and return the old metrics.
-            name=f"{run.name}-{time.time_ns()}",
-            storage_path=str(run / "ray"),
+            name=f"{run.rsplit('/', 1)[-1]}-{time.time_ns()}",
+            storage_path=_ray_folder(run),
             failure_config=ray.train.FailureConfig(max_failures=recipe.scaling.max_failures),
         ),
     )
     try:
-        trainer.fit()
+        with on_sigterm(lambda: storage.write(storage.join(run, STOP), "")):
+            trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise InputError(_reason(error)) from error
-    if (run / MISTAKE).exists():
-        raise InputError((run / MISTAKE).read_text())
-    return True
+    mistake = storage.join(run, MISTAKE)
+    if storage.exists(mistake):
+        raise InputError(storage.read(mistake).decode())
 
 
 def _ray_loop(settings: dict[str, Any]) -> None:
-    recipe, run = config.parse(Recipe, settings["recipe"], where="the driver's recipe"), Path(settings["run"])
-    mistake = run / MISTAKE
+    recipe, run = config.parse(Recipe, settings["recipe"], where="the driver's recipe"), str(settings["run"])
+    mistake = storage.join(run, MISTAKE)
     # Ray starts a failed group again. A lost worker is worth that, a user's mistake is not: the new group leaves.
-    if mistake.exists():
+    if storage.exists(mistake):
         return
     try:
-        train(recipe, run, RayWorker())
+        _train(recipe, run, RayWorker(storage.join(run, STOP)))
     except InputError as error:
-        storage.write(str(mistake), str(error))
+        storage.write(mistake, str(error))
         raise
+
+
+def _ray_folder(run: str) -> str:
+    """Where Ray keeps its notes of a run: beside ours, or, as no checkpoint of ours is Ray's, on any local disk."""
+    return tempfile.mkdtemp(prefix="cxrscale-ray-") if storage.is_remote(run) else storage.join(run, "ray")
 
 
 def _reason(error: Exception) -> str:
@@ -191,23 +205,22 @@ def _reason(error: Exception) -> str:
     return f"training failed: {str(error).splitlines()[0]}"
 
 
+def _files(recipe: Recipe) -> list[str]:
+    """Files whose content the training hangs on."""
+    weights = [recipe.model.weights] if recipe.model.weights not in ("imagenet", "none") else []
+    return weights + ([recipe.plan.hard_scores] if recipe.plan.hard_scores else [])
+
+
 def _absolute(recipe: Recipe) -> Recipe:
     """Ray's workers run in another directory, so every path becomes absolute."""
-    shards = tuple(s if storage.is_remote(s) else str(storage.local_path(s).resolve()) for s in recipe.data.shards)
-    weights = recipe.model.weights
-    if weights not in ("imagenet", "none"):
-        weights = str(Path(weights).resolve())
+    changes: dict[str, dict[str, Any]] = {
+        "data": {"shards": tuple(storage.absolute(shards) for shards in recipe.data.shards)},
+        "tracking": {"root": storage.absolute(recipe.tracking.root)},
+    }
+    if recipe.model.weights not in ("imagenet", "none"):
+        changes["model"] = {"weights": storage.absolute(recipe.model.weights)}
+    if recipe.plan.hard_scores:
+        changes["plan"] = {"hard_scores": storage.absolute(recipe.plan.hard_scores)}
     return recipe.model_copy(
-        update={
-            "data": recipe.data.model_copy(update={"shards": shards}),
-            "model": recipe.model.model_copy(update={"weights": weights}),
-        }
+        update={name: getattr(recipe, name).model_copy(update=fields) for name, fields in changes.items()}
     )
-
-
-def _git_commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

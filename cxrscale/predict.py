@@ -42,49 +42,47 @@ class Trained:
     """How the training pictures were stored: codec, size, quality."""
 
 
-def load(run: Path, device: torch.device) -> Trained:
+def load(run: str | Path, device: torch.device) -> Trained:
     """The best checkpoint of a run.
 
     Raises:
         InputError: the folder is no run, or nothing has been trained in it yet.
     """
-    path = run / checkpoint.BEST
-    if not path.is_file():
+    path = storage.join(run, checkpoint.BEST)
+    if not storage.exists(path):
         raise InputError(f"{path} does not exist; give the folder that `cxrscale train` printed, after its first epoch")
-    content = path.read_bytes()
-    state = checkpoint.read(content, str(path))
-    recipe = config.parse(Recipe, state["recipe"], where=str(path))
+    content = storage.read(path)
+    state = checkpoint.read(content, path)
+    recipe = config.parse(Recipe, state["recipe"], where=path)
     bare = recipe.model.model_copy(update={"weights": "none"})
     net = models.build(bare, recipe.data)
     net.load_state_dict(state["model"])
     return Trained(net.to(device).eval(), recipe, state["manifest"], storage.digest(content), state["pixels"])
 
 
-def about(run: Path) -> dict[str, Any]:
+def about(run: str | Path) -> dict[str, Any]:
     """What a prediction must name to be reproduced: the run, its weights' digest, its shards' digest, its recipe."""
     trained = load(run, torch.device("cpu"))
     return {
-        "run": str(run.resolve()),
+        "run": storage.absolute(str(run)),
         "checkpoint": trained.checkpoint,
         "manifest": trained.manifest,
         "recipe": trained.recipe.model_dump(mode="json"),
     }
 
 
-def split(run: Path, name: str) -> Scores:
+def split(run: str | Path, name: str) -> Scores:
     """Scores of every picture of a split (its role: train, val or test), computed once and kept in the run.
 
     Raises:
         InputError: the shards are gone or are not those of the run.
     """
-    path = run / f"predictions-{name}.parquet"
+    path = storage.join(run, f"predictions-{name}.parquet")
     worker = LocalWorker()
     trained = load(run, worker.device)
     recipe = trained.recipe
-    if path.exists():
-        kept = pq.read_schema(path).metadata[b"cxrscale"]
-        if json.loads(kept)["checkpoint"] == trained.checkpoint:
-            return read(path)
+    if storage.exists(path) and described(path)["checkpoint"] == trained.checkpoint:
+        return read(path)
     data = manifest.load(*recipe.data.shards)
     if data.digest != trained.manifest:
         raise InputError(f"{', '.join(recipe.data.shards)}: not the shards that {run} was trained on; restore them")
@@ -106,7 +104,7 @@ def split(run: Path, name: str) -> Scores:
     return scores
 
 
-def files(run: Path, paths: Sequence[str], triplet: Triplet | None = None) -> list[Prediction]:
+def files(run: str | Path, paths: Sequence[str], triplet: Triplet | None = None) -> list[Prediction]:
     """Scores of picture files (DICOM, PNG, JPEG), in order; what cannot be read gets its reason instead.
 
     Each picture goes the way of the training pictures: upright grey, the shard's size and encoding, the same graph.
@@ -140,7 +138,7 @@ def files(run: Path, paths: Sequence[str], triplet: Triplet | None = None) -> li
     return found
 
 
-def write(path: Path, scores: Scores, about: Mapping[str, Any]) -> None:
+def write(path: str | Path, scores: Scores, about: Mapping[str, Any]) -> None:
     """Write scores as Parquet: image_id, patient, score.X and label.X a finding, histograms for segmentation."""
     columns: dict[str, Any] = {"image_id": scores.image_id.tolist(), "patient": scores.patient.tolist()}
     for f, name in enumerate(scores.findings):
@@ -154,15 +152,22 @@ def write(path: Path, scores: Scores, about: Mapping[str, Any]) -> None:
         pq.write_table(table, temporary, compression="zstd")
 
 
-def read(path: Path) -> Scores:
+def described(path: str | Path) -> dict[str, Any]:
+    """What `write` was told of the scores: split, checkpoint, manifest, recipe."""
+    schema = pq.read_schema(pa.BufferReader(storage.read(str(path))))
+    found: dict[str, Any] = json.loads(schema.metadata[b"cxrscale"])
+    return found
+
+
+def read(path: str | Path) -> Scores:
     """What `write` wrote.
 
     Raises:
         InputError: no such file, or it holds no scores.
     """
-    if not path.is_file():
+    if not storage.exists(str(path)):
         raise InputError(f"{path} does not exist; make it with `cxrscale predict` or `cxrscale threshold`")
-    table = pq.read_table(path)
+    table = pq.read_table(pa.BufferReader(storage.read(str(path))))
     names = tuple(name.removeprefix("score.") for name in table.column_names if name.startswith("score."))
     if not names:
         raise InputError(f"{path} has no column score.X; give a file that `cxrscale predict` wrote")

@@ -7,13 +7,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cxrscale import tracking
+from cxrscale import storage, tracking
 from cxrscale.config import Recipe
 
 PLAIN_SECONDS = 10.0
@@ -69,7 +68,7 @@ def bar(title: str, total: int | None, unit: str | None) -> Iterator[Bar]:
 
 
 @contextmanager
-def watch(run: Path, recipe: Recipe) -> Iterator[None]:
+def watch(run: str, recipe: Recipe) -> Iterator[None]:
     """Follow a run's metrics.jsonl while it trains, wherever its workers are."""
     stop = threading.Event()
     thread = threading.Thread(target=_follow, args=(run, recipe, stop), daemon=True)
@@ -81,21 +80,22 @@ def watch(run: Path, recipe: Recipe) -> Iterator[None]:
         thread.join(timeout=5)
 
 
-def _follow(run: Path, recipe: Recipe, stop: threading.Event) -> None:
-    with bar(f"training {run.name}, epoch", recipe.train.epochs, None) as shown:
+def _follow(run: str, recipe: Recipe, stop: threading.Event) -> None:
+    with bar(f"training {run.rsplit('/', 1)[-1]}, epoch", recipe.train.epochs, None) as shown:
         spoken = -1
-        while not stop.wait(0.5):
+        # Each look at an object store is a request.
+        while not stop.wait(5 if storage.is_remote(run) else 0.5):
             spoken = _show(run, shown, spoken)
         _show(run, shown, spoken)
 
 
-def _show(run: Path, shown: Bar, spoken: int) -> int:
-    if not (run / tracking.METRICS).exists():
-        return spoken
+def _show(run: str, shown: Bar, spoken: int) -> int:
     lines = tracking.read(run)
     last: dict[str, dict[str, Any]] = {line["kind"]: line for line in lines}
-    if last and len(lines) != spoken:
-        shown.to(last.get("val", {}).get("epoch", 0), _note(last))
+    if "train" in last and len(lines) != spoken:
+        # Early stopping may end sooner: the whole is what the recipe would take.
+        shown.expect(last["train"]["steps"])
+        shown.to(last["train"]["step"], _note(last))
     return len(lines)
 
 
@@ -103,7 +103,7 @@ def _note(last: dict[str, dict[str, Any]]) -> str:
     parts = []
     if "train" in last:
         line = last["train"]
-        parts.append(f"step {line['step']} loss {line['loss']:.3f} {line['images_per_second']:.0f} images/s")
+        parts.append(f"epoch {line['epoch'] + 1} loss {line['loss']:.3f} {line['images_per_second']:.0f} images/s")
         parts.append(f"waiting for data {line['data_wait']:.0%}")
     if "val" in last:
         shown = [key for key in ("loss", "auroc", "dice_positives") if last["val"].get(key) is not None]

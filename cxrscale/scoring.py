@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from cxrscale import losses
+from cxrscale import losses, metrics
 from cxrscale.config import Loss, Train
 from cxrscale.losses import ClassWeights
 from cxrscale.schema import Batch, MapCounts
@@ -94,6 +94,43 @@ def score(
     value = float((total[:, 0] / total[:, 1].clamp_min(1)).sum()) if len(total) else float("nan")
     planned = len(np.unique(row))
     return Rows(row[order], gather(np.concatenate(scores), worker)[order], maps, value, planned - len(order))
+
+
+def summary(rows: Rows, label_NF: npt.NDArray[np.float32], findings: Sequence[str]) -> dict[str, float]:
+    """Validation metrics: auroc, auprc, f1, accuracy and brier, as means over the findings that have both classes and,
+    of several, the first three for each (`auroc.Mass`); for segmentation dice, dice_positives and iou too.
+
+    Args:
+        label_NF: (N, F) of the scored rows.
+
+    Calls are made at 0.5; maps are cut at 0.5. What is undefined is NaN.
+    """
+    each: dict[str, list[float]] = {name: [] for name in ("auroc", "auprc", "f1", "accuracy", "brier")}
+    found: dict[str, float] = {}
+    for f, finding in enumerate(findings):
+        score, label = rows.score_NF[:, f], label_NF[:, f]
+        counts = metrics.confusion(score, label, 0.5)
+        known = ~np.isnan(label)
+        values = {
+            "auroc": metrics.auroc(score, label).value,
+            "auprc": metrics.auprc(score, label).value,
+            "f1": metrics.f1(counts),
+            "accuracy": metrics.ratio(counts["tp"] + counts["tn"], counts["fp"] + counts["fn"]),
+            "brier": float(np.square(score[known] - label[known]).mean()) if known.any() else float("nan"),
+        }
+        for name, value in values.items():
+            each[name].append(value)
+            if len(findings) > 1 and name in ("auroc", "auprc", "f1"):
+                found[f"{name}.{finding}"] = value
+    means = {name: float(np.nanmean(v)) if np.isfinite(v).any() else float("nan") for name, v in each.items()}
+    if rows.maps is not None:
+        dice = metrics.map_dice(rows.maps, top=0.5, min_area=0, bottom=0.5)
+        positive = rows.maps.true_NT.sum(axis=1) > 0
+        means["dice"] = float(dice.mean())
+        means["dice_positives"] = float(dice[positive].mean()) if positive.any() else float("nan")
+        # Intersection over union of two sets is d / (2 - d) of their Dice coefficient d.
+        means["iou"] = float((dice / (2 - dice)).mean())
+    return means | found
 
 
 def histograms(probability_B1HW: torch.Tensor, mask_B1HW: torch.Tensor | None) -> MapCounts:

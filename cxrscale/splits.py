@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from cxrscale.config import Data
 from cxrscale.schema import InputError
 
 TRAIN, VAL, TEST = "train", "val", "test"
@@ -213,3 +214,27 @@ def _carve(who: Splits, parts: Sequence[tuple[str, float]], seed: int) -> Splits
                 home[name], room = part, room - size[name]
     split[:] = np.array([home[name] for name in names.tolist()], dtype=object)[inverse] if len(who) else split
     return split
+
+
+def refuse_leaks(split_N: npt.NDArray[np.object_], persons: Sequence[str], data: Data) -> None:
+    """Refuse data in which a patient stands in more than one of a recipe's three parts: train, val and test.
+
+    Args:
+        split_N: (N,) the split of each picture.
+        persons: (N,) who each picture shows: its patient, or `leaks.persons`, which knows of twins.
+
+    Raises:
+        InputError: names one such patient and how many there are.
+    """
+    who = np.array(persons, dtype=object)
+    parts = {"train": data.train_split, "val": data.val_split, "test": data.test_split}
+    rows = {part: np.flatnonzero(np.isin(split_N.astype(str), names)) for part, names in parts.items()}
+    shared = crossing(
+        [name for part in parts for name in who[rows[part]].tolist()],
+        [part for part in parts for _ in rows[part]],
+    )
+    if shared and not data.allow_leaks:
+        raise InputError(
+            f"data.shards: {len(shared)} patients stand in more than one of train, val and test, e.g. {shared[0]}; "
+            "look with `cxrscale audit`, shard again (SIIM with --twins), or say data.allow_leaks=true"
+        )

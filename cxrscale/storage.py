@@ -28,9 +28,15 @@ def local_path(address: str) -> Path:
     return Path(address.removeprefix("file://"))
 
 
-def join(root: str, *names: str) -> str:
+def join(root: str | Path, *names: str) -> str:
     """root/name/..., for paths and addresses alike."""
+    root = str(root)
     return "/".join([root.rstrip("/"), *names]) if is_remote(root) else str(local_path(root).joinpath(*names))
+
+
+def absolute(address: str) -> str:
+    """The address from the root of its file system: workers run in other directories."""
+    return address if is_remote(address) else str(local_path(address).resolve())
 
 
 def exists(address: str) -> bool:
@@ -39,6 +45,7 @@ def exists(address: str) -> bool:
         return local_path(address).exists()
     with _named(address):
         files, path = fsspec.core.url_to_fs(address)
+        files.invalidate_cache()
         return bool(files.exists(path))
 
 

@@ -1,54 +1,96 @@
-"""What a run writes down as it goes: metrics.jsonl always, Weights & Biases when asked. Rank 0 only."""
+"""What a run writes down as it goes: metrics.jsonl and samples.png always, Weights & Biases when asked. Rank 0 only."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
+import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from cxrscale import pictures, storage
 from cxrscale.config import Tracking
 from cxrscale.schema import InputError
 
 METRICS = "metrics.jsonl"
+SAMPLES = "samples.png"
+REMOTE_SECONDS = 20.0
+"""An object store cannot append: metrics.jsonl is put there anew this often, and after every validation."""
 
 
 class Tracker:
-    """Appends to run/metrics.jsonl and, when asked, to a wandb run that survives restarts."""
+    """Keeps metrics.jsonl and, when asked, a wandb run that survives restarts."""
 
-    def __init__(self, run: Path, tracking: Tracking, recipe: Mapping[str, Any], start_step: int) -> None:
+    def __init__(self, run: str, tracking: Tracking, recipe: Mapping[str, Any], start_step: int) -> None:
         """Lines of steps that a resumed run will do again are dropped first.
 
         Args:
-            run: the run's folder; wandb's offline files go there too, since workers change directory.
+            run: the run's folder or address.
             start_step: the step the run goes on from.
         """
-        path = run / METRICS
-        kept = [line for line in read(run) if line["step"] <= start_step] if path.exists() else []
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a", buffering=1)
+        self.run, self.address = run, storage.join(run, METRICS)
+        self._lines = [json.dumps(line) for line in read(run) if line["step"] <= start_step]
+        self._remote = storage.is_remote(run)
+        self._put = time.monotonic()
+        self._file = None
+        if not self._remote:
+            storage.write(self.address, "".join(line + "\n" for line in self._lines))
+            self._file = storage.local_path(self.address).open("a", buffering=1)
         self._wandb: Any = _start_wandb(run, tracking, recipe) if tracking.wandb != "disabled" else None
 
     def log(self, kind: str, step: int, values: Mapping[str, float | int | None]) -> None:
         """Write a line; `kind` is train or val, `step` the optimizer steps done. NaN becomes null."""
         plain = {name: _finite(value) for name, value in values.items()}
-        self._file.write(json.dumps({"kind": kind, "step": step, **plain}) + "\n")
+        line = json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **plain})
+        if self._file is not None:
+            self._file.write(line + "\n")
+        else:
+            self._lines.append(line)
+            if kind != "train" or time.monotonic() - self._put > REMOTE_SECONDS:
+                self._upload()
         if self._wandb is not None:
             self._wandb.log({f"{kind}/{name}": value for name, value in plain.items() if value is not None}, step=step)
 
+    def samples(self, image_BCHW: npt.NDArray[np.float32]) -> None:
+        """Keep pictures as the net sees them, side by side, each stretched to its own extremes."""
+        low, high = (extreme(image_BCHW, axis=(1, 2, 3), keepdims=True) for extreme in (np.min, np.max))
+        grey_BHW = (255 * (image_BCHW - low) / np.maximum(high - low, 1e-6)).round().astype(np.uint8)[:, 0]
+        columns = math.ceil(len(grey_BHW) ** 0.5)
+        missing = -len(grey_BHW) % columns
+        grid = np.concatenate([grey_BHW, np.zeros((missing, *grey_BHW.shape[1:]), np.uint8)])
+        rows = [np.concatenate(list(grid[i : i + columns]), axis=1) for i in range(0, len(grid), columns)]
+        sheet = np.concatenate(rows, axis=0)
+        storage.write(storage.join(self.run, SAMPLES), pictures.encode_png(sheet))
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({"samples": wandb.Image(sheet)}, step=0)
+
     def close(self) -> None:
         """Finish both."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+        else:
+            self._upload()
         if self._wandb is not None:
             self._wandb.finish()
 
+    def _upload(self) -> None:
+        storage.write(self.address, "".join(line + "\n" for line in self._lines))
+        self._put = time.monotonic()
 
-def read(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line that a kill cut short is left out."""
+
+def read(run: str) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, none where there is no file; a last line that a kill cut short is left out."""
+    address = storage.join(run, METRICS)
     lines = []
-    for text in (run / METRICS).read_text().splitlines():
+    for text in storage.read(address).decode().splitlines() if storage.exists(address) else ():
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:
@@ -60,19 +102,21 @@ def _finite(value: float | int | None) -> float | int | None:
     return None if value is None or not math.isfinite(value) else value
 
 
-def _start_wandb(run: Path, tracking: Tracking, recipe: Mapping[str, Any]) -> Any:
+def _start_wandb(run: str, tracking: Tracking, recipe: Mapping[str, Any]) -> Any:
     import wandb
 
     # The same id after a restart joins the pieces to one run: wandb sync --id ID run/wandb/offline-run-*
-    identity = hashlib.blake2b(str(run.resolve()).encode(), digest_size=6).hexdigest()
+    identity = hashlib.blake2b(run.encode(), digest_size=6).hexdigest()
+    # Ray's workers change directory: wandb's files go into the run's folder, or, for want of one, into a temporary.
+    folder = Path(tempfile.mkdtemp(prefix="wandb-")) if storage.is_remote(run) else storage.local_path(run)
     try:
         return wandb.init(
             project=tracking.project,
-            name=run.name,
+            name=run.rstrip("/").rsplit("/", 1)[-1],
             id=identity,
             resume="allow",
             mode=tracking.wandb,
-            dir=str(run.resolve()),
+            dir=str(folder),
             config=dict(recipe),
             settings=wandb.Settings(silent=True, console="off"),
         )

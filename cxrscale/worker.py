@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Protocol
 
@@ -16,6 +18,8 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import nn
+
+from cxrscale import storage
 
 
 class Worker(Protocol):
@@ -31,6 +35,9 @@ class Worker(Protocol):
     def should_stop(self) -> bool:
         """Whether this rank has been asked to write a checkpoint and leave."""
 
+    def should_save(self) -> bool:
+        """Whether this rank has been asked to write a checkpoint and go on; every rank asks as often."""
+
 
 class LocalWorker:
     """The only worker of a run, in this very process: breakpoints work."""
@@ -45,22 +52,28 @@ class LocalWorker:
         """Nobody else listens."""
 
     def should_stop(self) -> bool:
-        """Whether SIGTERM came since `obey_signals`."""
+        """Whether SIGTERM came inside `obeying_sigterm`."""
         return self._stop.is_set()
 
-    def obey_signals(self) -> None:
-        """From now on SIGTERM (preemption) asks for a checkpoint instead of killing at once; main thread only."""
+    def should_save(self) -> bool:
+        """Nobody asks for that."""
+        return False
 
-        def ask(_number: int, _frame: FrameType | None) -> None:
-            self._stop.set()
-
-        signal.signal(signal.SIGTERM, ask)
+    @contextmanager
+    def obeying_sigterm(self) -> Iterator[None]:
+        """Meanwhile SIGTERM (preemption) asks for a checkpoint instead of killing at once; main thread only."""
+        with on_sigterm(self._stop.set):
+            yield
 
 
 class RayWorker:
     """A worker of Ray Train, whose process group Ray has set up."""
 
-    def __init__(self) -> None:
+    STOP_SECONDS = 1.0
+    """How often rank 0 looks for the file that asks the run to stop; on an object store each look is a request."""
+
+    def __init__(self, stop: str) -> None:
+        """`stop` is the address of the file whose existence asks the run to leave."""
         import ray.train
         import ray.train.torch
 
@@ -69,14 +82,43 @@ class RayWorker:
         self.world: int = context.get_world_size()
         self.device: torch.device = ray.train.torch.get_device()
         self._report: Any = ray.train.report
+        self._preemption: Any = ray.train.get_preemption_info
+        self._stop, self._looked, self._saved = stop, 0.0, False
 
     def report(self, metrics: Mapping[str, float]) -> None:
         """Hand the metrics to Ray; checkpoints are our own files."""
         self._report(dict(metrics))
 
     def should_stop(self) -> bool:
-        """Ray restarts a lost group from the last checkpoint; nobody asks a single worker to leave."""
-        return False
+        """Whether the driver, which gets the signals, has left the file that asks for it."""
+        if self.rank or time.monotonic() - self._looked < self.STOP_SECONDS:
+            return False
+        self._looked = time.monotonic()
+        return storage.exists(self._stop)
+
+    def should_save(self) -> bool:
+        """Whether a node of this run is about to be taken away: true once, for Ray then starts the group again."""
+        if self._saved or self._preemption() is None:
+            return False
+        self._saved = True
+        return True
+
+
+@contextmanager
+def on_sigterm(react: Any) -> Iterator[None]:
+    """Call `react` on SIGTERM instead of dying; outside of the main thread, where none arrives, do nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def caught(_number: int, _frame: FrameType | None) -> None:
+        react()
+
+    before = signal.signal(signal.SIGTERM, caught)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def wrap(net: nn.Module, worker: Worker) -> nn.Module:
@@ -85,6 +127,16 @@ def wrap(net: nn.Module, worker: Worker) -> nn.Module:
         return net
     devices = [worker.device] if worker.device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(net, device_ids=devices, gradient_as_bucket_view=True)
+
+
+@contextmanager
+def without_averaging(net: nn.Module, really: bool) -> Iterator[None]:
+    """Gradients of a wrapped net stay on their worker meanwhile: only the last piece of a step is averaged."""
+    if really and isinstance(net, nn.parallel.DistributedDataParallel):
+        with net.no_sync():
+            yield
+    else:
+        yield
 
 
 def add_up(value: torch.Tensor, worker: Worker) -> torch.Tensor:
@@ -114,9 +166,10 @@ def share_buffers(net: nn.Module, worker: Worker) -> None:
             dist.broadcast(buffer, src=0)
 
 
-def any_asks(worker: Worker) -> bool:
-    """Whether any rank was asked to stop; the same answer on every rank."""
+def any_asks(worker: Worker) -> tuple[bool, bool]:
+    """(stop, save): whether any rank was asked to; the same answer on every rank."""
+    asked = worker.should_stop(), worker.should_save()
     if worker.world == 1:
-        return worker.should_stop()
-    flag = torch.tensor(float(worker.should_stop()), device=worker.device)
-    return bool(add_up(flag, worker).item() > 0)
+        return asked
+    stop, save = add_up(torch.tensor(asked, dtype=torch.float32, device=worker.device), worker).tolist()
+    return stop > 0, save > 0

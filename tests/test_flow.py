@@ -105,7 +105,7 @@ def test_5_training_leaves_a_run(way: Way) -> None:
     assert way.row not in seen
     assert set(data.split[sorted(seen)]) == {"train"}
 
-    way.run = launch.launch(recipe, "tiny", watch, local=True)
+    way.run = Path(launch.launch(recipe, "tiny", watch, local=True))
     about = json.loads((way.run / "run.json").read_text())
     assert about["finished"]
     assert about["manifest"] == data.digest
@@ -115,7 +115,7 @@ def test_5_training_leaves_a_run(way: Way) -> None:
 
 def test_6_thresholds_come_from_validation_alone(way: Way) -> None:
     """The cut-off of each finding is searched on validation scores; the test split has not been scored yet."""
-    found = json.loads(evaluate.threshold(way.run).read_text())
+    found = json.loads(Path(evaluate.threshold(str(way.run))).read_text())
     assert found["split"] == "val"
     assert set(found["thresholds"]) == {"Cardiomegaly", "Effusion", "Mass"}
     assert not (way.run / "predictions-test.parquet").exists()
@@ -124,7 +124,7 @@ def test_6_thresholds_come_from_validation_alone(way: Way) -> None:
 def test_7_metrics_have_intervals_and_count_each_picture_once(way: Way) -> None:
     """Now the test split is scored, every picture once, and the intervals come from resampled patients."""
     assert way.record is not None
-    found = json.loads(evaluate.evaluate(way.run, resamples=50).read_text())
+    found = json.loads(Path(evaluate.evaluate(str(way.run), resamples=50)).read_text())
     data = manifest.load(way.shards)
     assert found["images"] == (data.split == "test").sum()
     area = found["findings"]["Effusion"]["auroc"]

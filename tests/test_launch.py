@@ -17,8 +17,8 @@ from tests.conftest import tiny
 @pytest.mark.usefixtures("ray_cluster")
 def test_two_ray_workers_train_and_validate_every_picture_once(nih_shards: str, tmp_path: Path) -> None:
     more = ("train.epochs=2", "plan.steps_per_epoch=3", "tracking.wandb=offline")
-    run = launch.launch(tiny(nih_shards, tmp_path / "two", *more, "scaling.num_workers=2"), "tiny", watch)
-    alone = launch.launch(tiny(nih_shards, tmp_path / "one", *more), "tiny", watch, local=True)
+    run = Path(launch.launch(tiny(nih_shards, tmp_path / "two", *more, "scaling.num_workers=2"), "tiny", watch))
+    alone = Path(launch.launch(tiny(nih_shards, tmp_path / "one", *more), "tiny", watch, local=True))
     for folder in (run, alone):
         assert (folder / "best.pt").is_file()
         assert list((folder / "wandb").glob("offline-run-*/*.wandb"))
@@ -58,7 +58,7 @@ def test_sets_that_share_pictures_across_splits_are_refused(
     with pytest.raises(InputError, match=r"\d+ patients stand in more than one of train, val and test"):
         launch.launch(tiny(both, tmp_path, *more), "tiny", watch, local=True)
     allowed = tiny(both, tmp_path, *more, "data.allow_leaks=true")
-    assert launch.launch(allowed, "tiny", watch, local=True).is_dir()
+    assert Path(launch.launch(allowed, "tiny", watch, local=True)).is_dir()
 
 
 @pytest.mark.parametrize(

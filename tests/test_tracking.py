@@ -10,14 +10,14 @@ from cxrscale.tracking import Tracker
 
 
 def test_a_resumed_run_drops_the_lines_it_will_write_again(tmp_path: Path) -> None:
-    first = Tracker(tmp_path, Tracking(), {}, start_step=0)
+    first = Tracker(str(tmp_path), Tracking(), {}, start_step=0)
     for step in range(1, 6):
         first.log("train", step, {"loss": step / 10})
     first.close()
-    second = Tracker(tmp_path, Tracking(), {}, start_step=3)
+    second = Tracker(str(tmp_path), Tracking(), {}, start_step=3)
     second.log("train", 4, {"loss": 9.0})
     second.close()
-    assert [(line["step"], line["loss"]) for line in tracking.read(tmp_path)] == [
+    assert [(line["step"], line["loss"]) for line in tracking.read(str(tmp_path))] == [
         (1, 0.1),
         (2, 0.2),
         (3, 0.3),
@@ -27,19 +27,19 @@ def test_a_resumed_run_drops_the_lines_it_will_write_again(tmp_path: Path) -> No
 
 def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "train", "step": 1}) + "\n" + '{"kind": "tra')
-    assert [line["step"] for line in tracking.read(tmp_path)] == [1]
+    assert [line["step"] for line in tracking.read(str(tmp_path))] == [1]
 
 
 def test_an_undefined_metric_is_null(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path, Tracking(), {}, start_step=0)
+    tracker = Tracker(str(tmp_path), Tracking(), {}, start_step=0)
     tracker.log("val", 1, {"auroc": math.nan})
     tracker.close()
-    assert tracking.read(tmp_path)[0]["auroc"] is None
+    assert tracking.read(str(tmp_path))[0]["auroc"] is None
 
 
 def test_wandb_offline_leaves_a_run_of_its_own(tmp_path: Path) -> None:
     for start in (0, 2):
-        tracker = Tracker(tmp_path, Tracking(wandb="offline"), {"optim": {"lr": 0.1}}, start)
+        tracker = Tracker(str(tmp_path), Tracking(wandb="offline"), {"optim": {"lr": 0.1}}, start)
         tracker.log("train", start + 1, {"loss": 1.0})
         tracker.close()
     runs = list((tmp_path / "wandb").glob("offline-run-*"))

@@ -22,6 +22,9 @@ class Rank:
     def should_stop(self) -> bool:
         return self._stop
 
+    def should_save(self) -> bool:
+        return False
+
 
 def _rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
@@ -52,10 +55,10 @@ def test_two_ranks_gather_in_rank_order_and_agree(tmp_path: Path) -> None:
         assert found["scores"].tolist() == [[0.0] * 4] * 2 + [[1.0] * 4] * 2
         assert found["total"] == 3.0
         assert found["mean"].tolist() == [5.0, 5.0]
-        assert found["asks"]
+        assert found["asks"].tolist() == [True, False]
 
 
 def test_one_worker_gathers_itself() -> None:
     me = worker.LocalWorker("cpu")
     assert worker.gather(np.arange(3), me).tolist() == [0, 1, 2]
-    assert not worker.any_asks(me)
+    assert worker.any_asks(me) == (False, False)
