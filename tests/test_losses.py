@@ -29,6 +29,11 @@ ELEMENTS = [
 PICTURES = [Loss(bce=0, dice=1), Loss(bce=0, lovasz=1), Loss(bce=1, dice=2, focal=0.5, lovasz=0.25)]
 
 
+@pytest.fixture(autouse=True)
+def same_draws() -> None:
+    torch.manual_seed(0)
+
+
 def batch(label_BF: list[list[float]], valid_B: list[bool], mask_B1HW: torch.Tensor | None = None) -> Batch:
     count = len(valid_B)
     return Batch(
