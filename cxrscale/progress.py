@@ -71,7 +71,7 @@ def bar(title: str, total: int | None, unit: str | None) -> Iterator[Bar]:
 def watch(run: str, recipe: Recipe) -> Iterator[None]:
     """Follow a run's metrics.jsonl while it trains, wherever its workers are."""
     stop = threading.Event()
-    thread = threading.Thread(target=_follow, args=(run, recipe, stop), daemon=True)
+    thread = threading.Thread(target=_follow, args=(run, stop), daemon=True)
     thread.start()
     try:
         yield
@@ -80,8 +80,8 @@ def watch(run: str, recipe: Recipe) -> Iterator[None]:
         thread.join(timeout=5)
 
 
-def _follow(run: str, recipe: Recipe, stop: threading.Event) -> None:
-    with bar(f"training {run.rsplit('/', 1)[-1]}, epoch", recipe.train.epochs, None) as shown:
+def _follow(run: str, stop: threading.Event) -> None:
+    with bar(f"training {run.rsplit('/', 1)[-1]}", None, None) as shown:
         spoken = -1
         # Each look at an object store is a request.
         while not stop.wait(5 if storage.is_remote(run) else 0.5):
