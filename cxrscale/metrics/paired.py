@@ -101,5 +101,5 @@ def holm(p_K: npt.ArrayLike) -> Floats:
 
 def _by_group(value_KN: Floats, group_N: npt.NDArray[np.intp], groups: int) -> tuple[Floats, int]:
     """(K, G) sums over groups, and how many groups have a member."""
-    summed = np.stack([np.bincount(group_N, weights=row, minlength=groups) for row in value_KN])
+    summed = np.stack([np.bincount(group_N, row, groups) for row in value_KN]).astype(np.float64)
     return summed, len(np.unique(group_N))

@@ -134,4 +134,4 @@ def _thin(x: Floats, y: Floats, cut: Floats, points: int) -> Curve:
     """At most `points` of the curve's own points, evenly along its length, both ends among them."""
     length = np.r_[0.0, np.cumsum(np.abs(np.diff(x)) + np.abs(np.diff(y)))]
     kept = np.unique(np.searchsorted(length, np.linspace(0.0, length[-1], points)))
-    return Curve(*(tuple(float(value) for value in axis[kept]) for axis in (x, y, cut)))
+    return Curve(tuple(x[kept].tolist()), tuple(y[kept].tolist()), tuple(cut[kept].tolist()))
