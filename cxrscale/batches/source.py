@@ -8,8 +8,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import cv2
 import numpy as np
@@ -78,7 +77,6 @@ class ShardSource:
         self._mask_N3 = _places(manifest, "mask")
         self._height_N, self._width_N = _stored_sizes(manifest)
         self._maps: dict[int, Bytes] = {}
-        self._copies: set[Path] = set()
         self._rejected: set[int] = set()
 
     def sizes(self, row_B: Rows) -> tuple[Rows, Rows]:
@@ -127,14 +125,18 @@ class ShardSource:
         return data
 
     def _mapped(self, shard: Shard) -> Bytes:
-        if not storage.is_remote(shard.address):
-            return _mapped(storage.local_path(shard.address))
-        while True:
-            copy = staged(shard, self._copies)
-            self._copies.add(copy)
-            # Another process may have made room just now; once mapped, a copy stays readable even when removed.
-            if copy.exists():
-                return _mapped(copy)
+        if storage.is_remote(shard.address):
+            with staged(shard) as file:
+                return _mapped(file)
+        try:
+            with storage.local_path(shard.address).open("rb") as file:
+                return _mapped(file)
+        except FileNotFoundError:
+            raise InputError(f"{shard.address} is missing; run `cxrscale verify`, then shard again") from None
+        except OSError as error:
+            raise InputError(
+                f"{shard.address} cannot be read ({error.strerror}); check the disk and its permissions"
+            ) from None
 
     def _record(self, row: int, reason: str, remedy: str) -> None:
         if any(sample.row == row for sample in self.bad):
@@ -249,17 +251,12 @@ def _stored_sizes(manifest: Manifest) -> tuple[Rows, Rows]:
     return height_N, width_N
 
 
-def _mapped(path: Path) -> Bytes:
+def _mapped(file: BinaryIO) -> Bytes:
     """A local shard as an array over its mapped file, which stays mapped for as long as the array lives."""
     try:
-        with path.open("rb") as file:
-            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing; run `cxrscale verify`, then shard again") from None
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     except ValueError:
-        raise InputError(f"{path} is empty; run `cxrscale verify`, then shard again") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); check the disk and its permissions") from None
+        raise InputError(f"{file.name} is empty; run `cxrscale verify`, then shard again") from None
 
 
 def _plain(image: Bytes) -> Bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -137,3 +138,19 @@ def test_the_noise_bank_is_standard_normal_and_cannot_be_changed() -> None:
     assert abs(np.corrcoef(bank[:-1], bank[1:])[0, 1]) < 0.005
     with pytest.raises(ValueError, match="read-only"):
         bank[0] = 0
+
+
+@pytest.mark.parametrize("stored", [(100, 100), (64, 200), (48, 48), (47, 60)])
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_inside_is_where_the_border_does_not_matter(preset: str, stored: tuple[int, int]) -> None:
+    found = drawn(size=48, stored=stored, preset=preset)
+    height, width = stored
+    inside_N = numbers.inside(found.matrix_B23, 48, np.full(N, height), np.full(N, width))
+    assert inside_N.any() or min(stored) < 48 or preset == "siim"
+    source = np.full(stored, 128, np.float32)
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    darkest = [
+        float(cv2.warpAffine(source, matrix_23, (48, 48), flags=flags, borderValue=0).min())
+        for matrix_23 in numbers.about_centres(found.matrix_B23)[:200]
+    ]
+    assert (np.array(darkest) == 128).tolist() == inside_N[:200].tolist()
