@@ -47,14 +47,25 @@ def sampling(manifest: Manifest, data: Data, plan: Plan) -> Sampling:
 def usable_rows(manifest: Manifest, split: Sequence[str], data: Data) -> Rows:
     """The splits' rows, ascending; for segmentation only those with a mask, since the others are unlabelled.
 
+    With data.negatives=no_finding, only those with one of the task's findings present or every finding of the shards
+    absent.
+
     Raises:
-        InputError: the split is empty, or none of its pictures has a mask.
+        InputError: the split is empty, none of its pictures has a mask, or none is left.
     """
     rows = manifest.rows(*split)
     if data.task == "segment":
         rows = rows[manifest.table["mask_offset"].is_valid().to_numpy()[rows]]
         if not len(rows):
             raise InputError(f"data.task=segment: split {', '.join(split)} has no masks; shard with pack.masks=true")
+    if data.negatives == "no_finding":
+        present_N = (manifest.labels(data.findings) == labels.PRESENT).any(axis=1)
+        rows = rows[(present_N | labels.no_finding(manifest.labels(manifest.findings())))[rows]]
+        if not len(rows):
+            raise InputError(
+                f"data.negatives=no_finding: split {', '.join(split)} has no picture with {' or '.join(data.findings)} "
+                "and none with every finding absent; use data.negatives=any"
+            )
     return rows
 
 

@@ -350,3 +350,38 @@ def test_refusals(shards: Manifest, make_shards: MakeShards) -> None:
         assert "\n" not in str(error.value)
     with pytest.raises(InputError, match=r"pack.masks=true"):
         feed.evaluation(unmasked, ["val"], segment, Plan(), fits)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("task", ["classify", "segment"])
+def test_negatives_without_any_finding(shards: Manifest, split: str, task: str) -> None:
+    # Effusion in a third of the pictures, Mass absent or, in every fifth, unlabelled.
+    table = shards.table.to_pylist()
+    data = Data.model_validate({"findings": ("Effusion",), "negatives": "no_finding", "task": task})
+    kept = set(feed.usable_rows(shards, [split], data).tolist())
+    for row, picture in enumerate(table):
+        healthy = picture["label.Effusion"] == 0 and picture["label.Mass"] == 0
+        assert (row in kept) == (picture["split"] == split and (picture["label.Effusion"] == 1 or healthy))
+    left_out = set(shards.rows(split).tolist()) - kept
+    assert kept
+    assert left_out
+    seen = [
+        int(row)
+        for batch in feed.evaluation(shards, [split], data, Plan(eval_batch=4), Augment(size=48))
+        for row in batch.row_B[batch.valid_B]
+    ]
+    assert sorted(seen) == sorted(kept)
+    if split == "train":
+        assert feed.training_rows(shards, data, Plan()) == len(kept)
+
+
+def test_negatives_of_another_finding_are_not_normal(shards: Manifest) -> None:
+    # No picture shows a Mass, so all that are kept have every finding absent: those with an Effusion go.
+    data = Data(findings=("Mass",), negatives="no_finding")
+    label_NF = shards.labels(("Effusion", "Mass"))
+    assert (label_NF[feed.usable_rows(shards, ["train"], data)] == 0).all()
+    present = pa.array([1] * shards.table.num_rows, pa.int8())
+    column = shards.table.column_names.index("label.Effusion")
+    sick = Manifest(shards.table.set_column(column, "label.Effusion", present), shards.digest, shards.about)
+    with pytest.raises(InputError, match=r"no_finding: split train has no picture with Mass .*negatives=any"):
+        feed.usable_rows(sick, ["train"], data)
