@@ -27,6 +27,10 @@ SAMPLES = 16
 """Pictures of the first batch that are kept to look at."""
 
 
+class Diverged(InputError):
+    """The loss is infinite or no number any more."""
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How a training ended."""
@@ -152,9 +156,12 @@ def epoch(loop: Loop, learner: Learner, batches: Iterator[Batch]) -> Iterator[in
     """Run the rest of the epoch; yields the number of optimizer steps done so far, after each of them.
 
     Between two log lines nothing waits for the GPU.
+
+    Raises:
+        Diverged: the mean loss since the last log line is not finite.
     """
     recipe, worker, progress = loop.recipe, loop.worker, learner.progress
-    learner.net.train()
+    models.train_mode(learner.net)
     window = torch.zeros(2, device=worker.device)
     since, waited, done = time.perf_counter(), 0.0, 0
     while progress.step < loop.steps:
@@ -174,7 +181,7 @@ def epoch(loop: Loop, learner: Learner, batches: Iterator[Batch]) -> Iterator[in
             mean = add_up(window, worker)
             value = float(mean[0] / mean[1])
             if not math.isfinite(value):
-                raise InputError(f"the loss is {value} at step {step + 1}: lower optim.lr or set optim.clip_norm=1")
+                raise Diverged(f"the loss is {value} at step {step + 1}: lower optim.lr or set optim.clip_norm=1")
             seconds = time.perf_counter() - since
             if loop.tracker:
                 speed = {"images_per_second": done * recipe.plan.batch / seconds, "data_wait": waited / seconds}
