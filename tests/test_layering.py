@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent / "cxrscale"
 
 LAYERS = (
-    ("schema", "labels", "config", "storage", "session"),
+    ("schema", "labels", "config", "storage", "session", "machine", "nodes"),
     ("archives", "dicom", "masks", "pictures", "splits", "twins"),
     ("shards",),
     ("batches",),
@@ -19,8 +19,9 @@ LAYERS = (
     ("account",),
     ("scoring",),
     ("train",),
-    ("predict", "evaluate", "compare", "explain", "export"),
+    ("ablation", "predict", "evaluate", "compare", "explain", "export"),
     ("launch", "tune", "report", "serve"),
+    ("parcel", "submit", "doctor"),
     ("progress",),
     ("demo",),
     ("cli",),
@@ -29,7 +30,7 @@ LAYERS = (
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 DOORS = {
-    "ray": {"session", "shards/pack", "worker", "launch", "tune", "serve"},
+    "ray": {"session", "nodes", "shards/pack", "worker", "launch", "tune", "serve", "submit", "doctor"},
     "nvidia": {"batches/dali"},
     "wandb": {"tracking"},
 }
