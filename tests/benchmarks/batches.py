@@ -1,131 +1,202 @@
-"""What a training picture costs on one CPU core: our readers on shards against PIL and torchvision on raw PNGs.
+"""What a training batch costs: our whole pipeline beside the usual loaders, interleaved in one run.
 
-    python -m tests.benchmarks.batches --images FOLDER [--preset rsna] [--size 224] [--repeat 9]
+    python -m tests.benchmarks.batches --images DIR [--preset rsna] [--rounds 9] [--out results/batches.json]
+    python -m tests.benchmarks.batches --images DIR --memory
+    python -m tests.benchmarks.batches --images DIR --device mixed        (where there is a GPU)
 
-The contenders take turns, a batch each, so that a machine whose speed wanders treats them alike. Prints the median
-milliseconds a picture of each and its ratio to the first.
+DIR is a folder of PNGs, e.g. NIH's images_001/images; they are packed into real shards first. Every contender delivers
+normalised batches of the same size under the same kind of augmentation; the contenders take turns, a batch each, in one
+process with one thread each, so that a machine whose speed wanders treats them alike. CPU is the time of all threads.
+Ratios are medians over rounds of the ratio within a round.
+
+Peers that are not installed are left out and named. They are no dependencies of cxrscale; in an environment of their
+own that sees this one's packages:
+
+    pip install --no-deps litdata lightning-utilities obstore tifffile
+    pip install --no-deps mosaicml-streaming catalogue python-snappy cramjam zstd brotli xxhash transformers tokenizers
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import platform
+import resource
+import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from itertools import count, repeat
 from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
 import torch
 
-from cxrscale.batches import dali, reference
-from cxrscale.batches.plan import Step
-from cxrscale.batches.source import MemorySource
-from cxrscale.config import PRESETS, Augment, Data
-from cxrscale.schema import InputError
+from cxrscale.batches import plan as planning
+from cxrscale.batches.numbers import draw
+from cxrscale.batches.source import ShardSource
+from cxrscale.config import PRESETS, Augment, Data, Pack, Plan
+from cxrscale.schema import ImageRecord
+from cxrscale.shards import manifest, pack
+from cxrscale.shards.manifest import Manifest
+from tests.benchmarks import batches_device, batches_memory, batches_peers
+from tests.benchmarks.batches_peers import Contender, Material
 
-Contender = Callable[[], object]
-
-
-def encoded(path: Path, side: int, quality: int = 95) -> bytes:
-    """The picture as the shards hold it: grey JPEG of `side` pixels."""
-    grey = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
-    if grey is None:
-        raise InputError(f"{path} is no picture")
-    small = cv2.resize(grey, (side, side), interpolation=cv2.INTER_AREA)
-    return cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+USUAL, READER, OURS, REFERENCE = "PIL + torchvision, raw PNG", "DALI readers.webdataset", "cxrscale", "cxrscale, OpenCV"
+PLAN, NUMBERS = "cxrscale: plan + source", "cxrscale: augmentation numbers"
 
 
-def torchvision_on_png(paths: list[Path], augment: Augment) -> Contender:
-    """The usual way: PIL opens the archive's own file, torchvision augments it."""
-    from PIL import Image
-    from torchvision import transforms
-
-    operations: list[Any] = [transforms.Resize((augment.size, augment.size))]
-    if augment.hflip:
-        operations.append(transforms.RandomHorizontalFlip(augment.hflip))
-    if augment.rotation or augment.translation or augment.scale != (1.0, 1.0):
-        shift = (augment.translation, augment.translation)
-        operations.append(transforms.RandomAffine(augment.rotation, shift, augment.scale))
-    if augment.brightness or augment.contrast:
-        operations.append(transforms.ColorJitter(augment.brightness, augment.contrast))
-    operations += [transforms.ToTensor(), transforms.Normalize([augment.mean], [augment.std])]
-    chain = transforms.Compose(operations)
-    return lambda: torch.stack([chain(Image.open(path).convert("L")) for path in paths])
+def packed(paths: list[Path], out: str, size: int) -> Manifest:
+    """The PNGs as a shard set whose every picture is for training."""
+    records = [
+        ImageRecord(path.name, "nih", str(path), path.name.split("_")[0], {"Effusion": number % 2, "Mass": 0})
+        for number, path in enumerate(paths)
+    ]
+    pack.pack(records, ["train"] * len(records), Pack(size=size, samples_per_shard=60), out, local=True)
+    return manifest.load(out)
 
 
-def opencv_on_png(paths: list[Path], augment: Augment) -> Contender:
-    """A leaner way: OpenCV opens the archive's own file and only resizes it."""
-    size = (augment.size, augment.size)
-
-    def batch() -> object:
-        grey = [cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) for path in paths]
-        small = [cv2.resize(each, size, interpolation=cv2.INTER_AREA) for each in grey if each is not None]
-        return torch.from_numpy((np.stack(small)[:, None] / 255 - augment.mean) / augment.std).float()
-
-    return batch
+def settings(threads: int, reader: str = "dali") -> Data:
+    # Prefetching would move work out of the time that is measured.
+    return Data.model_validate({"findings": ("Effusion", "Mass"), "reader": reader, "threads": threads, "prefetch": 1})
 
 
-def ours(module: Any, files: list[bytes], augment: Augment, data: Data) -> Contender:
-    """One of our readers, as training uses it."""
-    rows = np.arange(len(files), dtype=np.int64)
-    steps = (Step(rows, rows + len(files) * number, np.ones(len(files), np.bool_)) for number in count())
-    label_NF = np.zeros((len(files), 1), np.float32)
-    source = MemorySource(files)
-    batches = module.batches(steps, source, label_NF, augment, data, rows, 0, True, torch.device("cpu"))
-    return lambda: next(batches)
+def plan_and_source(shards: Manifest, plan: Plan) -> Iterator[object]:
+    """Which rows, and their bytes, checked: what our pipeline does before its graph."""
+    rows, source = shards.rows("train"), ShardSource(shards)
+    label_NF = shards.labels(("Effusion", "Mass"))
+    for step in planning.training(rows, label_NF[rows], shards.key[rows], plan):
+        yield source.read(step.row_B, False), label_NF[step.row_B]
 
 
-def interleaved(contenders: dict[str, Contender], rounds: int) -> Iterator[tuple[str, float]]:
-    """(name, seconds) of each contender's batch, round by round; the first round only warms up."""
-    for number in range(rounds + 1):
+def numbers(shards: Manifest, plan: Plan, augment: Augment) -> Iterator[object]:
+    """Every random number of every picture's augmentation, alone."""
+    rows, source = shards.rows("train"), ShardSource(shards)
+    for step in planning.training(rows, shards.labels(("Effusion", "Mass"))[rows], shards.key[rows], plan):
+        yield draw(augment, 0, shards.key[step.row_B], step.draw_B, *source.sizes(step.row_B), True)
+
+
+def contenders(material: Material, threads: int) -> dict[str, Contender]:
+    """All that can run here."""
+    from cxrscale.batches import feed
+
+    plan, augment, shards = Plan(batch=material.batch), material.augment, material.shards
+    found: dict[str, Contender] = {USUAL: batches_peers.torchvision_on_png(material)}
+    found |= batches_peers.installed(material)
+    found[READER] = batches_peers.dali_reader(material, threads)
+    for name, reader in ((OURS, "dali"), (REFERENCE, "reference")):
+        found[name] = feed.training(shards, settings(threads, reader), plan, augment).__next__
+    found[PLAN] = plan_and_source(shards, plan).__next__
+    found[NUMBERS] = numbers(shards, plan, augment).__next__
+    return found
+
+
+def cpu() -> float:
+    """CPU seconds of all threads of this process and its finished children."""
+    own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+
+
+def interleaved(contenders: dict[str, Contender], rounds: int) -> dict[str, list[dict[str, float]]]:
+    """Seconds of each contender's batch, round by round; the first two rounds only warm up."""
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
+    for number in range(rounds + 2):
         for name, contender in contenders.items():
-            began = time.perf_counter()
+            wall, spent = time.perf_counter(), cpu()
             contender()
-            if number:
-                yield name, time.perf_counter() - began
+            if number > 1:
+                times[name].append({"wall": time.perf_counter() - wall, "cpu": cpu() - spent})
+    return times
 
 
-def main() -> None:
-    """Run what the arguments say and print a table."""
+def table(times: dict[str, list[dict[str, float]]], batch: int) -> dict[str, dict[str, float]]:
+    """Print and return medians in ms a picture, and how many times as fast as the usual loader each is."""
+    print(f"{'ms a picture':34}{'cpu':>8}{'wall':>8}{'x usual, cpu':>14}{'wall':>8}")
+    found: dict[str, dict[str, float]] = {}
+    for name, rounds in times.items():
+        row = {kind: 1000 * statistics.median(r[kind] for r in rounds) / batch for kind in ("cpu", "wall")}
+        for kind in ("cpu", "wall"):
+            row[f"{kind}_times_usual"] = ratio(times, USUAL, name, kind)
+        found[name] = row
+        print(
+            f"{name:34}{row['cpu']:8.3f}{row['wall']:8.3f}{row['cpu_times_usual']:14.1f}{row['wall_times_usual']:8.1f}"
+        )
+    return found
+
+
+def ratio(times: dict[str, list[dict[str, float]]], above: str, below: str, kind: str) -> float:
+    """Median over rounds of one contender's seconds over another's."""
+    pairs = zip(times[above], times[below], strict=True)
+    return statistics.median(one[kind] / max(1e-9, other[kind]) for one, other in pairs)
+
+
+def verdict(times: dict[str, list[dict[str, float]]]) -> dict[str, float]:
+    """Print and return how we stand: against the usual loader, each peer, and the share of plan and source."""
+    found = {f"{name}, cpu": ratio(times, name, OURS, "cpu") for name in times if name not in (OURS, PLAN, NUMBERS)}
+    for name, value in found.items():
+        print(f"{name:40} takes {value:5.2f} of cxrscale's CPU time")
+    for name in (PLAN, NUMBERS):
+        found[f"{name}, share"] = ratio(times, name, OURS, "cpu")
+        print(f"{name:40} {100 * found[f'{name}, share']:5.1f}% of cxrscale's CPU time")
+    return found
+
+
+def arguments() -> argparse.Namespace:
+    """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, required=True, help="folder of PNGs, e.g. NIH's images_001/images")
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="chexnet", help="augmentation")
+    parser.add_argument("--images", type=Path, required=True, help="folder of PNGs")
+    parser.add_argument("--count", type=int, default=240, help="how many of them")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default=[], action="append", help="may be repeated")
     parser.add_argument("--batch", type=int, default=64, help="pictures a batch")
     parser.add_argument("--size", type=int, default=224, help="input side in pixels")
     parser.add_argument("--stored", type=int, default=512, help="side of the pictures in the shards")
     parser.add_argument("--threads", type=int, default=1, help="DALI's threads; the others use one")
-    parser.add_argument("--repeat", type=int, default=9, help="rounds")
-    given = parser.parse_args()
+    parser.add_argument("--rounds", type=int, default=9, help="timed batches of each contender")
+    parser.add_argument("--device", choices=["cpu", "mixed"], default="cpu", help="mixed: our loader on a GPU, alone")
+    parser.add_argument("--memory", action="store_true", help="resident memory over many small batches instead")
+    parser.add_argument("--steps", type=int, default=20_000, help="for --memory: batches")
+    parser.add_argument("--out", type=Path, help="JSON of the figures")
+    return parser.parse_args()
+
+
+def compared(given: argparse.Namespace, paths: list[Path], shards: Manifest, folder: Path) -> dict[str, Any]:
+    """All presets, all contenders."""
+    found: dict[str, Any] = {}
+    for preset in given.preset or ["chexnet", "rsna", "effusion"]:
+        augment = Augment.model_validate({"preset": preset, "size": given.size})
+        material = Material(paths, shards, augment, given.batch, folder)
+        print(f"\npreset {preset}, load {os.getloadavg()[0]:.1f}")
+        times = interleaved(contenders(material, given.threads), given.rounds)
+        found[preset] = {"contenders": table(times, given.batch), "of cxrscale": verdict(times)}
+        found[preset]["load"] = os.getloadavg()[0]
+    return found
+
+
+def main() -> None:
+    """Run what the arguments say, print it, and keep the figures where --out says."""
+    given = arguments()
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
-    found = sorted(given.images.glob("*.png"))
-    if not found:
+    paths = sorted(given.images.glob("*.png"))[: given.count]
+    if not paths:
         raise SystemExit(f"{given.images} holds no PNGs; give --images FOLDER")
-    paths = [
-        path for _, path in zip(range(given.batch), (path for all_ in repeat(found) for path in all_), strict=False)
-    ]
-    files = [encoded(path, given.stored) for path in paths]
-    augment = Augment.model_validate({"preset": given.preset, "size": given.size})
-    # Prefetching would move work out of the time that is measured.
-    data = Data(findings=("Effusion",), threads=given.threads, prefetch=1)
-    contenders = {
-        "PIL + torchvision, raw PNG": torchvision_on_png(paths, augment),
-        "OpenCV, raw PNG, resize only": opencv_on_png(paths, augment),
-        f"reference, {given.stored} JPEG": ours(reference, files, augment, data),
-        f"DALI, {given.stored} JPEG": ours(dali, files, augment, data),
+    found: dict[str, Any] = {
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "settings": {name: str(value) for name, value in vars(given).items() if name not in ("images", "out")},
     }
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for name, elapsed in interleaved(contenders, given.repeat):
-        seconds[name].append(elapsed)
-    medians = {name: 1000 * float(np.median(times)) / len(paths) for name, times in seconds.items()}
-    first = next(iter(medians.values()))
-    print(f"{len(paths)} pictures a batch, {given.repeat} rounds, preset {given.preset}, load {os.getloadavg()[0]:.1f}")
-    for name, median in medians.items():
-        lowest = 1000 * min(seconds[name]) / len(paths)
-        print(f"{name:32} {median:7.2f} ms a picture (best {lowest:.2f})  {first / median:5.1f}x")
+    work: dict[str, Callable[[Manifest, Path], dict[str, Any]]] = {
+        "batches": lambda shards, folder: compared(given, paths, shards, folder),
+        "memory": lambda shards, _: batches_memory.measured(shards, given.steps),
+        "device": lambda shards, _: batches_device.measured(shards, given.batch, given.size, given.rounds),
+    }
+    kind = "memory" if given.memory else "device" if given.device == "mixed" else "batches"
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        shards = packed(paths, f"{name}/shards", batches_memory.STORED if given.memory else given.stored)
+        found[kind] = work[kind](shards, Path(name))
+    if given.out:
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        given.out.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":
