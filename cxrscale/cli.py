@@ -157,6 +157,36 @@ def batches_verb(
     print(out if storage.is_remote(out) else Path(out).resolve())
 
 
+@app.command("ablation")
+def ablation_verb(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    images: Annotated[int, typer.Option(help="How many training pictures.", min=4)] = 100,
+    epochs: Annotated[int, typer.Option(help="The most passes over them.", min=1)] = 30,
+) -> None:
+    """Start here: can the set-up learn at all? Few pictures, no augmentation; it must learn them by heart.
+
+    Ends with a verdict, and where it fails with what to try; the exit code is 0 or 1. The learning curve is a PNG.
+    """
+    from cxrscale import ablation
+
+    resolved = config.load_recipe(recipe, overrides or [])
+    with progress.bar("ablation", None, "steps") as shown:
+
+        def told(done: int, total: int, note: str) -> None:
+            shown.expect(total)
+            shown.to(done, note)
+
+        address = ablation.ablation(resolved, Path(recipe).stem, images, epochs, told)
+    found = json.loads(storage.read(address))
+    print(found["verdict"])
+    if found["diagnosis"]:
+        print(found["diagnosis"])
+    print(storage.absolute(address))
+    if not found["passed"]:
+        raise typer.Exit(1)
+
+
 @app.command()
 def train(recipe: RecipePath, overrides: Overrides = None, local: Local = False) -> None:
     """Train a recipe: cxrscale train jobs/chexnet14.yaml data.shards=[shards/nih] scaling.num_workers=2."""
@@ -219,6 +249,40 @@ def predict_verb(
     print(out.resolve())
     if all(prediction.error for prediction in found):
         raise InputError("none of the files could be read; the reasons stand above")
+
+
+@app.command("submit", context_settings={"ignore_unknown_options": True})
+def submit_verb(
+    words: Annotated[
+        list[str] | None, typer.Argument(help="Any verb and what it takes.", metavar="VERB ARGS...")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="The head's dashboard, http://HEAD:8265; else RAY_API_SERVER_ADDRESS.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="The job's id; else Ray makes one.")] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Print the id and leave; the job goes on.")] = False,
+    follow: Annotated[str | None, typer.Option(metavar="ID", help="Watch a job that was submitted before.")] = None,
+    env: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Pass a variable on, NAME or NAME=VALUE; no secrets.")
+    ] = None,
+    working_dir: Annotated[Path, typer.Option(help="The checkout; it becomes the job's folder.")] = Path(),
+    installed: Annotated[bool, typer.Option("--installed", help="The image has cxrscale: ship recipes alone.")] = False,
+) -> None:
+    """Run any verb as a job on a Ray cluster and follow it: cxrscale submit train jobs/chexnet14.yaml --address URL.
+
+    The exit code is the job's. Ctrl-C asks whether to stop the job (it writes a checkpoint) or only to stop watching.
+    """
+    from cxrscale import submit
+
+    if follow is None:
+        shipment = submit.Shipment(working_dir, installed, tuple(env or ()), name)
+        follow = submit.submit(words or [], shipment, address)
+        if detach:
+            print(submit.how_to_follow(submit.connect(address), follow), file=sys.stderr)
+            print(follow)
+            return
+        print(f"job {follow}", file=sys.stderr)
+    raise typer.Exit(submit.follow(submit.connect(address), follow))
 
 
 @app.command("config")
