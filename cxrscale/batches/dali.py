@@ -185,6 +185,10 @@ class _Feeder:
                 self.waiting[each].append(values)
         return self.waiting[name].popleft()
 
+    def taker(self, name: str) -> Callable[[], Any]:
+        """`take` of one input."""
+        return lambda: self.take(name)
+
     def unfinished(self) -> Iterable[Step]:
         """The steps under way, and those after them."""
         begun = [step for step, _ in self.running]
@@ -249,13 +253,16 @@ def _pipeline(feeder: _Feeder, augment: Augment, data: Data, device: torch.devic
     gpu = device.type == "cuda"
     place = "gpu" if gpu else "cpu"
 
+    # Made here and not in the graph: DALI rewrites every function that the graph defines or calls, and calls within it
+    # at every batch, which took 6 ms a batch. DALI also counts the arguments of a callable and knows no partial.
+    takers = {name: feeder.taker(name) for name in feeder.names}
+
     def external(name: str) -> Any:
         dtype, ndim, layout = KINDS[name]
         # Only what meets the pictures in plain arithmetic has to lie beside them; arguments of operators stay here.
         where = place if name in ("noise", "amplitude") else "cpu"
-        # DALI counts the arguments of its callables and does not understand a partial.
         return fn.external_source(
-            lambda: feeder.take(name),
+            takers[name],
             device=where,
             dtype=dtype,
             ndim=ndim,
