@@ -65,6 +65,8 @@ def _decoding(shards: Manifest, batch: int) -> Contender:
         encoded = fn.external_source(lambda: files, dtype=types.UINT8, ndim=1)
         return fn.decoders.image(encoded, device="mixed", output_type=types.GRAY, adjust_orientation=False)
 
-    pipe = pipeline_def(graph)(batch_size=batch, num_threads=2, device_id=torch.cuda.current_device(), exec_dynamic=True)
+    pipe = pipeline_def(graph)(
+        batch_size=batch, num_threads=2, device_id=torch.cuda.current_device(), exec_dynamic=True
+    )
     pipe.build()
     return lambda: pipe.run(torch.cuda.current_stream())
