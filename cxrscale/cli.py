@@ -223,6 +223,28 @@ def evaluate_verb(
     print(storage.absolute(path))
 
 
+@app.command("compare")
+def compare_verb(
+    run_a: Annotated[str, typer.Argument(help="A run's folder.", metavar="RUN_A")],
+    run_b: Annotated[str, typer.Argument(help="Another's, over the same shards.", metavar="RUN_B")],
+    split: Annotated[str, typer.Option(help="The split that both are scored on: val or test.")] = "test",
+    resamples: Annotated[int, typer.Option(help="Bootstrap resamples of the patients.", min=2)] = 2000,
+    out: Annotated[str, typer.Option(help="The file of differences.")] = "compare.json",
+) -> None:
+    """Is one run better than another, or is it chance? AUROC and Dice as A - B on the same pictures.
+
+    Intervals and p-values count patients, not pictures; 'Holm' adjusts for the number of findings.
+    """
+    from cxrscale import compare
+
+    found = compare.runs(run_a, run_b, split, resamples)
+    report.show_differences(found)
+    for side, name in (("a", found["a"]["name"]), ("b", found["b"]["name"])):
+        if found[f"only_in_{side}"]:
+            print(f"only in {name}, not compared: {', '.join(found[f'only_in_{side}'])}")
+    print(storage.absolute(compare.write(found, out)))
+
+
 @app.command("predict")
 def predict_verb(
     files: Annotated[list[str], typer.Argument(help="DICOM, PNG or JPEG files.")],
