@@ -38,6 +38,42 @@ def table(found: dict[str, Any], title: str) -> Table:
     return result
 
 
+def show_differences(found: dict[str, Any]) -> None:
+    """Print what `compare` found as a table."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
+    console.print(differences(found))
+
+
+def differences(found: dict[str, Any]) -> Table:
+    """Two runs beside one another: AUROC a finding, the mean, and Dice for segmentation, as A - B with its interval."""
+    names = found["a"]["name"], found["b"]["name"]
+    counts = f"{found['images']} {found.get('split', '')} pictures of {found['patients']} patients".replace("  ", " ")
+    result = Table(title=f"A = {names[0]}, B = {names[1]}: {counts}")
+    result.add_column("AUROC", no_wrap=True)
+    for name in ("positives", "A", "B", "A - B (95% interval)", "p, DeLong", "p, Holm", "p, bootstrap"):
+        result.add_column(name, justify="right", no_wrap=True)
+
+    def add(name: str, count: str, row: dict[str, Any], *tests: float | None, style: str | None = None) -> None:
+        cells = (number(row["a"]), number(row["b"]), _signed(row["difference"]), *(_p(p) for p in tests))
+        result.add_row(name, count, *cells, style=style)
+
+    for name, row in found["findings"].items():
+        add(name, str(row["positives"]), row, row["p_delong_patients"], row["p_holm"], row["p_bootstrap"])
+    mean = found["mean_auroc"]
+    if len(found["findings"]) > 1:
+        add(f"mean of {mean['findings']}", "", mean, None, None, mean["p_bootstrap"], style="bold")
+    if "dice" in found:
+        dice = found["dice"]
+        for name, count, row in (
+            ("Dice, positives", str(dice["positives"]), dice["on_positives"]),
+            ("Dice, all (empty = 1)", str(found["images"]), dice["all"]),
+        ):
+            add(name, count, row, None, None, row["p_bootstrap"])
+    return result
+
+
 def estimate(value: dict[str, Any]) -> str:
     """0.912 (0.871-0.944), or why there is no value."""
     if value["value"] is None:
@@ -50,3 +86,17 @@ def estimate(value: dict[str, Any]) -> str:
 def number(value: float | None) -> str:
     """Three digits, or a dash."""
     return "-" if value is None else f"{value:.3f}"
+
+
+def _signed(value: dict[str, Any]) -> str:
+    if value["value"] is None:
+        return str(value.get("reason", "undefined"))
+    if value["low"] is None:
+        return f"{value['value']:+.3f}"
+    return f"{value['value']:+.3f} ({value['low']:+.3f} to {value['high']:+.3f})"
+
+
+def _p(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
