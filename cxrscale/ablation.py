@@ -287,6 +287,9 @@ def diagnosis(course: Course, recipe: Recipe) -> str:
         if course.trained < 0.5:
             return frozen
         return f"the weights move but the loss does not fall: try {rate} ten times higher, then ten times lower"
+    best = int(np.argmax(np.nan_to_num(course.scores)))
+    if course.scores[best] > course.scores[-1] + 0.1:
+        return f"unsteady: {course.scores[best]:.3f} after {best} epochs was lost again; {rate} is too high"
     if course.eval_loss > max(2 * course.end, course.start):
         return (
             f"learnt in training (loss {course.end:.3g}) but not in evaluation ({course.eval_loss:.3g}) on the same "
@@ -316,12 +319,12 @@ def plot(course: Course, recipe: Recipe) -> bytes:
         left.set_ylabel("training loss")
         left.set_ylim(bottom=0)
         left.legend(loc="best")
-        right.plot(range(len(course.scores)), course.scores, color=COLOURS[splits.TRAIN], marker=".", label=name)
+        right.plot(range(len(course.scores)), course.scores, color=COLOURS[splits.TRAIN], marker=".", label="an epoch")
         right.axhline(least, color=COLOURS[splits.TEST], linestyle="--", linewidth=1, label="rule")
         right.set_xlabel("epoch")
         right.set_ylabel(f"{name} of the trained pictures")
         right.set_ylim(0, 1.02)
-        right.legend(loc="lower right")
+        right.legend(loc="best")
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()
