@@ -7,7 +7,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ def launch(recipe: Recipe, stem: str, watch: Watcher, *, local: bool = False) ->
         InputError: shards, weights or an earlier run of that name do not fit.
     """
     local = local or recipe.scaling.workers[1] == 0
-    recipe = _absolute(recipe)
+    recipe = absolute(recipe)
     inputs = preflight(recipe)
     run = prepare(recipe, stem, inputs)
     workers = 1 if local else recipe.scaling.workers[1]
@@ -120,10 +120,15 @@ def prepare(recipe: Recipe, stem: str, inputs: dict[str, Any]) -> str:
 def _here(recipe: Recipe, run: str) -> None:
     worker = LocalWorker()
     with worker.obeying_sigterm():
-        _train(recipe, run, worker)
+        train_here(recipe, run, worker)
 
 
-def _train(recipe: Recipe, run: str, worker: LocalWorker | RayWorker) -> None:
+def train_here(recipe: Recipe, run: str, worker: LocalWorker | RayWorker) -> None:
+    """Train as this worker of the run, and leave the outcome for `account.session` to find.
+
+    Raises:
+        InputError: as `train.train`.
+    """
     outcome = train(recipe, run, worker)
     if worker.rank == 0:
         said = {"finished": outcome.finished, "epochs": outcome.progress.epoch, "best": outcome.progress.best}
@@ -136,15 +141,28 @@ def _train(recipe: Recipe, run: str, worker: LocalWorker | RayWorker) -> None:
 def _on_ray(recipe: Recipe, run: str) -> None:
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
     session.connect()
-    import ray.train
-    from ray.train.torch import TorchTrainer
-
     use_gpu = recipe.scaling.use_gpu if recipe.scaling.use_gpu is not None else session.gpus() > 0
-    fewest, most = recipe.scaling.workers
+    fewest, _ = recipe.scaling.workers
     have, want = session.cpus(), fewest * recipe.scaling.cpus_per_worker
     if want > have or (use_gpu and fewest > session.gpus()):
         kind = f"{session.gpus()} GPUs" if use_gpu else f"{have} CPUs"
         raise InputError(f"scaling.num_workers={fewest} does not fit the cluster's {kind}; lower it or use --local")
+    fit(recipe, run, use_gpu)
+
+
+def fit(recipe: Recipe, run: str, use_gpu: bool, callbacks: Sequence[Any] = ()) -> None:
+    """Train a run on `scaling.num_workers` workers of Ray Train; also from inside a trial of Ray Tune.
+
+    Args:
+        callbacks: Ray Train's, told of every epoch.
+
+    Raises:
+        InputError: training failed; says why.
+    """
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    fewest, most = recipe.scaling.workers
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     trainer = TorchTrainer(
         _ray_loop,
@@ -160,6 +178,7 @@ def _on_ray(recipe: Recipe, run: str) -> None:
             name=f"{run.rsplit('/', 1)[-1]}-{time.time_ns()}",
             storage_path=_ray_folder(run),
             failure_config=ray.train.FailureConfig(max_failures=recipe.scaling.max_failures),
+            callbacks=list(callbacks),
         ),
     )
     try:
@@ -179,7 +198,7 @@ def _ray_loop(settings: dict[str, Any]) -> None:
     if storage.exists(mistake):
         return
     try:
-        _train(recipe, run, RayWorker(storage.join(run, STOP)))
+        train_here(recipe, run, RayWorker(storage.join(run, STOP)))
     except InputError as error:
         storage.write(mistake, str(error))
         raise
@@ -211,7 +230,7 @@ def _files(recipe: Recipe) -> list[str]:
     return weights + ([recipe.plan.hard_scores] if recipe.plan.hard_scores else [])
 
 
-def _absolute(recipe: Recipe) -> Recipe:
+def absolute(recipe: Recipe) -> Recipe:
     """Ray's workers run in another directory, so every path becomes absolute."""
     changes: dict[str, dict[str, Any]] = {
         "data": {"shards": tuple(storage.absolute(shards) for shards in recipe.data.shards)},

@@ -112,6 +112,7 @@ def _start_wandb(run: str, tracking: Tracking, recipe: Mapping[str, Any]) -> Any
     try:
         return wandb.init(
             project=tracking.project,
+            group=tracking.group,
             name=run.rstrip("/").rsplit("/", 1)[-1],
             id=identity,
             resume="allow",

@@ -46,6 +46,8 @@ class Tracking(Section):
     """Weights & Biases; offline writes files that `wandb sync` sends later."""
     project: str = "cxrscale"
     """The project in Weights & Biases."""
+    group: str | None = None
+    """The group in Weights & Biases; `cxrscale tune` gives its trials the search's name."""
     log_steps: int = Field(10, ge=1)
     """metrics.jsonl gets a line every so many steps."""
     gpu_hour_price: float | None = Field(None, ge=0)
@@ -84,18 +86,20 @@ class Tune(Section):
 
     space: dict[str, Any] = Field({})
     """Dotted field -> where it is searched: uniform(a, b), loguniform(a, b), quniform(a, b, step), randint(a, b), or a
-    list of choices."""
+    list of choices. Both bounds can be drawn."""
     method: Literal["asha", "tpe", "pbt", "random", "grid"] = "asha"
     """asha: random trials, the worse of them stopped early; tpe: Optuna's sampler with early stopping; pbt: population
     based training; random, grid: no early stopping."""
     trials: int = Field(16, ge=1)
-    """Trials in all; grid multiplies them by the product of the choices."""
+    """Trials in all (pbt: the population); grid has one for each combination instead."""
     workers: int = Field(1, ge=1)
     """Workers a trial; 1 runs the trial as a plain function, which starts sooner."""
+    gpu_share: float = Field(1.0, gt=0, le=1)
+    """Share of a GPU that a trial with one worker takes; 0.5: two trials a GPU, if its memory holds both."""
     concurrent: int | None = Field(None, ge=1)
     """Trials at a time; None: as many as the cluster has room for."""
     grace_epochs: int = Field(1, ge=1)
-    """Epochs that every trial may run before it can be stopped."""
+    """asha, tpe: epochs that every trial may run before it can be stopped; pbt: epochs between two exchanges."""
     reduction: int = Field(3, ge=2)
     """asha, tpe: of so many trials at a rung, one goes on."""
     seeds: int = Field(3, ge=0)
