@@ -117,8 +117,11 @@ def save(folder: str, step: int, state: Mapping[str, Any], keep: int) -> None:
     The file's name carries a digest of its content: a damaged file is recognised without a second file to lose.
     """
     content = dump(state)
-    storage.write(storage.join(folder, f"step-{step:09d}-{storage.digest(content)[:16]}.pt"), content)
-    for name in _names(folder)[:-keep]:
+    written = f"step-{step:09d}-{storage.digest(content)[:16]}.pt"
+    storage.write(storage.join(folder, written), content)
+    # One of the same step, from before the epoch's validation, would be older under a name that may sort as newer.
+    names = [name for name in _names(folder) if name == written or not name.startswith(written[:15])]
+    for name in set(_names(folder)) - set(names[-keep:]):
         storage.remove(storage.join(folder, name))
 
 

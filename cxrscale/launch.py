@@ -169,6 +169,7 @@ def fit(recipe: Recipe, run: str, use_gpu: bool, callbacks: Sequence[Any] = ()) 
         train_loop_config={"recipe": recipe.model_dump(mode="json"), "run": run},
         scaling_config=ray.train.ScalingConfig(
             num_workers=fewest if fewest == most else (fewest, most),  # type: ignore[arg-type]
+            elastic_resize_monitor_interval_s=recipe.scaling.regrow_seconds,
             use_gpu=use_gpu,
             resources_per_worker={"CPU": recipe.scaling.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
         ),

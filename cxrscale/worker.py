@@ -69,7 +69,7 @@ class LocalWorker:
 class RayWorker:
     """A worker of Ray Train, whose process group Ray has set up."""
 
-    STOP_SECONDS = 1.0
+    STOP_SECONDS = 0.5
     """How often rank 0 looks for the file that asks the run to stop; on an object store each look is a request."""
 
     def __init__(self, stop: str) -> None:

@@ -4,6 +4,7 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -113,15 +114,19 @@ def s3() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """The one Ray cluster of the test session, on this machine, with two CPUs."""
+def ray_cluster() -> Iterator[Any]:
+    """The one Ray cluster of the test session: a head with two CPUs on this machine; tests may add nodes to it."""
     import ray
+    from ray.cluster_utils import Cluster
 
     from cxrscale import session
 
-    session.connect()
-    yield
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    session.connect(cluster.address)
+    yield cluster
     ray.shutdown()
+    cluster.shutdown()
 
 
 def tiny(shards: str, root: Path, *overrides: str, base: tuple[str, ...] = TINY_CLASSIFIER) -> Recipe:

@@ -47,6 +47,17 @@ def test_the_newest_is_resumed_and_old_ones_go(tmp_path: Path) -> None:
     assert again.optimizer.state_dict()["state"]
 
 
+def test_the_later_of_two_at_the_same_step_is_the_one_that_stays(tmp_path: Path) -> None:
+    for epoch in range(6):
+        made = trained(4)
+        made.progress.epoch = epoch
+        checkpoint.save(str(tmp_path), 4, {**made.state(), "manifest": "m"}, keep=2)
+        again = learner()
+        assert checkpoint.resume(str(tmp_path), again, "m")
+        assert again.progress.epoch == epoch
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_other_shards_are_refused(tmp_path: Path) -> None:
     save(tmp_path, 1)
     with pytest.raises(InputError, match="trained on other shards"):

@@ -15,6 +15,9 @@ class Scaling(Section):
     num_workers: Annotated[int, Field(ge=0)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = 1
     """Ray Train workers; 0: in this very process, without Ray, as `--local` does; [min, max]: as many as the cluster
     has room for, fewer after a node is lost and more when it is back, at the same global batch."""
+    regrow_seconds: float = Field(60, gt=0)
+    """With [min, max]: how often it is looked whether there is room for more workers; growing restarts them all from a
+    checkpoint."""
     use_gpu: bool | None = None
     """A GPU a worker; None: when the cluster (or this machine) has one."""
     cpus_per_worker: float = Field(1, gt=0)
