@@ -247,14 +247,24 @@ def compare_verb(
 
 @app.command("predict")
 def predict_verb(
-    files: Annotated[list[str], typer.Argument(help="DICOM, PNG or JPEG files.")],
     run: Annotated[str, typer.Option(help="The run whose best checkpoint predicts.")],
+    files: Annotated[list[str] | None, typer.Argument(help="DICOM, PNG or JPEG files.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="train, val or test: the run's own pictures, into RUN/predictions-SPLIT.parquet.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="The file of predictions.")] = Path("predictions.json"),
 ) -> None:
-    """Probabilities for picture files: cxrscale predict a.dcm b.png --run runs/NAME."""
+    """Probabilities for picture files (predict a.dcm b.png --run runs/NAME) or of a split (--split train)."""
     from cxrscale import evaluate, predict
     from cxrscale.thresholds import Triplet
 
+    if (split is None) == (not files):
+        raise InputError("predict takes either files or --split train|val|test")
+    if split is not None:
+        predict.split(run, split)
+        print(storage.absolute(storage.join(run, f"predictions-{split}.parquet")))
+        return
+    files = files or []
     rule = None
     if storage.exists(storage.join(run, evaluate.THRESHOLDS)):
         stored = evaluate.stored_thresholds(run)
