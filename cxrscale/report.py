@@ -47,12 +47,12 @@ def show_differences(found: dict[str, Any]) -> None:
 
 
 def differences(found: dict[str, Any]) -> Table:
-    """Two runs beside one another: AUROC a finding, the mean, and Dice for segmentation, as A - B with its interval."""
+    """Two runs beside one another, AUROC and Dice as A - B: p by DeLong over patients, by Holm, by the bootstrap."""
     names = found["a"]["name"], found["b"]["name"]
     counts = f"{found['images']} {found.get('split', '')} pictures of {found['patients']} patients".replace("  ", " ")
     result = Table(title=f"A = {names[0]}, B = {names[1]}: {counts}")
     result.add_column("AUROC", no_wrap=True)
-    for name in ("positives", "A", "B", "A - B (95% interval)", "p, DeLong", "p, Holm", "p, bootstrap"):
+    for name in ("present", "A", "B", "A - B (95% interval)", "p", "p Holm", "p boot."):
         result.add_column(name, justify="right", no_wrap=True)
 
     def add(name: str, count: str, row: dict[str, Any], *tests: float | None, style: str | None = None) -> None:
