@@ -71,7 +71,9 @@ def session(run: str, inputs: Mapping[str, Any], workers: int, price: float | No
 
 def totals(sessions: list[dict[str, Any]], price: float | None) -> dict[str, float | None]:
     """Wall seconds, hours of GPUs and of workers over all sessions, and the price of these."""
-    spans = [(s["ended"] - s["began"], s["workers"], s["device"]) for s in sessions if s["ended"]]
+    # A session that was killed did not say what it ran on: what the run's other sessions ran on, as far as known.
+    known = next((s["device"] for s in reversed(sessions) if s["device"]), None)
+    spans = [(s["ended"] - s["began"], s["workers"], s["device"] or known) for s in sessions if s["ended"]]
     workers = sum(seconds * count for seconds, count, _ in spans) / 3600
     gpus = sum(seconds * count for seconds, count, device in spans if device not in (None, "CPU")) / 3600
     return {

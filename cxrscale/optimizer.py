@@ -33,7 +33,7 @@ def average(net: nn.Module, optim: Optim) -> AveragedModel | None:
 def learning_rate(optim: Optim, step: int, total: int) -> float:
     """The rate at an optimizer step, before plateaus: linear warm-up, then constant or a half cosine to 0."""
     if step < optim.warmup_steps:
-        return optim.lr * (step + 1) / optim.warmup_steps
+        return optim.lr * ((step + 1) / optim.warmup_steps)
     if optim.schedule != "cosine":
         return optim.lr
     done = (step - optim.warmup_steps) / max(1, total - optim.warmup_steps)

@@ -4,6 +4,9 @@ import json
 import math
 from pathlib import Path
 
+import cv2
+import numpy as np
+
 from cxrscale import tracking
 from cxrscale.config import Tracking
 from cxrscale.tracking import Tracker
@@ -45,3 +48,29 @@ def test_wandb_offline_leaves_a_run_of_its_own(tmp_path: Path) -> None:
     runs = list((tmp_path / "wandb").glob("offline-run-*"))
     assert runs
     assert len({folder.name.split("-")[3] for folder in runs}) == 1, "a restart keeps the run's id"
+
+
+def test_wandb_gets_the_sample_pictures_and_metrics_jsonl_stays(tmp_path: Path) -> None:
+    image_BCHW = np.random.default_rng(0).normal(size=(5, 1, 8, 8)).astype(np.float32)
+    tracker = Tracker(str(tmp_path), Tracking(wandb="offline"), {}, 0)
+    tracker.samples(image_BCHW)
+    tracker.log("train", 1, {"loss": 1.0})
+    tracker.close()
+    logged = list((tmp_path / "wandb").glob("offline-run-*/files/media/images/samples*.png"))
+    assert len(logged) == 1
+    # Five pictures of 8 x 8 in three columns and two rows, the last place black.
+    mine, theirs = (cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) for path in (tmp_path / "samples.png", logged[0]))
+    assert mine is not None
+    assert theirs is not None
+    assert mine.shape == (16, 24)
+    assert np.array_equal(mine, theirs)
+    assert not mine[8:, 16:].any()
+    assert [line["step"] for line in tracking.read(str(tmp_path))] == [1]
+
+
+def test_wandb_disabled_leaves_nothing(tmp_path: Path) -> None:
+    tracker = Tracker(str(tmp_path), Tracking(wandb="disabled"), {}, 0)
+    tracker.samples(np.zeros((2, 1, 8, 8), np.float32))
+    tracker.log("train", 1, {"loss": 1.0})
+    tracker.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "samples.png"]
