@@ -111,7 +111,9 @@ class Manifest:
         for name in splits:
             if name not in counts:
                 there = ", ".join(f"{other} ({count})" for other, count in counts.items())
-                raise InputError(f"split {name!r} has no pictures; the manifest has {there}")
+                raise InputError(
+                    f"split {name!r} has no pictures; give data.*_split one that the manifest has: {there}"
+                )
         return np.flatnonzero(np.isin(self.split.astype(str), splits)).astype(np.int64)
 
     def split_counts(self) -> dict[str, int]:

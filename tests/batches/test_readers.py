@@ -9,6 +9,7 @@ that rounding tips, the equalised level moves by what its tile's histogram makes
 
 from __future__ import annotations
 
+import traceback
 from itertools import islice
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 
 from cxrscale.batches import dali, plan, reference
 from cxrscale.batches.plan import Step
-from cxrscale.batches.source import ShardSource
+from cxrscale.batches.source import Encoded, ShardSource
 from cxrscale.config import PRESETS, Augment, Data, Plan
 from cxrscale.schema import Batch
 from cxrscale.shards.manifest import Manifest
@@ -168,6 +169,50 @@ def test_the_gpu_agrees(shards: Manifest, preset: str, training: bool) -> None:
     ours = [_on_cpu(batch) for batch in found]
     assert difference(ours, right, augment).mean() < (2.0 if augment.clahe != "never" else 0.3)
     check_the_rest(ours, right)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_no_batch_waits_for_the_gpu(shards: Manifest) -> None:
+    """Labels, rows and noise offsets go over from pinned memory; torch's own check for synchronisation passes."""
+    augment, data = Augment(preset="effusion", size=SIZE), Data(findings=("Effusion",))
+    batches = dali.batches(
+        some_steps(shards),
+        ShardSource(shards),
+        shards.labels(data.findings),
+        augment,
+        data,
+        shards.key,
+        5,
+        True,
+        torch.device("cuda"),
+    )
+    found = [next(batches)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found += list(batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    right = [step.row_B.tolist() for step in some_steps(shards)]
+    assert [batch.row_B.tolist() for batch in found] == right
+
+
+def test_dali_does_not_rewrite_what_feeds_it(shards: Manifest) -> None:
+    """A graph with conditions is rewritten by DALI; were our reading part of it, each call would be interpreted."""
+    seen: list[str] = []
+
+    class Watched(ShardSource):
+        def read(self, row_B: npt.NDArray[np.int64], masks: bool) -> Encoded:
+            seen.extend(frame.filename for frame in traceback.extract_stack())
+            return super().read(row_B, masks)
+
+    augment, data = Augment(preset="siim", size=SIZE), Data(findings=("Effusion",))
+    label_NF = shards.labels(data.findings)
+    device = torch.device("cpu")
+    steps = some_steps(shards, 2)
+    list(dali.batches(steps, Watched(shards), label_NF, augment, data, shards.key, 5, True, device))
+    assert seen
+    assert not [name for name in seen if "autograph" in name]
 
 
 def _on_cpu(batch: Batch) -> Batch:

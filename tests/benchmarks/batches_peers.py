@@ -166,7 +166,8 @@ def dali_reader(material: Material, threads: int) -> Contender:
 
     def graph() -> Any:
         indices = [tar.replace(".tar", ".idx") for tar in material.tars]
-        jpeg, about = fn.readers.webdataset(
+        read: Any = fn.readers.webdataset
+        jpeg, about = read(
             paths=material.tars, index_paths=indices, ext=["jpg", "json"], random_shuffle=True, initial_fill=100
         )
         image = fn.decoders.image(jpeg, output_type=types.GRAY)
