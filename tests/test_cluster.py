@@ -129,10 +129,10 @@ def test_ray_up_starts_head_and_workers_with_the_profiles_that_cloudformation_ma
     )
     assert [bucket["Name"] for bucket in boto3.client("s3").list_buckets()["Buckets"]] == ["my-bucket"]
 
-    ready = bootstrap_aws(launcher)
-    machines = AWSNodeProvider(ready["provider"], ready["cluster_name"])
+    ready = bootstrap_aws(launcher)  # type: ignore[no-untyped-call]
+    machines = AWSNodeProvider(ready["provider"], ready["cluster_name"])  # type: ignore[no-untyped-call]
     images = boto3.client("ec2", region_name="us-east-1").describe_images(Owners=["amazon"])["Images"]
-    started = {}
+    started: dict[str, str] = {}
     for name, kind in ready["available_node_types"].items():
         # The name is looked up by Amazon itself, which the stand-in does not do.
         assert kind["node_config"]["ImageId"].startswith("resolve:ssm:/aws/service/deeplearning/ami/")
@@ -203,8 +203,9 @@ def kube(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 def cluster_of(document: dict[str, Any]) -> dict[str, Any]:
-    spec: dict[str, Any] = document["spec"]
-    return spec.get("rayClusterSpec", spec)
+    spec = document["spec"]
+    cluster: dict[str, Any] = spec.get("rayClusterSpec", spec)
+    return cluster
 
 
 def groups(document: dict[str, Any]) -> list[dict[str, Any]]:
