@@ -112,7 +112,7 @@ class Manifest:
             if name not in counts:
                 there = ", ".join(f"{other} ({count})" for other, count in counts.items())
                 raise InputError(
-                    f"split {name!r} has no pictures; give data.*_split one that the manifest has: {there}"
+                    f"split {name!r} has no pictures; the manifest has {there}: name one of them in data.*_split"
                 )
         return np.flatnonzero(np.isin(self.split.astype(str), splits)).astype(np.int64)
 

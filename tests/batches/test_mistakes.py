@@ -21,7 +21,7 @@ from tests.conftest import TINY_SEGMENTER, tiny
     [
         ("data.findings=[Cardiomegaly, Rickets]", r"data.findings: the shards have no label 'Rickets'; they have Atel"),
         ("augment.size=65", r"augment.size=65 is more than the 64 pixels .*; lower it or shard again"),
-        ("data.train_split=fold7", r"split 'fold7' has no pictures; give data.\*_split .*train \(\d+\)"),
+        ("data.train_split=fold7", r"split 'fold7' has no pictures; .*train \(\d+\).*: name one of them"),
         ("plan.mix=[1, 2]", r"plan.mix=\[1.0, 2.0\] has 2 shares for 1 data.shards; give one for each"),
     ],
 )
