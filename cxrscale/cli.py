@@ -200,6 +200,27 @@ def train(recipe: RecipePath, overrides: Overrides = None, local: Local = False)
     print(run)
 
 
+@app.command("tune")
+def tune_verb(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    resume: Annotated[str | None, typer.Option(help="Go on with the search of this name.", metavar="NAME")] = None,
+) -> None:
+    """Search the fields in a recipe's tune.space, e.g. tune.space={optim.lr: loguniform(1e-4, 1e-2)}; best.yaml wins."""
+    from cxrscale.tune import space, sweep, table
+
+    resolved = config.load_recipe(recipe, overrides or [])
+    resolved = sweep.resumed(resolved, resume) if resume else resolved
+    run, finished = sweep.tune(resolved, Path(recipe).stem, progress.bar)
+    if not finished:
+        print(f"stopped; go on with: cxrscale tune {recipe} --resume {run.rsplit('/', 1)[-1]}", file=sys.stderr)
+        raise typer.Exit(130)
+    table.show(run, resolved, space.parse(resolved.tune.space))
+    print(sweep.verdict(run))
+    print(storage.join(run, table.BEST))
+    print(run)
+
+
 @app.command()
 def threshold(run: Run) -> None:
     """Search each finding's threshold on the validation split; the test split is not looked at."""
@@ -281,6 +302,30 @@ def predict_verb(
     print(out.resolve())
     if all(prediction.error for prediction in found):
         raise InputError("none of the files could be read; the reasons stand above")
+
+
+@app.command("doctor")
+def doctor_verb(
+    address: Annotated[
+        str | None, typer.Option(help="A cluster, host:6379; else RAY_ADDRESS, else this machine.")
+    ] = None,
+    shards: Annotated[list[str] | None, typer.Option(help="A shard set that every node must read.")] = None,
+    root: Annotated[str | None, typer.Option(help="Where runs will go.")] = None,
+    free_orphans: Annotated[
+        bool, typer.Option("--free-orphans", help="Remove what killed sweeps left waiting in the cluster.")
+    ] = False,
+    out: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Also write it as JSON.")] = None,
+) -> None:
+    """What this machine or cluster can do, and what to mend; exit code 1 where something is wrong."""
+    from cxrscale import doctor
+
+    rows, said = doctor.examine(address, shards or [], root, free_orphans)
+    doctor.show(rows)
+    if out is not None:
+        doctor.write(rows, said, out)
+        print(storage.absolute(out))
+    if any(row.verdict == doctor.WRONG for row in rows):
+        raise typer.Exit(1)
 
 
 @app.command("submit", context_settings={"ignore_unknown_options": True})

@@ -13,9 +13,6 @@ from cxrscale.schema import InputError
 PATIENCE_S = 5.0
 """Seconds that an address has to answer."""
 
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-"""What opens an HTTP/2 connection: the magic words and an empty SETTINGS frame (RFC 9113, section 3.4)."""
-
 
 def connect(address: str | None = None) -> None:
     """Join the cluster of this job or address, else start Ray on this machine; nothing happens when connected.
@@ -26,7 +23,7 @@ def connect(address: str | None = None) -> None:
     if ray.is_initialized():
         return
     address = address or os.environ.get("RAY_ADDRESS")
-    if address and address not in ("auto", "local"):
+    if address and address != "local":
         reach(address)
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     # Ray's own usage and dashboard lines would stand between the user and the one line that matters.
@@ -54,30 +51,51 @@ def reach(address: str) -> None:
     """Make sure that Ray's control service is at host:port; ray.init would try for minutes, deaf to Ctrl-C.
 
     Raises:
-        InputError: it is not, and what is there instead.
+        InputError: it is not, or it wants a token.
     """
+    if address == "auto":
+        from ray._private.services import canonicalize_bootstrap_address
+
+        try:
+            address = canonicalize_bootstrap_address("auto") or ""
+        except ConnectionError:
+            raise InputError("RAY_ADDRESS=auto, and no Ray cluster runs on this machine; start one") from None
     scheme, _, place = address.rpartition("://")
     host, _, port = place.rstrip("/").rpartition(":")
     if scheme not in ("", "ray") or not host or not port.isdigit():
         raise InputError(f"{address!r} is no address of a Ray cluster; give host:port, e.g. 10.0.0.1:6379")
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), PATIENCE_S) as line:
-            if os.environ.get("RAY_USE_TLS") == "1":
-                return
-            line.settimeout(PATIENCE_S)
-            line.sendall(_PREFACE)
-            answer = line.recv(9)
+        socket.create_connection((host.strip("[]"), int(port)), PATIENCE_S).close()
     except (OSError, OverflowError) as error:
         said = getattr(error, "strerror", None) or error
         raise InputError(
             f"no Ray cluster answers at {address}: {said}; check RAY_ADDRESS, start one, or use --local"
         ) from None
-    # A gRPC server answers with its SETTINGS, a frame of type 4; the dashboard with an HTTP/1.1 error.
-    if len(answer) < 4 or answer[3] != 4:
+    if not scheme:
+        _ask(place)
+
+
+def _ask(address: str) -> None:
+    """One call to the control service, by its own protocol."""
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel  # with the TLS and token that RAY_* variables name
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+
+    channel = init_grpc_channel(address)
+    try:
+        asked = gcs_service_pb2.GetClusterIdRequest()  # type: ignore[attr-defined]
+        gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel).GetClusterId(asked, timeout=PATIENCE_S)  # type: ignore[no-untyped-call]
+    except grpc.RpcError as error:
+        if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+            raise InputError(
+                f"the cluster at {address} wants a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to its token"
+            ) from None
         raise InputError(
             f"what answers at {address} is not Ray's control service; give its port (6379 unless told otherwise), "
             "not the dashboard's"
-        )
+        ) from None
+    finally:
+        channel.close()
 
 
 def cpus() -> int:

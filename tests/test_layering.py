@@ -31,7 +31,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 DOORS = {
     "ray": {"session", "nodes", "shards/pack", "worker", "launch", "tune", "serve", "submit", "doctor"},
-    "nvidia": {"batches/dali"},
+    "nvidia": {"batches/dali", "machine"},
     "wandb": {"tracking"},
 }
 
