@@ -376,6 +376,17 @@ def test_dockerfile_passes_hadolint() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_readme_counts_the_images_that_the_recipe_trains_on(launcher: dict[str, Any]) -> None:
+    text = (ROOT / "README.md").read_text()
+    train, val, test = 75_312, 11_212, 25_596
+    epochs = config.load_recipe(ROOT / "jobs" / "chexnet14.yaml").train.epochs
+    images = epochs * (train + val) + val + test
+    assert f"in each of {epochs} epochs" in text
+    assert f"{images:,} in all" in text
+    assert f"{images / 3600:.0f} / R" in text
+    assert f"and {launcher['idle_timeout_minutes'] * 60:.0f} in which it is found idle" in text
+
+
 # local.sh
 
 
