@@ -100,7 +100,8 @@ class Plan(Section):
     """For sampling=weighted: finding -> how often a picture is drawn that shows it, the largest of its findings
     counting; 1 for what is not named. `No Finding` names the pictures with every finding absent."""
     hard_scores: str | None = Field(None, validate_default=True)
-    """For sampling=hard: a run's predictions of the training split, predictions-train.parquet."""
+    """For sampling=hard: a run's predictions of the training split, RUN/predictions-train.parquet; made by
+    `cxrscale predict --split train --run RUN`."""
     hard_share: float = Field(0.1, gt=0, le=1)
     """Share of the predicted training pictures, those with the largest |label - score|, that count as hard."""
     hard_repeats: int = Field(2, ge=1)
@@ -120,7 +121,8 @@ class Plan(Section):
         if not value and info.data.get("sampling") == wanted[str(info.field_name)]:
             remedies = {
                 "weights": "sampling=weighted wants a weight for a finding, e.g. plan.weights={Hernia: 5}",
-                "hard_scores": "sampling=hard wants a run's predictions, e.g. runs/NAME/predictions-train.parquet",
+                "hard_scores": "sampling=hard wants what `cxrscale predict --split train --run runs/NAME` leaves: "
+                "runs/NAME/predictions-train.parquet",
             }
             raise ValueError(remedies[str(info.field_name)])
         return value
