@@ -15,8 +15,9 @@ def build(net: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     """The optimizer over what is trained, fused: one kernel a step instead of hundreds."""
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     if optim.name == "sgd":
+        momentum = optim.betas[0]
         return torch.optim.SGD(
-            trained, optim.lr, momentum=optim.betas[0], weight_decay=optim.weight_decay, nesterov=True, fused=True
+            trained, optim.lr, momentum=momentum, weight_decay=optim.weight_decay, nesterov=momentum > 0, fused=True
         )
     kind = torch.optim.AdamW if optim.name == "adamw" else torch.optim.Adam
     return kind(trained, optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def test_a_fused_optimizer_goes_on_from_a_file_as_if_nothing_had_happened(name: 
 def test_fused_is_what_the_plain_optimizer_does(name: Name) -> None:
     optim = Optim(name=name, lr=0.01, weight_decay=0.1, betas=(0.8, 0.9))
     one, other = net(), net()
-    kinds = {
+    kinds: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
         "adam": lambda p: torch.optim.Adam(p, 0.01, betas=(0.8, 0.9), weight_decay=0.1, foreach=False),
         "adamw": lambda p: torch.optim.AdamW(p, 0.01, betas=(0.8, 0.9), weight_decay=0.1, foreach=False),
         "sgd": lambda p: torch.optim.SGD(p, 0.01, momentum=0.8, weight_decay=0.1, nesterov=True, foreach=False),
@@ -103,8 +104,8 @@ def test_the_moving_average_is_the_one_by_hand() -> None:
         by_hand = [0.7 * a + 0.3 * w for a, w in zip(by_hand, weights, strict=True)] if by_hand else weights
     for mine, expected in zip(each.chosen.parameters(), by_hand, strict=True):
         torch.testing.assert_close(mine.detach().double(), expected, rtol=0, atol=1e-6)
-    for mine, own in zip(each.chosen.buffers(), each.net.buffers(), strict=True):
-        assert torch.equal(mine, own)
+    for buffer, own in zip(each.chosen.buffers(), each.net.buffers(), strict=True):
+        assert torch.equal(buffer, own)
 
 
 def test_without_a_moving_average_the_net_itself_is_chosen() -> None:
