@@ -30,7 +30,7 @@ LAYERS = (
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 DOORS = {
-    "ray": {"session", "nodes", "shards/pack", "worker", "launch", "tune", "serve", "submit", "doctor"},
+    "ray": {"session", "nodes", "shards/pack", "worker", "launch", "tune/sweep", "tune/trial", "tune/schedule", "serve", "submit", "doctor"},
     "nvidia": {"batches/dali", "machine"},
     "wandb": {"tracking"},
 }
