@@ -40,7 +40,7 @@ class Row:
 def examine(
     address: str | None = None, shards: Sequence[str] = (), root: str | None = None, free_orphans: bool = False
 ) -> tuple[list[Row], dict[str, Any]]:
-    """Examine the cluster at `address`, else at RAY_ADDRESS, else this machine.
+    """Examine the cluster at `address`, at RAY_ADDRESS or already joined; else this machine.
 
     Args:
         shards: shard sets that must be readable.
@@ -59,7 +59,7 @@ def examine(
     if not remote_root:
         folders["run root"] = str(storage.local_path(root or "runs").absolute())
     asked = (folders, tuple(shards), (root,) if root is not None and remote_root else ())
-    if not address:
+    if not address and not session.connected():
         said = {HERE: machine.facts(*asked) | machine.heavy_elsewhere()}
         return judge(HERE, said[HERE], cluster=False), said
     session.connect(address)

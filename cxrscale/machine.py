@@ -185,7 +185,7 @@ def graph(gpu: int | None) -> str:
     image_HW = (np.add.outer(np.arange(side), np.arange(side)) * 2).astype(np.uint8)
     file = np.asarray(cv2.imencode(".jpg", image_HW, [cv2.IMWRITE_JPEG_QUALITY, 95])[1]).ravel()
 
-    @pipeline_def(batch_size=1, num_threads=1, device_id=gpu)
+    @pipeline_def(batch_size=1, num_threads=1, device_id=gpu)  # type: ignore[untyped-decorator]
     def decoded() -> Any:
         encoded = fn.external_source(source=lambda: [file])
         image = fn.decoders.image(encoded, device="cpu" if gpu is None else "mixed", output_type=types.GRAY)

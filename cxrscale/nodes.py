@@ -109,12 +109,12 @@ def answers(
 
     The function travels as it stands here, so a node with another cxrscale, or none, answers too.
     """
-    ray.cloudpickle.register_pickle_by_value(machine)
+    ray.cloudpickle.register_pickle_by_value(machine)  # type: ignore[no-untyped-call]
     task = ray.remote(ask)
     try:
         asked = {node.name: task.options(**on(node)).remote(*arguments) for node in nodes}
     finally:
-        ray.cloudpickle.unregister_pickle_by_value(machine)
+        ray.cloudpickle.unregister_pickle_by_value(machine)  # type: ignore[no-untyped-call]
     ray.wait(list(asked.values()), num_returns=len(asked), timeout=timeout)
     found: dict[str, Any] = {}
     for name, answer in asked.items():
@@ -183,9 +183,10 @@ def orphans() -> list[Orphan]:
     Detached groups that have got their resources outlive their job on purpose and are none.
     """
     from ray._private.state import state  # the public table does not say whose a group is
-    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
 
-    dead = {job["JobID"] for job in state.job_table() if job["IsDead"]}
+    jobs = state.job_table()  # type: ignore[no-untyped-call]
+    dead = {job["JobID"] for job in jobs if job["IsDead"]}
     names = PlacementGroupTableData.PlacementGroupState
     found = []
     for row in state._connect_and_get_accessor().get_placement_group_table():

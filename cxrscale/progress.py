@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pdb
 import sys
 import threading
 import time
@@ -59,11 +61,22 @@ class Bar:
 
 @contextmanager
 def bar(title: str, total: int | None, unit: str | None) -> Iterator[Bar]:
-    """A bar that is closed whatever happens."""
+    """A bar that is closed whatever happens, and ends at a breakpoint: it would draw over the debugger's prompt."""
     shown = Bar(title, total, unit)
+    before = sys.breakpointhook
+
+    def stop(*given: Any, **named: Any) -> Any:
+        shown.close()
+        if before is not sys.__breakpointhook__ or os.environ.get("PYTHONBREAKPOINT"):
+            return before(*given, **named)
+        # Python's own hook would stop here, one call too deep.
+        return pdb.Pdb().set_trace(sys._getframe(1))
+
+    sys.breakpointhook = stop
     try:
         yield shown
     finally:
+        sys.breakpointhook = before
         shown.close()
 
 

@@ -47,6 +47,11 @@ def connect(address: str | None = None) -> None:
         raise InputError(f"{said}: install the cluster's versions here, or submit the job to it") from None
 
 
+def connected() -> bool:
+    """Whether this process has joined a cluster."""
+    return bool(ray.is_initialized())
+
+
 def reach(address: str) -> None:
     """Make sure that Ray's control service is at host:port; ray.init would try for minutes, deaf to Ctrl-C.
 
@@ -77,7 +82,7 @@ def reach(address: str) -> None:
 
 def _ask(address: str) -> None:
     """One call to the control service, by its own protocol."""
-    import grpc
+    import grpc  # type: ignore[import-untyped]
     from ray._private.grpc_utils import init_grpc_channel  # with the TLS and token that RAY_* variables name
     from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
