@@ -30,7 +30,8 @@ LAYERS = (
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 DOORS = {
-    "ray": {"session", "nodes", "shards/pack", "worker", "launch", "tune/sweep", "tune/trial", "tune/schedule", "serve", "submit", "doctor"},
+    "ray": {"session", "nodes", "shards/pack", "worker", "launch", "serve", "submit", "doctor"}
+    | {"tune/sweep", "tune/trial", "tune/schedule"},
     "nvidia": {"batches/dali", "machine"},
     "wandb": {"tracking"},
 }
