@@ -149,6 +149,9 @@ def make_loop(
         mode = "default" if worker.device.type == "cuda" else "never"
     # Around DDP, not inside: the compiler then cuts the graph where gradients are sent, so that both overlap.
     fast: Any = net if mode == "never" else torch.compile(net, mode=mode)
+    if _adds_to_own_gradients(recipe):
+        for parameter in learner.net.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     return Loop(recipe, worker, data, net, fast, weights, steps, tracker)
 
 
@@ -219,7 +222,7 @@ def _step(loop: Loop, learner: Learner, batch: Batch, step: int, logs: bool) -> 
     elif logs:
         norm = nn.utils.get_total_norm([p.grad for p in learner.net.parameters() if p.grad is not None])
     learner.optimizer.step()
-    learner.optimizer.zero_grad(set_to_none=True)
+    learner.optimizer.zero_grad(set_to_none=not _adds_to_own_gradients(recipe))
     if learner.average is not None:
         learner.average.update_parameters(learner.net)
     return total, norm
@@ -292,6 +295,12 @@ def _check_same_start(step: int, run: str, worker: Worker) -> None:
 
 def _out_of_patience(progress: Progress, recipe: Recipe) -> bool:
     return recipe.train.patience is not None and progress.bad_epochs >= recipe.train.patience
+
+
+def _adds_to_own_gradients(recipe: Recipe) -> bool:
+    """CUDA graphs hand out gradients in memory that the next piece overwrites (pytorch issue 169545): these modes get
+    gradients that outlive a step, to which the pieces are added."""
+    return recipe.optim.accumulate > 1 and recipe.train.compile in ("reduce-overhead", "max-autotune")
 
 
 def _gpu_memory(device: torch.device) -> dict[str, float]:
