@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cxrscale import machine, nodes, session
+from cxrscale import machine, nodes, session, storage
 from cxrscale.config import Scaling
 from cxrscale.nodes import Node
 from cxrscale.schema import InputError
@@ -66,7 +66,7 @@ def test_every_difference_is_named_and_nothing_else(here: dict[str, str], there:
 def test_a_sound_run_passes_and_leaves_nothing(nih_shards: str, s3: str, tmp_path: Path) -> None:
     nodes.check(Scaling(num_workers=1), reads=[nih_shards], writes=[str(tmp_path), f"{s3}/checked"])
     assert list(tmp_path.iterdir()) == []
-    assert nodes.storage.listing(f"{s3}/checked") == []
+    assert storage.listing(f"{s3}/checked") == []
 
 
 @pytest.mark.usefixtures("ray_cluster")
