@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -19,8 +20,9 @@ from cxrscale import checkpoint, config, masks, models, pictures, scoring, stora
 from cxrscale.batches import feed
 from cxrscale.config import Recipe
 from cxrscale.metrics import bin_of
-from cxrscale.schema import InputError, MapCounts, Prediction, Scores, Unreadable
+from cxrscale.schema import Batch, InputError, MapCounts, Prediction, Scores, Unreadable
 from cxrscale.shards import manifest
+from cxrscale.shards.manifest import Manifest
 from cxrscale.thresholds import Triplet
 from cxrscale.worker import LocalWorker
 
@@ -71,26 +73,39 @@ def about(run: str | Path) -> dict[str, Any]:
     }
 
 
-def split(run: str | Path, name: str) -> Scores:
+def address(run: str | Path, name: str) -> str:
+    """Where a run keeps its scores of a split."""
+    return storage.join(run, f"predictions-{name}.parquet")
+
+
+def split(run: str | Path, name: str, progress: Callable[[int], None] | None = None) -> Scores:
     """Scores of every picture of a split (its role: train, val or test), computed once and kept in the run.
+
+    Kept scores serve without the shards, but not beside shards that have changed: their labels may have, too.
+
+    Args:
+        progress: is told how many more pictures have been scored.
 
     Raises:
         InputError: the shards are gone or are not those of the run.
     """
-    path = storage.join(run, f"predictions-{name}.parquet")
+    path = address(run, name)
     worker = LocalWorker()
     trained = load(run, worker.device)
     recipe = trained.recipe
-    if storage.exists(path) and described(path)["checkpoint"] == trained.checkpoint:
+    kept = storage.exists(path) and described(path)["checkpoint"] == trained.checkpoint
+    if kept and not all(storage.exists(storage.join(root, manifest.NAME)) for root in recipe.data.shards):
         return read(path)
     data = manifest.load(*recipe.data.shards)
     if data.digest != trained.manifest:
         raise InputError(f"{', '.join(recipe.data.shards)}: not the shards that {run} was trained on; restore them")
+    if kept:
+        return read(path)
     roles = {"train": recipe.data.train_split, "val": recipe.data.val_split, "test": recipe.data.test_split}
     batches = feed.evaluation(
         data, roles.get(name, (name,)), recipe.data, recipe.plan, recipe.augment, 0, 1, worker.device
     )
-    rows = scoring.score(trained.net, batches, recipe.train, worker)
+    rows = scoring.score(trained.net, _counted(batches, progress), recipe.train, worker)
     scores = Scores(
         data.image_id[rows.row_N],
         data.patient[rows.row_N],
@@ -102,6 +117,39 @@ def split(run: str | Path, name: str) -> Scores:
     about = {"split": name, "checkpoint": trained.checkpoint, "manifest": trained.manifest, "unreadable": rows.bad}
     write(path, scores, {**about, "recipe": recipe.model_dump(mode="json")})
     return scores
+
+
+def maps(
+    run: str | Path, data: Manifest, rows: Sequence[int]
+) -> Iterator[tuple[int, npt.NDArray[np.float32], npt.NDArray[np.bool_]]]:
+    """Each of some rows of the manifest with its score map and its true mask, both (H, W) at the net's input size.
+
+    What cannot be read is left out.
+    """
+    worker = LocalWorker()
+    trained = load(run, worker.device)
+    recipe, chosen = trained.recipe, "the chosen rows"
+    # Batches are made of splits: these rows become one of their own.
+    split_N = data.split.copy()
+    split_N[list(rows)] = chosen
+    column = data.table.schema.get_field_index("split")
+    apart = Manifest(data.table.set_column(column, "split", pa.array(split_N, pa.string())), data.digest, data.about)
+    batches = feed.evaluation(apart, (chosen,), recipe.data, recipe.plan, recipe.augment, 0, 1, worker.device)
+    with torch.no_grad():
+        for batch in batches:
+            assert batch.mask_B1HW is not None
+            with scoring.autocast(recipe.train, worker.device):
+                logits = trained.net(scoring.images_for(batch, recipe.train)).float()
+            score, truth = logits.sigmoid().cpu().numpy()[:, 0], batch.mask_B1HW.cpu().numpy()[:, 0] > 0.5
+            for place in np.flatnonzero(batch.valid_B.cpu().numpy()):
+                yield int(batch.row_B[place]), score[place], truth[place]
+
+
+def mask(score_HW: npt.NDArray[np.float32], rule: Triplet) -> npt.NDArray[np.bool_]:
+    """The pixels that a triplet calls: none unless `min_area` of them score >= top, then all that score >= bottom."""
+    bins = scoring.BINS
+    enough = (score_HW * bins >= bin_of(rule.top, bins)).sum() >= max(1, rule.min_area)
+    return np.asarray((score_HW * bins >= bin_of(rule.bottom, bins)) & enough)
 
 
 def files(run: str | Path, paths: Sequence[str], triplet: Triplet | None = None) -> list[Prediction]:
@@ -153,8 +201,17 @@ def write(path: str | Path, scores: Scores, about: Mapping[str, Any]) -> None:
 
 
 def described(path: str | Path) -> dict[str, Any]:
-    """What `write` was told of the scores: split, checkpoint, manifest, recipe."""
-    schema = pq.read_schema(pa.BufferReader(storage.read(str(path))))
+    """What `write` was told of the scores: split, checkpoint, manifest, recipe.
+
+    Raises:
+        InputError: this is no file of scores.
+    """
+    try:
+        schema = pq.read_schema(pa.BufferReader(storage.read(str(path))))
+    except pa.ArrowInvalid:
+        raise InputError(f"{path} is no Parquet file; remove it, and it is made again") from None
+    if b"cxrscale" not in (schema.metadata or {}):
+        raise InputError(f"{path} does not say whose scores it holds; remove it, and it is made again")
     found: dict[str, Any] = json.loads(schema.metadata[b"cxrscale"])
     return found
 
@@ -189,6 +246,13 @@ def read(path: str | Path) -> Scores:
     )
 
 
+def _counted(batches: Iterable[Batch], progress: Callable[[int], None] | None) -> Iterator[Batch]:
+    for batch in batches:
+        yield batch
+        if progress is not None:
+            progress(int(batch.valid_B.sum()))
+
+
 def _as_stored(grey_HW: Any, pixels: Mapping[str, Any]) -> bytes:
     if pixels["codec"] == "source":
         return pictures.encode_png(grey_HW)
@@ -203,11 +267,6 @@ def _prediction(
     if probability.ndim == 1:
         return Prediction(path, {name: float(value) for name, value in zip(names, probability, strict=True)})
     score_HW = probability[0]
-    rule = triplet or Triplet(0.5, 0, 0.5, float("nan"))
-    bins = scoring.BINS
-    enough = (score_HW * bins >= bin_of(rule.top, bins)).sum() >= max(1, rule.min_area)
-    mask = np.zeros(shape, dtype=np.uint8)
-    if enough:
-        small = (score_HW * bins >= bin_of(rule.bottom, bins)).astype(np.uint8)
-        mask = cv2.resize(small, (shape[1], shape[0]), interpolation=cv2.INTER_NEAREST)
-    return Prediction(path, {names[0]: float(score_HW.max())}, masks.encode(mask.astype(np.bool_)))
+    small = mask(score_HW, triplet or Triplet(0.5, 0, 0.5, float("nan"))).astype(np.uint8)
+    whole = cv2.resize(small, (shape[1], shape[0]), interpolation=cv2.INTER_NEAREST)
+    return Prediction(path, {names[0]: float(score_HW.max())}, masks.encode(whole.astype(np.bool_)))

@@ -27,7 +27,8 @@ def table(found: dict[str, Any], title: str) -> Table:
         result.add_column(name, justify="right", no_wrap=True)
     for name, row in found["findings"].items():
         cells = [str(row["positives"]), estimate(row["auroc"]), number(row["auprc"]["value"]), number(row["threshold"])]
-        result.add_row(name, *cells, *(number(row.get(key)) for key in ("f1", "recall", "precision")))
+        rates = (row[key]["value"] if key in row else None for key in ("f1", "recall", "precision"))
+        result.add_row(name, *cells, *map(number, rates))
     if len(found["findings"]) > 1:
         result.add_row(f"mean of {found['findings_in_mean']}", "", estimate(found["mean_auroc"]), style="bold")
     if "dice" in found:
