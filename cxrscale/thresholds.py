@@ -140,7 +140,7 @@ def _merit(calls: Counts, hits: Counts, rule: Threshold, prior: float | None) ->
         else:
             merit = -(rule.miss_cost * (present - hit) + rule.alarm_cost * alarm)
     merit = np.where((positives > 0) & ~np.isnan(merit), merit, -np.inf)
-    if rule.goal == "youden":
+    if rule.goal == "youden" or prior is not None:
         merit = np.where(negatives > 0, merit, -np.inf)
     if rule.goal != "cost":
         merit[:, 0] = -np.inf  # calling nothing finds nothing

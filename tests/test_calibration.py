@@ -55,7 +55,7 @@ def test_calibration_of_unseen_scores_lowers_brier_and_ece(kind: str) -> None:
 
 
 @given(rows=drawn)
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 def test_platt_is_logistic_regression_on_the_logit_with_platts_targets(rows: list[tuple[int, bool]]) -> None:
     score = np.array([value for value, _ in rows]) / 20
     label = np.array([float(present) for _, present in rows])
@@ -87,7 +87,7 @@ def test_no_temperature_is_likelier(rows: list[tuple[int, bool]]) -> None:
 
 
 @given(rows=drawn)
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 def test_isotonic_is_scikit_learns_and_survives_json(rows: list[tuple[int, bool]]) -> None:
     score = np.array([value for value, _ in rows]) / 20
     label = np.array([float(present) for _, present in rows])

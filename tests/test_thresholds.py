@@ -104,7 +104,7 @@ def test_another_prior_is_the_same_as_more_pictures_of_one_class(
     drawn: list[tuple[int, float]], goal: str, times: tuple[int, int]
 ) -> None:
     score, label = arrays(drawn)
-    rule = Threshold.model_validate({"goal": goal, "at_least": 0.62, "miss_cost": 2.5})
+    rule = Threshold.model_validate({"goal": goal, "at_least": 0.618034, "miss_cost": 2.5})
     repeat = np.where(label == 1, *times)
     many, labels = np.repeat(score, repeat), np.repeat(label, repeat)
     found = thresholds.choose(score, label, rule, prior=float(labels.mean()))
