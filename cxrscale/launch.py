@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 
-from cxrscale import account, config, models, session, storage
+from cxrscale import account, config, models, nodes, session, storage
 from cxrscale.batches import feed
 from cxrscale.config import Recipe
 from cxrscale.schema import InputError
@@ -46,11 +46,15 @@ def launch(recipe: Recipe, stem: str, watch: Watcher, *, local: bool = False) ->
         The run's folder or address.
 
     Raises:
-        InputError: shards, weights or an earlier run of that name do not fit.
+        InputError: shards, weights, the cluster or an earlier run of that name do not fit.
     """
     local = local or recipe.scaling.workers[1] == 0
     recipe = absolute(recipe)
     inputs = preflight(recipe)
+    if not local:
+        os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+        session.connect()
+        nodes.check(recipe.scaling, reads=recipe.data.shards, writes=[recipe.tracking.root])
     run = prepare(recipe, stem, inputs)
     workers = 1 if local else recipe.scaling.workers[1]
     with account.session(run, inputs, workers, recipe.tracking.gpu_hour_price), watch(run, recipe):
@@ -139,15 +143,7 @@ def train_here(recipe: Recipe, run: str, worker: LocalWorker | RayWorker) -> Non
 
 
 def _on_ray(recipe: Recipe, run: str) -> None:
-    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
-    session.connect()
-    use_gpu = recipe.scaling.use_gpu if recipe.scaling.use_gpu is not None else session.gpus() > 0
-    fewest, _ = recipe.scaling.workers
-    have, want = session.cpus(), fewest * recipe.scaling.cpus_per_worker
-    if want > have or (use_gpu and fewest > session.gpus()):
-        kind = f"{session.gpus()} GPUs" if use_gpu else f"{have} CPUs"
-        raise InputError(f"scaling.num_workers={fewest} does not fit the cluster's {kind}; lower it or use --local")
-    fit(recipe, run, use_gpu)
+    fit(recipe, run, nodes.gpus_wanted(recipe.scaling) > 0)
 
 
 def fit(recipe: Recipe, run: str, use_gpu: bool, callbacks: Sequence[Any] = ()) -> None:

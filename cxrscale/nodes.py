@@ -219,6 +219,12 @@ def differing(here: dict[str, str], there: dict[str, dict[str, str]]) -> list[st
     return lines
 
 
+def gpus_wanted(scaling: Scaling) -> float:
+    """GPUs a worker: as the recipe says, or one where the cluster has any."""
+    use_gpu = scaling.use_gpu if scaling.use_gpu is not None else session.gpus() > 0
+    return 1.0 if use_gpu else 0.0
+
+
 def check(scaling: Scaling, *, reads: Sequence[str] = (), writes: Sequence[str] = ()) -> None:
     """Find what would stop a run on the connected cluster before anything starts: some two seconds.
 
@@ -230,10 +236,9 @@ def check(scaling: Scaling, *, reads: Sequence[str] = (), writes: Sequence[str] 
     Raises:
         InputError: one line: the workers do not fit, versions differ, or an address cannot be reached from a node.
     """
-    use_gpu = scaling.use_gpu if scaling.use_gpu is not None else session.gpus() > 0
-    gpus = 1.0 if use_gpu else 0.0
+    gpus = gpus_wanted(scaling)
     nodes = alive()
-    place(nodes, scaling, use_gpu, growth(scaling.cpus_per_worker, gpus))
+    place(nodes, scaling, gpus > 0, growth(scaling.cpus_per_worker, gpus))
     wrong = differing(machine.versions(), each(machine.versions, nodes))
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""

@@ -131,3 +131,44 @@ def test_sigterm_writes_a_checkpoint_first_also_in_a_bucket(
     assert not account.read(run)["finished"]
     assert launch.launch(recipe, "tiny", lambda *_: nullcontext()) == run
     assert_equal(run, undisturbed)
+
+
+def test_a_lost_node_leaves_fewer_workers_and_comes_back(ray_cluster: Any, nih_shards: str, tmp_path: Path) -> None:
+    """One worker a node, [1, 2] of them: two, then one while the second node is gone, then two again.
+
+    No step is lost or done twice, and the stop at the end leaves a checkpoint as always.
+    """
+    more = ("train.epochs=2", "plan.steps_per_epoch=400", "train.checkpoint_steps=10", "tracking.log_steps=5")
+    scaling = ("scaling.num_workers=[1, 2]", "scaling.cpus_per_worker=2", "scaling.regrow_seconds=2")
+    run = str(tmp_path / "tiny")
+    # Nodes come and go on the main thread: Ray sets signal handlers there.
+    second = ray_cluster.add_node(num_cpus=2)
+    driver = drive(tiny(nih_shards, tmp_path, *more, *scaling), tmp_path, ray_cluster.address)
+    wait_until(lambda: newest_step(run) >= 30, driver)
+    assert len(worker_pids()) == 2
+    ray_cluster.remove_node(second, allow_graceful=False)
+    before = newest_step(run)
+    wait_until(lambda: newest_step(run) > before + 20, driver)
+    assert len(worker_pids()) == 1
+    second = ray_cluster.add_node(num_cpus=2)
+    try:
+        wait_until(lambda: len(worker_pids()) == 2, driver)
+        grown = newest_step(run)
+        wait_until(lambda: newest_step(run) > grown, driver)
+        driver.terminate()
+        out, _ = driver.communicate(timeout=120)
+    finally:
+        ray_cluster.remove_node(second)
+    assert driver.returncode == 0, out
+    steps = [line["step"] for line in tracking.read(run) if line["kind"] == "train"]
+    assert steps == list(range(5, steps[-1] + 1, 5))
+
+
+def newest_step(run: str) -> int:
+    return max((line["step"] for line in tracking.read(run)), default=0)
+
+
+def wait_until(true: Callable[[], bool], driver: subprocess.Popen[str]) -> None:
+    while not true():
+        assert driver.poll() is None, driver.stdout.read() if driver.stdout else ""
+        time.sleep(0.1)
