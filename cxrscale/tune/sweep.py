@@ -313,16 +313,17 @@ class Follower(ray.tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Count it."""
-        self._show(trials)
+        self._show(trials, trial)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Count it too."""
-        self._show(trials)
+        self._show(trials, trial)
 
-    def _show(self, trials: list[Any]) -> None:
+    def _show(self, trials: list[Any], ended: Any = None) -> None:
         bar = _bars.get(self.run)
         if bar is not None:
-            states = [each.status for each in trials]
+            # Ray calls before it notes that a trial has ended.
+            states = ["TERMINATED" if each is ended else each.status for each in trials]
             best = f"best {self.metric} {self.best[0]:.4f} ({self.best[1]})" if self.best else ""
             done = states.count("TERMINATED") + states.count("ERROR")
             bar.to(done, f"{states.count('RUNNING')} running  {best}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -249,8 +250,9 @@ def best_recipe(verdict: Verdict, recipe: Recipe, space: Space, run: str) -> str
         "",
         f"  cxrscale train {path}",
         "",
-        f"Validation {metric}: {verdict.value:.4f}, at its best epoch. {verdict.sentence}",
-        "The test split was not looked at. Weights: best.pt beside this file.",
+        f"Validation {metric}: {verdict.value:.4f}, at its best epoch. The test split was not looked at.",
+        "Weights: best.pt beside this file.",
+        *textwrap.wrap(verdict.sentence, 115),
     ]
     if recipe.tune.method == "pbt":
         lines.append(f"The values changed while it was trained: see {storage.join(verdict.best.run, SCHEDULE)}.")
