@@ -21,6 +21,8 @@ os.environ |= {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    # For so long Ray waits for a lost node's place in the new group before it makes a smaller one; 60 by default.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
     "WANDB_MODE": "offline",
 }
 

@@ -133,6 +133,7 @@ def test_sigterm_writes_a_checkpoint_first_also_in_a_bucket(
     assert_equal(run, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_lost_node_leaves_fewer_workers_and_comes_back(ray_cluster: Any, nih_shards: str, tmp_path: Path) -> None:
     """One worker a node, [1, 2] of them: two, then one while the second node is gone, then two again.
 
