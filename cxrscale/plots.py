@@ -26,6 +26,7 @@ COLUMNS = 4
 """Panels side by side."""
 BLUE, YELLOW, RED, GREEN = OTHER_COLOURS[:4]
 DPI = 130
+FAINT: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 6.5, "alpha": 0.6}
 
 P = ParamSpec("P")
 
@@ -52,6 +53,8 @@ def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     with mpl.rc_context(STYLE):
         figure.savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
+    # Finding room for all letters is most of the work, and an SVG of the same figure need not do it again.
+    figure.set_layout_engine("none")
     return buffer.getvalue()
 
 
@@ -114,16 +117,15 @@ def roc(curves: Mapping[str, Curve], points: Mapping[str, tuple[float, float]], 
     Args:
         curves: finding -> `metrics.roc_curve`.
         points: finding -> (false positive rate, recall) at the stored threshold, where there is one.
-        notes: finding -> what to write into the panel, such as its AUROC.
+        notes: finding -> what to write over the panel, such as its AUROC.
     """
-    figure, panels = _panels(list(curves), height=2.1, single=(3.6, 3.6))
+    figure, panels = _panels(list(curves), height=2.25, single=(3.6, 3.6), notes=notes)
     for axes, (name, curve) in zip(panels, curves.items(), strict=True):
         if _said(axes, curve.reason):
             continue
         axes.plot([0, 1], [0, 1], color=LINE, linewidth=0.8, linestyle=":")
         axes.plot(curve.x, curve.y, color=BLUE, linewidth=1.4, label="ROC")
         _point(axes, points.get(name))
-        axes.text(0.97, 0.04, notes.get(name, ""), ha="right", va="bottom", fontsize=8)
         _square(axes)
     _labels(figure, panels, "false positive rate", "recall")
     return figure
@@ -141,14 +143,13 @@ def precision_recall(
     Args:
         points: finding -> (recall, precision) at the stored threshold, where there is one.
     """
-    figure, panels = _panels(list(curves), height=2.1, single=(3.6, 3.6))
+    figure, panels = _panels(list(curves), height=2.25, single=(3.6, 3.6), notes=notes)
     for axes, (name, curve) in zip(panels, curves.items(), strict=True):
         if _said(axes, curve.reason):
             continue
         axes.axhline(prevalence[name], color=LINE, linewidth=0.8, linestyle=":")
         axes.plot(curve.x, curve.y, color=BLUE, linewidth=1.4, label="precision")
         _point(axes, points.get(name))
-        axes.text(0.97, 0.97, notes.get(name, ""), ha="right", va="top", fontsize=8)
         _square(axes)
     _labels(figure, panels, "recall", "precision")
     return figure
@@ -192,13 +193,14 @@ def calibration(steps: Mapping[str, Mapping[str, Reliability]]) -> Figure:
 
 
 @_styled
-def confusion(matrices: Mapping[str, Mapping[str, int]]) -> Figure:
+def confusion(matrices: Mapping[str, Mapping[str, int]], columns: int = COLUMNS) -> Figure:
     """Confusion matrices; a cell's shade is its share of the row, which is one true state.
 
     Args:
         matrices: heading -> tp, fp, fn, tn.
+        columns: matrices in a row.
     """
-    figure, panels = _panels(list(matrices), height=1.75, single=(3.2, 2.8))
+    figure, panels = _panels(list(matrices), height=1.75, single=(3.2, 2.8), columns=columns)
     for axes, cells in zip(panels, matrices.values(), strict=True):
         rows = (("present", cells["tp"], cells["fn"]), ("absent", cells["fp"], cells["tn"]))
         for place, (_, *counts) in enumerate(rows):
@@ -240,6 +242,7 @@ def forest(groups: Mapping[str, Mapping[str, Mapping[str, Any]]], overall: Mappi
         for place, name in enumerate(names):
             row = each.get(name, {"value": None})
             if row["value"] is None:
+                axes.text(0.5, place, "too few", transform=axes.get_yaxis_transform(), **FAINT)
                 continue
             low, high = (row["value"] if row[end] is None else row[end] for end in ("low", "high"))
             axes.plot([low, high], [place, place], color=BLUE, linewidth=1.4)
@@ -311,18 +314,24 @@ def _over_epochs(axes: Axes, val: Sequence[Mapping[str, Any]], name: str, colour
     axes.plot(x, y, color=colour, lw=1.4, marker="o", markersize=3, label=label)
 
 
-def _panels(names: Sequence[str], height: float, single: tuple[float, float]) -> tuple[Figure, list[Axes]]:
-    """A panel for each name: one of the size `single`, or rows of at most four, each so many inches high."""
-    rows = math.ceil(len(names) / COLUMNS)
-    columns = min(COLUMNS, len(names))
-    size = single if len(names) == 1 else (WIDE if columns > 2 else WIDE * 0.7, rows * height + 0.4)
+def _panels(
+    names: Sequence[str],
+    height: float,
+    single: tuple[float, float],
+    columns: int = COLUMNS,
+    notes: Mapping[str, str] | None = None,
+) -> tuple[Figure, list[Axes]]:
+    """A panel for each name: one of the size `single`, or rows of so many columns, each so many inches high."""
+    rows, columns = math.ceil(len(names) / columns), min(columns, len(names))
+    size = single if len(names) == 1 else (WIDE * (0.1 + 0.9 * columns / COLUMNS), rows * height + 0.4)
     figure = Figure(figsize=size, layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in panels[len(names) :]:
         axes.remove()
     panels = panels[: len(names)]
     for axes, name in zip(panels, names, strict=True):
-        axes.set_title(name.replace("_", " "), fontsize=9)
+        note = (notes or {}).get(name, "")
+        axes.set_title("\n".join(filter(None, (name.replace("_", " "), note))), fontsize=9)
     return figure, panels
 
 

@@ -132,8 +132,9 @@ def render(
         "thousands": lambda count: f"{count:,}",
         "share": lambda share: f"{share:.1%}",
         "estimate": _estimate,
+        "stacked": _stacked,
         "interval": _interval,
-        "number": lambda value: "–" if value is None else f"{value:.3f}",
+        "number": _number,
         "plain": lambda name: name.replace("_", " "),
         "duration": duration,
         "compact": lambda value: json.dumps(value) if isinstance(value, list | dict | bool | None) else value,
@@ -176,16 +177,18 @@ def curves(scores: Scores, found: Mapping[str, Any], chosen: Mapping[str, Any]) 
     exact = {n: (c["tp"] / (c["tp"] + c["fn"]), c["tp"] / (c["tp"] + c["fp"])) for n, c in at.items() if _called(c)}
     share = {n: row["positives"] / max(1, row["positives"] + row["negatives"]) for n, row in rows.items()}
     drawn = {
-        "roc": Plot(plots.roc(roc, alarm, {n: _short(row["auroc"]) for n, row in rows.items()}), "ROC curves"),
+        "roc": Plot(plots.roc(roc, alarm, {n: _estimate(row["auroc"]) for n, row in rows.items()}), "ROC curves"),
         "precision-recall": Plot(
-            plots.precision_recall(precision, exact, share, {n: _short(row["auprc"]) for n, row in rows.items()}),
+            plots.precision_recall(precision, exact, share, {n: _estimate(row["auprc"]) for n, row in rows.items()}),
             "Precision against recall",
         ),
         "calibration": Plot(plots.calibration(_reliability(scores, chosen)), "Calibration"),
     }
     matrices = _matrices(rows)
     if matrices:
-        drawn["confusion"] = Plot(plots.confusion(matrices), "Confusion matrices")
+        further = max(len(row["also"]) for row in rows.values())
+        columns = min(plots.COLUMNS, 1 + further) if further else plots.COLUMNS
+        drawn["confusion"] = Plot(plots.confusion(matrices, columns), "Confusion matrices")
     groups = {
         name: {f"{by} {group}": {**each["auroc"], **_counts(each)} for by, parts in row["subgroups"].items()
                for group, each in parts.items()}
@@ -233,9 +236,11 @@ def _reliability(scores: Scores, chosen: Mapping[str, Any]) -> dict[str, dict[st
 
 
 def _matrices(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, int]]:
-    """Heading -> confusion matrix: at the stored threshold, then at the further ones."""
-    found = {f"{n} at {r['threshold']:.3f}": r["confusion"] for n, r in rows.items() if "confusion" in r}
+    """Heading -> confusion matrix: each finding at the stored threshold, then at the further ones."""
+    found: dict[str, dict[str, int]] = {}
     for name, row in rows.items():
+        if "confusion" in row:
+            found[f"{name} at {row['threshold']:.3f}"] = row["confusion"]
         found |= {f"{name} at {each['threshold']:g}": each["confusion"] for each in row["also"]}
     return found
 
@@ -294,9 +299,11 @@ def _interval(value: Mapping[str, Any]) -> str:
     return "" if value["low"] is None else f"{value['low']:.3f}–{value['high']:.3f}"
 
 
-def _short(value: Mapping[str, Any]) -> str:
-    """Two lines for a panel."""
-    if value["value"] is None:
-        return ""
-    between = "" if value["low"] is None else f"\n{value['low']:.3f}–{value['high']:.3f}"
-    return f"{value['value']:.3f}{between}"
+def _stacked(value: Mapping[str, Any]) -> Markup:
+    """The value over its interval or, where there is none, a dash over the reason: for tables with many columns."""
+    between = value.get("reason", "") if value["value"] is None else _interval(value)
+    return Markup("{}<br><small>{}</small>").format(_number(value["value"]), between)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
