@@ -39,6 +39,32 @@ def table(found: dict[str, Any], title: str) -> Table:
     return result
 
 
+def show_thresholds(found: dict[str, Any], title: str) -> None:
+    """Print thresholds.json as a table."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
+    console.print(cuts(found, title))
+
+
+def cuts(found: dict[str, Any], title: str) -> Table:
+    """thresholds.json as a table: each finding's threshold with its interval, and what it means on validation."""
+    where = f"{found['images']} validation pictures of {found['patients']} patients"
+    result = Table(title=f"{title}: {found['goal']}, {where}")
+    result.add_column("finding", no_wrap=True)
+    for name in ("threshold (95% interval)", "F1", "recall", "precision"):
+        result.add_column(name, justify="right")
+    for name, cut in found["thresholds"].items():
+        at = cut.get("at", {})
+        rates = (at[key]["value"] if key in at else None for key in ("f1", "recall", "precision"))
+        result.add_row(name, estimate(cut), *map(number, rates))
+    if "triplet" in found:
+        rule = found["triplet"]
+        said = f"top {rule['top']:.3f}, at least {rule['min_area']} pixels, bottom {rule['bottom']:.3f}"
+        result.add_row("masks", said, "", "", f"Dice {rule['dice']:.3f}", style="bold")
+    return result
+
+
 def show_differences(found: dict[str, Any]) -> None:
     """Print what `compare` found as a table."""
     console = Console()
