@@ -51,6 +51,7 @@ app = typer.Typer(
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.field=value, e.g. optim.lr=3e-4", metavar="A.B=C")]
 Local = Annotated[bool, typer.Option("--local", help="In this very process, without Ray: breakpoints work.")]
 Run = Annotated[str, typer.Argument(help="A run's folder, as `cxrscale train` printed it.")]
+Resamples = Annotated[int, typer.Option(help="Bootstrap resamples of the patients.", min=2)]
 RecipePath = Annotated[str, typer.Argument(help="A recipe of jobs/, or your own.", metavar="RECIPE")]
 
 
@@ -222,26 +223,30 @@ def tune_verb(
 
 
 @app.command()
-def threshold(run: Run) -> None:
-    """Search each finding's threshold on the validation split; the test split is not looked at."""
+def threshold(run: Run, overrides: Overrides = None, resamples: Resamples = 1000) -> None:
+    """Choose thresholds on validation: cxrscale threshold RUN threshold.goal=recall threshold.at_least=0.9.
+
+    Goals: f1, youden, recall, precision, cost, fixed. threshold.calibration=platt|temperature|isotonic also makes
+    probabilities of the scores. The test split is not looked at.
+    """
     from cxrscale import evaluate
 
-    path = evaluate.threshold(run)
-    for name, cut in json.loads(storage.read(path))["thresholds"].items():
-        print(f"{name}: {report.number(cut['value'])} {cut.get('reason', '')}".rstrip())
+    with progress.bar("scoring validation", None, "images") as shown:
+        path = evaluate.threshold(run, overrides or [], resamples, lambda count: shown.to(shown.done + count))
+    report.show_thresholds(json.loads(storage.read(path)), run)
     print(storage.absolute(path))
 
 
 @app.command("evaluate")
-def evaluate_verb(
-    run: Run, resamples: Annotated[int, typer.Option(help="Bootstrap resamples of the patients.", min=2)] = 1000
-) -> None:
-    """Metrics of the test split at the stored thresholds, with 95% intervals."""
-    from cxrscale import evaluate
+def evaluate_verb(run: Run, resamples: Resamples = 1000) -> None:
+    """Metrics of the test split at the stored thresholds, with 95% intervals: metrics.json, plots/, report.html."""
+    from cxrscale import evaluate, report_page
 
-    path = evaluate.evaluate(run, resamples)
+    with progress.bar("scoring test", None, "images") as shown:
+        path = evaluate.evaluate(run, resamples, lambda count: shown.to(shown.done + count))
     report.show(json.loads(storage.read(path)), run)
     print(storage.absolute(path))
+    print(storage.absolute(report_page.write(run)))
 
 
 @app.command("compare")
