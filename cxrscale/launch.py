@@ -50,7 +50,7 @@ def launch(recipe: Recipe, stem: str, watch: Watcher, *, local: bool = False) ->
     """
     local = local or recipe.scaling.workers[1] == 0
     recipe = absolute(recipe)
-    inputs = preflight(recipe)
+    inputs = {"recipe": stem, **preflight(recipe)}
     if not local:
         os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
         session.connect()
