@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cxrscale import account, config, evaluate, launch, progress, storage
+from cxrscale import account, config, evaluate, launch, progress, report_page, storage
 from cxrscale.archives import phantom
 from cxrscale.schema import InputError
 from cxrscale.shards import audit, build, manifest
@@ -45,6 +45,7 @@ def run(out: Path, images: int = IMAGES, *, local: bool = False) -> Iterator[tup
         if not storage.exists(metrics):
             evaluate.threshold(trained)
             evaluate.evaluate(trained)
+            report_page.write(trained)
         yield trained, json.loads(storage.read(metrics))
 
 
