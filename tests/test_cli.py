@@ -44,10 +44,11 @@ def test_the_whole_way_by_verbs(drawn: PhantomPaths, tmp_path: Path, capsys: pyt
     assert (code, out[-1]) == (0, str(tmp_path / "small"))
     code, out, _ = run(capsys, "evaluate", out[-1])
     assert code == 2
-    code, out, _ = run(capsys, "threshold", str(tmp_path / "small"))
+    code, out, _ = run(capsys, "threshold", str(tmp_path / "small"), "threshold.goal=youden", "--resamples", "20")
     assert (code, out[-1]) == (0, str(tmp_path / "small" / "thresholds.json"))
     code, out, _ = run(capsys, "evaluate", str(tmp_path / "small"), "--resamples", "20")
-    found = json.loads(Path(out[-1]).read_text())
+    assert out[-2:] == [str(tmp_path / "small" / name) for name in ("metrics.json", "report.html")]
+    found = json.loads(Path(out[-2]).read_text())
     assert found["recipe"]["data"]["shards"] == [shards]
     assert {"manifest", "checkpoint"} <= found.keys()
     picture = str(next(drawn.nih.rglob("*.png")))
