@@ -103,6 +103,28 @@ def siim_shards(drawn: PhantomPaths, nih_shards: str, tmp_path_factory: pytest.T
 
 
 @pytest.fixture(scope="session")
+def classifier_run(nih_shards: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A classifier after two epochs; of its findings Hernia is never present. Copy it before you change it."""
+    from cxrscale import launch
+    from cxrscale.progress import watch
+
+    findings = "data.findings=[Cardiomegaly, Effusion, Mass, Hernia]"
+    root = tmp_path_factory.mktemp("classifier")
+    recipe = tiny(nih_shards, root, findings, "train.epochs=2", "optim.lr=3e-3", "threshold.also=[0.25]")
+    return launch.launch(recipe, "tiny", watch, local=True)
+
+
+@pytest.fixture(scope="session")
+def segmenter_run(siim_shards: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A segmenter after two epochs. Copy it before you change it."""
+    from cxrscale import launch
+    from cxrscale.progress import watch
+
+    recipe = tiny(siim_shards, tmp_path_factory.mktemp("segmenter"), "train.epochs=2", base=TINY_SEGMENTER)
+    return launch.launch(recipe, "tiny", watch, local=True)
+
+
+@pytest.fixture(scope="session")
 def s3() -> Iterator[str]:
     """The address of a bucket on a real S3 server on this machine."""
     import fsspec
