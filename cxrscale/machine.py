@@ -36,9 +36,12 @@ def versions() -> dict[str, str]:
         return found | {"cxrscale": "absent"}
     source = hashlib.sha256()
     root = Path(spec.origin).parent
-    for path in sorted(root.rglob("*.py")):
-        source.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
-    lines = Path(spec.origin).read_text().splitlines()
+    try:
+        for path in sorted(root.rglob("*.py")):
+            source.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+        lines = Path(spec.origin).read_text().splitlines()
+    except FileNotFoundError:
+        return found | {"cxrscale": "being unpacked"}
     number = next((line for line in lines if line.startswith("__version__")), "=unknown").partition("=")[2]
     return found | {"cxrscale": f"{number.strip().strip(chr(34))} ({source.hexdigest()[:8]})"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from cxrscale.schema import InputError
 
 ANSWER_S = 60.0
 """Seconds that a node has to start a Python process and answer."""
+SETTLE_S = 5
+"""Seconds that differing versions get to agree."""
 JOB_FOLDER = "working_dir_files"
 """A part of the path of every job's folder, which Ray removes after the job."""
 
@@ -239,7 +242,7 @@ def check(scaling: Scaling, *, reads: Sequence[str] = (), writes: Sequence[str] 
     gpus = gpus_wanted(scaling)
     nodes = alive()
     place(nodes, scaling, gpus > 0, growth(scaling.cpus_per_worker, gpus))
-    wrong = differing(machine.versions(), each(machine.versions, nodes))
+    wrong = _disagreements(nodes)
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise InputError(f"{wrong[0]}{more}; run one image on all nodes, and ship the code by `cxrscale submit`")
@@ -256,6 +259,17 @@ def check(scaling: Scaling, *, reads: Sequence[str] = (), writes: Sequence[str] 
             )
         _refuse(address, {"of the driver": machine.reached(address)}, "tracking.root")
         _refuse_unshared(address, working)
+
+
+def _disagreements(nodes: Sequence[Node]) -> list[str]:
+    # Nodes that share a machine share a job's folder too, and each removes and unpacks it anew at its first task. What
+    # is read meanwhile is half a package, so only a difference that stays is one.
+    for _ in range(SETTLE_S):
+        wrong = differing(machine.versions(), each(machine.versions, nodes))
+        if not wrong:
+            break
+        time.sleep(1)
+    return wrong
 
 
 def _refuse(address: str, answers: dict[str, dict[str, Any]], field: str) -> None:
