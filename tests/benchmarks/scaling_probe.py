@@ -1,0 +1,140 @@
+"""Inside a group of workers: what a step computes, and what it costs to average its gradients.
+
+The same backward pass with DistributedDataParallel's averaging and without it (`no_sync`), an all-reduce of as many
+bytes alone, and the pass over half of the pictures, take turns, so that a machine whose speed wanders treats them
+alike.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cxrscale import config, losses, scoring, train
+from cxrscale.batches import feed, plan
+from cxrscale.config import Recipe
+from cxrscale.schema import Batch
+from cxrscale.shards import manifest
+from cxrscale.train import Loop
+from cxrscale.worker import RayWorker, Worker, without_averaging
+
+WARM_UP = 2
+
+
+def passes(loop: Loop, batch: Batch, averaging: bool) -> None:
+    """Forward and backward over a batch, as a step of `train` does them."""
+    with without_averaging(loop.net, not averaging):
+        with scoring.autocast(loop.recipe.train, loop.worker.device):
+            logits = loop.fast(scoring.images_for(batch, loop.recipe.train))
+        torch.autograd.backward(losses.terms(logits, batch, loop.recipe.loss, loop.weights).sum())
+
+
+def timed(work: Callable[[], object], worker: Worker) -> float:
+    """Milliseconds of the work on this rank, begun by all ranks together."""
+    if worker.world > 1:
+        dist.barrier()
+    began = time.perf_counter()
+    work()
+    if worker.device.type == "cuda":
+        torch.cuda.synchronize(worker.device)
+    return 1000 * (time.perf_counter() - began)
+
+
+def probe(recipe: Recipe, worker: Worker, rounds: int) -> dict[str, Any]:
+    """Milliseconds of each kind of work, round by round, and the bytes that a step sends."""
+    data = manifest.load(*recipe.data.shards)
+    learner = train.build(recipe, worker)
+    steps = plan.steps_per_epoch(feed.training_rows(data, recipe.data, recipe.plan), recipe.plan)
+    loop = train.make_loop(recipe, worker, data, learner, steps, None)
+    batches = feed.training(data, recipe.data, recipe.plan, recipe.augment, worker.rank, worker.world, worker.device)
+    batch = next(batches)
+    batches.close()
+    half = train.pieces(batch, 2)[0]
+    gradients = [p for p in learner.net.parameters() if p.requires_grad]
+    flat = torch.zeros(sum(p.numel() for p in gradients), device=worker.device)
+    kinds: dict[str, Callable[[], object]] = {
+        "whole": lambda: passes(loop, batch, True),
+        "half": lambda: passes(loop, half, worker.world == 1),
+        "update": learner.optimizer.step,
+    }
+    if worker.world > 1:
+        kinds |= {"unaveraged": lambda: passes(loop, batch, False), "all_reduce": lambda: dist.all_reduce(flat)}
+    times: dict[str, list[float]] = {name: [] for name in kinds}
+    for number in range(rounds + WARM_UP):
+        for name, work in kinds.items():
+            took = timed(work, worker)
+            if name != "update":
+                learner.optimizer.zero_grad(set_to_none=False)
+            if number >= WARM_UP:
+                times[name].append(took)
+    return {
+        "rank_pictures": len(batch.row_B),
+        "half_pictures": len(half.row_B),
+        "gradient_bytes": flat.numel() * flat.element_size(),
+        "buffer_bytes": sum(b.numel() * b.element_size() for b in learner.net.buffers()),
+        "ms": times,
+    }
+
+
+def on_ray(recipe: Recipe, folder: Path, workers: int, rounds: int, gpu: bool) -> dict[str, Any]:
+    """`probe` in a group of Ray Train workers of the connected cluster; what rank 0 found."""
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    out = folder / f"probe-{workers}.json"
+    TorchTrainer(
+        _loop,
+        train_loop_config={"recipe": recipe.model_dump(mode="json"), "rounds": rounds, "out": str(out)},
+        scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=gpu),
+        run_config=ray.train.RunConfig(name=f"probe-{workers}", storage_path=str(folder / "ray")),
+    ).fit()
+    found: dict[str, Any] = json.loads(out.read_text())
+    return found
+
+
+def _loop(settings: dict[str, Any]) -> None:
+    recipe = config.parse(Recipe, settings["recipe"], where="the benchmark's recipe")
+    worker = RayWorker(f"{settings['out']}.stop")
+    found = probe(recipe, worker, settings["rounds"])
+    if worker.rank == 0:
+        Path(settings["out"]).write_text(json.dumps(found))
+
+
+def summary(found: dict[str, Any]) -> dict[str, float]:
+    """Medians of a probe: the cost of a step, and the share of it that averaging takes.
+
+    `fixed_ms` and `picture_ms` are the line through the whole and the half batch; where noise makes the line rise
+    towards nothing, all of it counts as the pictures'.
+    """
+    ms = {name: statistics.median(times) for name, times in found["ms"].items()}
+    whole = ms.get("unaveraged", ms["whole"])
+    picture = (whole - ms["half"]) / (found["rank_pictures"] - found["half_pictures"])
+    picture = min(picture, whole / found["rank_pictures"]) if picture > 0 else whole / found["rank_pictures"]
+    result = {
+        "passes_ms": ms["whole"],
+        "update_ms": ms["update"],
+        "picture_ms": picture,
+        "fixed_ms": whole - picture * found["rank_pictures"] + ms["update"],
+        "gradient_bytes": found["gradient_bytes"],
+        "buffer_bytes": found["buffer_bytes"],
+    }
+    if "all_reduce" in ms:
+        pairs = list(zip(found["ms"]["whole"], found["ms"]["unaveraged"], found["ms"]["all_reduce"], strict=True))
+        updates = found["ms"]["update"]
+        steps = [whole + update for (whole, _, _), update in zip(pairs, updates, strict=True)]
+        result |= {
+            "all_reduce_ms": ms["all_reduce"],
+            "all_reduce_share": statistics.median(a / step for (_, _, a), step in zip(pairs, steps, strict=True)),
+            "averaging_ms": statistics.median(whole - alone for whole, alone, _ in pairs),
+            "averaging_share": statistics.median(
+                (w - alone) / s for (w, alone, _), s in zip(pairs, steps, strict=True)
+            ),
+        }
+    return result

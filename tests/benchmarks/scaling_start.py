@@ -1,0 +1,184 @@
+"""The same training by every way to start it: how long until its first step, and how fast it then goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from cxrscale import tracking
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE_S = 540.0
+STAGES = {
+    "accepted": "the job server has taken the job",
+    "checked": "Python up, inputs checked, run folder made",
+    "trainer": "Ray joined or started, Train's controller up",
+    "built": "workers up, torch imported, manifest read, net built",
+    "batch": "first batch",
+    "step": "first optimizer step",
+    "end": "command returned",
+}
+"""What has happened when a stage is over; `trainer` is Ray's alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A way to start the training."""
+
+    name: str
+    workers: int
+    command: tuple[str, ...]
+    """{run} and {name} stand for the run's folder and its name."""
+    cluster: bool = False
+    """On the benchmark's own cluster."""
+
+
+def ways(recipe: str, overrides: Sequence[str], resolved: Path, workers: int) -> list[Way]:
+    """All of them, with one worker and with `workers`.
+
+    Args:
+        recipe: of jobs/, relative to the checkout, as `submit` wants it.
+        overrides: of the recipe.
+        resolved: the same as one file, for the bare loop.
+    """
+    train = ("train", recipe, *overrides, "tracking.name={name}")
+    verb = (sys.executable, "-m", "cxrscale")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node")
+    bare = ("-m", "tests.benchmarks.scaling_bare", str(resolved), "{run}")
+    found = [Way("--local", 1, (*verb, *train, "--local"))]
+    for count in dict.fromkeys((1, workers)):
+        ray = (*verb, *train, f"scaling.num_workers={count}")
+        found += [
+            Way(f"torchrun, {count}", count, (*torchrun, str(count), *bare)),
+            Way(f"Ray, a cluster at hand, {count}", count, ray, cluster=True),
+        ]
+    ray = (*train, f"scaling.num_workers={workers}")
+    return [
+        *found,
+        Way(f"Ray, no cluster, {workers}", workers, (*verb, *ray)),
+        Way(f"submit to a cluster, {workers}", workers, (*verb, "submit", *ray), cluster=True),
+    ]
+
+
+def started(way: Way, root: Path, name: str, environment: dict[str, str], warm_up: int) -> dict[str, float]:
+    """Run one way to its end; seconds from the command to each stage, and steps a second once warm.
+
+    Raises:
+        SystemExit: the command failed; its output is in the message.
+    """
+    run = root / name
+    command = [word.format(run=run, name=name) for word in way.command]
+    marks = {
+        "checked": run / "recipe.yaml",
+        "trainer": run / "ray",
+        "built": run / tracking.METRICS,
+        "batch": run / tracking.SAMPLES,
+    }
+    seen: dict[str, float] = {}
+    with tempfile.TemporaryFile("w+") as log:
+        began = time.time()
+        with subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log, text=True) as process:
+            try:
+                while process.poll() is None and time.time() - began < PATIENCE_S:
+                    for stage, path in marks.items():
+                        if stage not in seen and path.exists():
+                            seen[stage] = time.time() - began
+                    if "submit" in command and "accepted" not in seen and re.search(r"^job ", _text(log), re.M):
+                        seen["accepted"] = time.time() - began
+                    time.sleep(0.02)
+            finally:
+                process.terminate()
+        if process.returncode:
+            raise SystemExit(f"{way.name} failed:\n{_text(log)[-3000:]}")
+        seen["end"] = time.time() - began
+    lines = [line for line in tracking.read(str(run)) if line["kind"] == "train"]
+    seen["step"] = lines[0]["time"] - began
+    return seen | {"steps_per_s": rate(lines, warm_up), "load": os.getloadavg()[0]}
+
+
+def rate(lines: Sequence[dict[str, float]], warm_up: int) -> float:
+    """Steps a second from metrics.jsonl, by the median time of a step after `warm_up` lines."""
+    kept = lines[warm_up:]
+    gaps = [(after["time"] - before["time"]) / (after["step"] - before["step"]) for before, after in pairwise(kept)]
+    return 1 / statistics.median(gaps)
+
+
+def environment(address: dict[str, str] | None = None) -> dict[str, str]:
+    """What the commands run in: one thread a worker everywhere, as Ray has it, and no cluster but the one given."""
+    dropped = {"PYTHONDONTWRITEBYTECODE", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"}
+    own = {name: value for name, value in os.environ.items() if name not in dropped}
+    return own | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"} | (address or {})
+
+
+@contextmanager
+def cluster(workers: int) -> Iterator[dict[str, str]]:
+    """A head and a worker with so many CPUs on this machine by cluster/local.sh; yields what to export."""
+    script = str(ROOT / "cluster" / "local.sh")
+    with tempfile.TemporaryDirectory(prefix="cxr") as folder:
+        port = _ports(3)
+        given = {"CXR_DIR": folder, "CXR_PORT": str(port), "CXR_DASHBOARD_PORT": str(port + 1)}
+        control = environment() | given | {"CXR_WORKER_CPUS": str(max(workers, os.cpu_count() or 1))}
+        del control["OMP_NUM_THREADS"]  # Ray gives each worker as many threads as CPUs
+        try:
+            # On a machine with too much to do a node of Ray gives up before it is up.
+            for _ in range(5):
+                up = subprocess.run([script, "up", "1"], env=control, capture_output=True, text=True)
+                if not up.returncode:
+                    break
+            else:
+                raise SystemExit(f"cluster/local.sh: {up.stderr}")
+            exports = [line.removeprefix("export ") for line in up.stdout.splitlines() if line.startswith("export ")]
+            yield dict(pair.split("=", 1) for pair in " ".join(exports).split())
+        finally:
+            subprocess.run([script, "down"], env=control, capture_output=True)
+
+
+def stages(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Medians over rounds of the seconds to each stage, and of the speed."""
+    return {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
+
+
+def show(found: dict[str, dict[str, float]]) -> None:
+    """Print seconds from the command to the end of each stage."""
+    print(f"\n{'seconds from the command to':34}" + "".join(f"{stage:>10}" for stage in STAGES) + f"{'steps/s':>10}")
+    for name, row in found.items():
+        cells = "".join(f"{row[stage]:10.1f}" if stage in row else f"{'':>10}" for stage in STAGES)
+        print(f"{name:34}{cells}{row['steps_per_s']:10.2f}")
+    for stage, meaning in STAGES.items():
+        print(f"  {stage}: {meaning}")
+
+
+def _text(log: object) -> str:
+    # The child writes at the file's one offset, so the log is read by its name in /proc and never sought.
+    return Path(f"/proc/self/fd/{log.fileno()}").read_text()  # type: ignore[attr-defined]
+
+
+def _ports(count: int) -> int:
+    """The first of so many free ports in a row, above those of Ray's workers."""
+    for port in range(21_000 + os.getpid() % 8000, 40_000, 7):
+        try:
+            probes = [socket.create_server(("", port + more)) for more in range(count)]
+        except OSError:
+            continue
+        for probe in probes:
+            probe.close()
+        return port
+    raise SystemExit("no free ports")
+
+
+def keep(path: Path, found: object) -> None:
+    """Write figures as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=2) + "\n")
