@@ -93,7 +93,7 @@ def groups(scores: Scores, data: Manifest) -> dict[str, npt.NDArray[np.object_]]
 
 
 def probabilities(
-    score_N: Floats, fitted: Mapping[str, Any], rule: Threshold, prior: float | None
+    score_N: npt.ArrayLike, fitted: Mapping[str, Any], rule: Threshold, prior: float | None
 ) -> tuple[Floats, Floats, PriorShift | None, str]:
     """Calibrated and final probabilities of a finding, the prior shift between them, and a reservation about it.
 
@@ -135,7 +135,7 @@ def sweep(scores: Scores, rule: Triplet) -> dict[str, list[float]]:
 
 
 def _chosen(
-    score: Floats, label: Floats, rule: Threshold, draws: Draws, prior: float | None
+    score: npt.NDArray[np.float32], label: npt.NDArray[np.float32], rule: Threshold, draws: Draws, prior: float | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """One finding's threshold and calibration."""
     calibrator = calibration.fit(rule.calibration, score, label)
@@ -147,7 +147,7 @@ def _chosen(
             fitted[when] = {name: estimate.plain() for name, estimate in each.items()}
     shift = None
     if rule.prior_shift == "known":
-        shift, _ = _shift(calibrator, score, prevalence, rule, prior)
+        shift, _ = _shift(calibrator, calibrator.apply(score), prevalence, rule, prior)
     calibrated = calibrator.apply(score)
     plain = thresholds.choose(calibrated, label, rule, draws)
     if shift is None:
@@ -164,10 +164,11 @@ def _chosen(
 
 def _moved(cut: Estimate, shift: PriorShift) -> Estimate:
     """The threshold on the scale of corrected probabilities; the correction keeps their order."""
-    return Estimate(*(float(shift.apply(value)) for value in (cut.value, cut.low, cut.high)), cut.reason)
+    value, low, high = (float(shift.apply(each)) for each in (cut.value, cut.low, cut.high))
+    return Estimate(value, low, high, cut.reason)
 
 
-def _on_validation(probability: Floats, label: Floats, cut: Estimate) -> dict[str, Any]:
+def _on_validation(probability: Floats, label: npt.NDArray[np.float32], cut: Estimate) -> dict[str, Any]:
     return {"at": metrics.at_cut(probability, label, cut.value).plain()} if np.isfinite(cut.value) else {}
 
 
@@ -234,7 +235,12 @@ def _finding(
 
 
 def _prior(
-    calibrated: Floats, label: Floats, cut: Mapping[str, Any], shift: PriorShift | None, doubt: str, draws: Draws
+    calibrated: Floats,
+    label: npt.NDArray[np.float32],
+    cut: Mapping[str, Any],
+    shift: PriorShift | None,
+    doubt: str,
+    draws: Draws,
 ) -> dict[str, Any]:
     """From which prevalence to which, what it is in truth, and the calls that would be made without correction."""
     labelled = int(np.isfinite(label).sum())

@@ -304,7 +304,8 @@ def history(lines: Sequence[Mapping[str, Any]], best: int | None) -> Figure:
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _grid(axes)
-        axes.legend(fontsize=8, loc="best", ncols=2 if axes is right else 1)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8, loc="best", ncols=2 if axes is right else 1)
     return figure
 
 

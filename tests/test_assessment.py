@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,9 +30,7 @@ def made(images: int, seed: int, prevalence: float = 0.3) -> Scores:
     return Scores(names, patient, score.astype(np.float32), label, FINDINGS)
 
 
-def both(
-    rule: Threshold, prevalence: float = 0.3
-) -> tuple[Scores, dict[str, object], Scores, dict[str, dict[str, dict[str, object]]]]:
+def both(rule: Threshold, prevalence: float = 0.3) -> tuple[Scores, dict[str, Any], Scores, dict[str, Any]]:
     """(validation, what is chosen on it, test, the findings' entries)."""
     val, test = made(300, 1), made(400, 2, prevalence)
     chosen = assessment.choose(val, rule, metrics.patient_draws(val.patient, 50, 0))
@@ -50,23 +49,21 @@ def test_metrics_are_those_of_scikit_learn() -> None:
         assert row["auroc"]["value"] == pytest.approx(roc_auc_score(label, score))
         assert row["auprc"]["value"] == pytest.approx(average_precision_score(label, score))
         assert row["brier"]["value"] == pytest.approx(brier_score_loss(label, score))
-        cut = chosen["thresholds"][name]["value"]  # type: ignore[index]
+        cut = chosen["thresholds"][name]["value"]
         assert row["f1"]["value"] == pytest.approx(f1_score(label, score >= cut))
-        assert [also["threshold"] for also in row["also"]] == [0.5, 0.25]  # type: ignore[attr-defined]
-        assert row["also"][1]["f1"]["value"] == pytest.approx(f1_score(label, score >= 0.25))  # type: ignore[index]
+        assert [also["threshold"] for also in row["also"]] == [0.5, 0.25]
+        assert row["also"][1]["f1"]["value"] == pytest.approx(f1_score(label, score >= 0.25))
         for metric in ("auroc", "auprc", "brier", "ece", "f1", "precision", "recall", "specificity", "accuracy"):
             assert row[metric]["low"] <= row[metric]["value"] <= row[metric]["high"] or metric == "ece"
     women = np.arange(400) % 2 == 0
     label, score = test.label_NF[women, 1], test.score_NF[women, 1]
-    assert rows["Nodule"]["subgroups"]["sex"]["F"]["auroc"]["value"] == pytest.approx(  # type: ignore[index]
-        roc_auc_score(label, score)
-    )
+    assert rows["Nodule"]["subgroups"]["sex"]["F"]["auroc"]["value"] == pytest.approx(roc_auc_score(label, score))
 
 
 def test_a_finding_without_positives_says_so_and_leaves_the_mean() -> None:
     val, chosen, test, rows = both(Threshold(calibration="platt"))
-    assert chosen["thresholds"]["Hernia"]["value"] is None  # type: ignore[index]
-    assert chosen["thresholds"]["Hernia"]["reason"] == "no picture with the finding in validation"  # type: ignore[index]
+    assert chosen["thresholds"]["Hernia"]["value"] is None
+    assert chosen["thresholds"]["Hernia"]["reason"] == "no picture with the finding in validation"
     assert rows["Hernia"]["auroc"] == {
         "value": None,
         "low": None,
@@ -79,22 +76,22 @@ def test_a_finding_without_positives_says_so_and_leaves_the_mean() -> None:
     found = assessment.assess(test, chosen, draws, {})
     assert found["findings_in_mean"] == 2
     areas = [rows[name]["auroc"]["value"] for name in FINDINGS[:2]]
-    assert found["mean_auroc"]["value"] == pytest.approx(np.mean(areas))  # type: ignore[arg-type]
+    assert found["mean_auroc"]["value"] == pytest.approx(np.mean(areas))
     assert val.findings == test.findings
 
 
 @pytest.mark.parametrize("kind", ["platt", "temperature", "isotonic"])
 def test_calls_and_brier_are_of_calibrated_probabilities(kind: str) -> None:
     val, chosen, test, rows = both(Threshold.model_validate({"calibration": kind}))
-    fitted = chosen["calibration"]["Nodule"]  # type: ignore[index]
+    fitted = chosen["calibration"]["Nodule"]
     own = calibration.fit(kind, val.score_NF[:, 1], val.label_NF[:, 1])
     assert calibration.read(fitted["calibrator"]) == own
     assert fitted["after"]["brier"]["value"] < fitted["before"]["brier"]["value"]
     label, final = test.label_NF[:, 1], own.apply(test.score_NF[:, 1])
     row = rows["Nodule"]
     assert row["brier"]["value"] == pytest.approx(brier_score_loss(label, final))
-    assert row["calibration"]["calibrated"]["brier"]["value"] == row["brier"]["value"]  # type: ignore[index]
-    assert row["calibration"]["raw"]["brier"]["value"] == pytest.approx(  # type: ignore[index]
+    assert row["calibration"]["calibrated"]["brier"]["value"] == row["brier"]["value"]
+    assert row["calibration"]["raw"]["brier"]["value"] == pytest.approx(
         brier_score_loss(label, test.score_NF[:, 1].astype(np.float64))
     )
     assert row["f1"]["value"] == pytest.approx(f1_score(label, final >= row["threshold"]))
@@ -103,7 +100,7 @@ def test_calls_and_brier_are_of_calibrated_probabilities(kind: str) -> None:
 def test_recall_asked_for_is_had_on_validation() -> None:
     _, chosen, _, _ = both(Threshold(goal="recall", at_least=0.9))
     for name in FINDINGS[:2]:
-        cut = chosen["thresholds"][name]  # type: ignore[index]
+        cut = chosen["thresholds"][name]
         assert cut["at"]["recall"]["value"] >= 0.9
         assert cut["low"] <= cut["value"] <= cut["high"]
 
@@ -111,7 +108,7 @@ def test_recall_asked_for_is_had_on_validation() -> None:
 def test_a_known_prevalence_moves_probabilities_and_threshold_together() -> None:
     rule = Threshold(prior_shift="known", priors={"Mass": 0.6}, calibration="platt")
     val, chosen, test, rows = both(rule, prevalence=0.6)
-    fitted = chosen["calibration"]["Mass"]  # type: ignore[index]
+    fitted = chosen["calibration"]["Mass"]
     own = calibration.fit("platt", val.score_NF[:, 0], val.label_NF[:, 0])
     shift = PriorShift(fitted["prevalence"], 0.6)
     known = ~np.isnan(test.label_NF[:, 0])
@@ -119,13 +116,13 @@ def test_a_known_prevalence_moves_probabilities_and_threshold_together() -> None
     row = rows["Mass"]
     assert row["brier"]["value"] == pytest.approx(brier_score_loss(label, final))
     assert row["f1"]["value"] == pytest.approx(f1_score(label, final >= row["threshold"]))
-    assert row["calibration"]["corrected"]["brier"]["value"] < row["calibration"]["calibrated"]["brier"]["value"]  # type: ignore[index]
-    before = row["prior"]["without"]  # type: ignore[index]
-    plain = chosen["thresholds"]["Mass"]["uncorrected"]["value"]  # type: ignore[index]
+    assert row["calibration"]["corrected"]["brier"]["value"] < row["calibration"]["calibrated"]["brier"]["value"]
+    before = row["prior"]["without"]
+    plain = chosen["thresholds"]["Mass"]["uncorrected"]["value"]
     assert before["threshold"] == plain
     uncorrected = own.apply(test.score_NF[known, 0])
     assert before["f1"]["value"] == pytest.approx(f1_score(label, uncorrected >= plain))
-    assert "does not name it" in rows["Nodule"]["prior"]["reason"]  # type: ignore[index, operator]
+    assert "does not name it" in rows["Nodule"]["prior"]["reason"]
 
 
 def test_a_prevalence_estimated_from_scores_alone_comes_near_the_true_one() -> None:
@@ -133,8 +130,8 @@ def test_a_prevalence_estimated_from_scores_alone_comes_near_the_true_one() -> N
     prior = rows["Mass"]["prior"]
     known = ~np.isnan(test.label_NF[:, 0])
     assert prior["test"] == pytest.approx(float(test.label_NF[known, 0].mean()))
-    assert abs(prior["assumed"] - prior["test"]) < abs(prior["validation"] - prior["test"]) / 2  # type: ignore[operator]
-    assert chosen["thresholds"]["Mass"].keys() >= {"value", "low", "high"}  # type: ignore[index]
+    assert abs(prior["assumed"] - prior["test"]) < abs(prior["validation"] - prior["test"]) / 2
+    assert chosen["thresholds"]["Mass"].keys() >= {"value", "low", "high"}
     # What is chosen knows nothing of the test split: the same as without the correction.
     plain = both(Threshold(calibration="platt"), prevalence=0.7)[1]
     assert chosen["thresholds"] == plain["thresholds"]
@@ -158,7 +155,8 @@ def test_maps_are_said_with_their_floor() -> None:
     rule = Triplet(**chosen["triplet"])
     assert set(chosen["triplet_intervals"]) == {"top", "min_area", "bottom"}
     dice = assessment.assess(scores, chosen, draws, {})["dice"]
-    own = metrics.map_dice(scores.maps, rule.top, rule.min_area, rule.bottom)  # type: ignore[arg-type]
+    assert scores.maps is not None
+    own = metrics.map_dice(scores.maps, rule.top, rule.min_area, rule.bottom)
     assert dice["all"]["value"] == pytest.approx(own.mean())
     assert dice["on_positives"]["value"] == pytest.approx(own[::2].mean())
     assert dice["all_empty_floor"] == 0.5
