@@ -350,7 +350,7 @@ def _own_thresholds(study: Study, total: int, shown: Shown) -> dict[str, float]:
                     LOG.warning("%s has no score at its own thresholds: %s", name, _innermost(error))
                     found[name] = math.nan
                 bar.to(len(found))
-    return found
+    return {name: found[name] for name in names}
 
 
 def _innermost(error: BaseException) -> str:
