@@ -66,7 +66,7 @@ def trade_off(curves: Mapping[str, Curve], thresholds: Mapping[str, Mapping[str,
         curves: finding -> `metrics.pr_curve`; an empty one shows its reason.
         thresholds: finding -> value, low, high, as thresholds.json has them.
     """
-    figure, panels = _panels(list(curves), height=1.75, single=(5.0, 3.2))
+    figure, panels = _panels(list(curves), height=1.75, single=(4.35, 3.2))
     for axes, (name, curve) in zip(panels, curves.items(), strict=True):
         if _said(axes, curve.reason):
             continue
@@ -95,12 +95,12 @@ def sweep(swept: Mapping[str, Sequence[float]], triplet: Mapping[str, float]) ->
         swept: threshold, all, positives: one value a threshold.
         triplet: top, min_area, bottom, dice.
     """
-    figure = Figure(figsize=(5.0, 3.2), layout="constrained")
+    figure = Figure(figsize=(4.35, 3.2), layout="constrained")
     axes = figure.subplots()
     axes.plot(swept["threshold"], swept["all"], color=BLUE, label="all pictures (empty = 1)")
     axes.plot(swept["threshold"], swept["positives"], color=RED, label="pictures with a mask")
-    axes.axvline(triplet["bottom"], color=LINE, linewidth=1.2, linestyle="--", label="bottom: what belongs to a mask")
-    axes.axvline(triplet["top"], color=LINE, linewidth=1.2, label="top: whether there is one")
+    axes.axvline(triplet["bottom"], color=LINE, linewidth=1.2, linestyle="--", label="bottom: part of a mask")
+    axes.axvline(triplet["top"], color=LINE, linewidth=1.2, label="top: is there one?")
     axes.set_xlabel(f"threshold of the pixels, at least {triplet['min_area']:g} of them")
     axes.set_ylabel("mean Dice")
     axes.set_ylim(0, 1.02)
@@ -119,7 +119,7 @@ def roc(curves: Mapping[str, Curve], points: Mapping[str, tuple[float, float]], 
         points: finding -> (false positive rate, recall) at the stored threshold, where there is one.
         notes: finding -> what to write over the panel, such as its AUROC.
     """
-    figure, panels = _panels(list(curves), height=2.25, single=(3.6, 3.6), notes=notes)
+    figure, panels = _panels(list(curves), height=2.25, single=(2.85, 3.1), notes=notes)
     for axes, (name, curve) in zip(panels, curves.items(), strict=True):
         if _said(axes, curve.reason):
             continue
@@ -143,7 +143,7 @@ def precision_recall(
     Args:
         points: finding -> (recall, precision) at the stored threshold, where there is one.
     """
-    figure, panels = _panels(list(curves), height=2.25, single=(3.6, 3.6), notes=notes)
+    figure, panels = _panels(list(curves), height=2.25, single=(2.85, 3.1), notes=notes)
     for axes, (name, curve) in zip(panels, curves.items(), strict=True):
         if _said(axes, curve.reason):
             continue
@@ -261,7 +261,7 @@ def forest(groups: Mapping[str, Mapping[str, Mapping[str, Any]]], overall: Mappi
 @_styled
 def overlap(dice_P: Sequence[float]) -> Figure:
     """How many of the pictures with a mask have which Dice."""
-    figure = Figure(figsize=(4.4, 2.8), layout="constrained")
+    figure = Figure(figsize=(2.85, 3.1), layout="constrained")
     axes = figure.subplots()
     axes.hist(dice_P, bins=np.linspace(0, 1, 21).tolist(), color=BLUE, rwidth=0.94)
     axes.set_xlabel("Dice of a picture with a mask")
