@@ -53,7 +53,7 @@ class Tracker:
         else:
             self._lines.append(line)
             if kind != "train" or time.monotonic() - self._put > REMOTE_SECONDS:
-                self._upload()
+                self.flush()
         if self._wandb is not None:
             self._wandb.log({f"{kind}/{name}": value for name, value in plain.items() if value is not None}, step=step)
 
@@ -76,14 +76,15 @@ class Tracker:
         """Finish both."""
         if self._file is not None:
             self._file.close()
-        else:
-            self._upload()
+        self.flush()
         if self._wandb is not None:
             self._wandb.finish()
 
-    def _upload(self) -> None:
-        storage.write(self.address, "".join(line + "\n" for line in self._lines))
-        self._put = time.monotonic()
+    def flush(self) -> None:
+        """Make sure that a killed process takes no line with it."""
+        if self._remote:
+            storage.write(self.address, "".join(line + "\n" for line in self._lines))
+            self._put = time.monotonic()
 
 
 def read(run: str) -> list[dict[str, Any]]:

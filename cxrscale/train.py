@@ -96,6 +96,9 @@ def train(recipe: Recipe, run: str, worker: Worker) -> Outcome:
     loop = make_loop(recipe, worker, data, learner, steps, tracker)
 
     def keep(step: int) -> None:
+        if tracker:
+            # A run that goes on from this checkpoint does not write the lines before it again.
+            tracker.flush()
         if worker.rank == 0:
             writer.save(step, {**learner.state(), **about})
 
@@ -111,9 +114,9 @@ def train(recipe: Recipe, run: str, worker: Worker) -> Outcome:
             if advance(progress, found, recipe) and worker.rank == 0:
                 best = {"model": learner.chosen.state_dict(), "metrics": found, "epoch": progress.epoch, **about}
                 writer.write(storage.join(run, checkpoint.BEST), checkpoint.on_host(best))
-            keep(progress.epoch * steps)
             if tracker:
                 tracker.log("val", progress.epoch * steps, {"epoch": progress.epoch, **found})
+            keep(progress.epoch * steps)
             worker.report({"epoch": progress.epoch, **found})
     finally:
         batches.close()
