@@ -1,4 +1,4 @@
-"""What a checkpoint holds, how it is written while training goes on, and how a run resumes from the newest whole one."""
+"""What a checkpoint holds, how it is written while training goes on, and how a run resumes from the newest."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ STOP = "stop"
 FREE_TO_CHANGE = frozenset({"scaling", "tracking", "pack", "threshold", "tune"})
 """Sections that may differ when an unfinished run goes on: they do not change what is learned."""
 
-Watcher = Callable[[str, Recipe], Any]
+Watcher = Callable[[str], Any]
 """Makes a context manager that shows the progress of a run while it is entered."""
 
 
@@ -57,7 +57,7 @@ def launch(recipe: Recipe, stem: str, watch: Watcher, *, local: bool = False) ->
         nodes.check(recipe.scaling, reads=recipe.data.shards, writes=[recipe.tracking.root])
     run = prepare(recipe, stem, inputs)
     workers = 1 if local else recipe.scaling.workers[1]
-    with account.session(run, inputs, workers, recipe.tracking.gpu_hour_price), watch(run, recipe):
+    with account.session(run, inputs, workers, recipe.tracking.gpu_hour_price), watch(run):
         (_here if local else _on_ray)(recipe, run)
     return run
 
@@ -163,7 +163,7 @@ def fit(recipe: Recipe, run: str, use_gpu: bool, callbacks: Sequence[Any] = ()) 
     trainer = TorchTrainer(
         _ray_loop,
         train_loop_config={"recipe": recipe.model_dump(mode="json"), "run": run},
-        scaling_config=ray.train.ScalingConfig(
+        scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]
             num_workers=fewest if fewest == most else (fewest, most),  # type: ignore[arg-type]
             elastic_resize_monitor_interval_s=recipe.scaling.regrow_seconds,
             use_gpu=use_gpu,

@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cxrscale import storage, tracking
-from cxrscale.config import Recipe
 
 PLAIN_SECONDS = 10.0
 """Without a terminal, a line at most this often."""
@@ -81,7 +80,7 @@ def bar(title: str, total: int | None, unit: str | None) -> Iterator[Bar]:
 
 
 @contextmanager
-def watch(run: str, recipe: Recipe) -> Iterator[None]:
+def watch(run: str) -> Iterator[None]:
     """Follow a run's metrics.jsonl while it trains, wherever its workers are."""
     stop = threading.Event()
     thread = threading.Thread(target=_follow, args=(run, stop), daemon=True)

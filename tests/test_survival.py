@@ -43,7 +43,11 @@ def assert_equal(run: str, other: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ray_cluster: Any, nih_shards: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+def undisturbed(
+    ray_cluster: Any,  # noqa: ARG001 - on the test session's cluster
+    nih_shards: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> str:
     recipe = tiny(nih_shards, tmp_path_factory.mktemp("whole"), *MORE)
     return launch.launch(recipe, "tiny", lambda *_: nullcontext())
 
