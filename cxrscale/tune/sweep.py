@@ -268,8 +268,9 @@ def _restored(address: str, trainable: Any, files: Any) -> Any:
 
 def _resources(recipe: Recipe, workers: int, use_gpu: bool) -> dict[str, float]:
     if workers > 1:
-        # The outer function only waits, and Ray refuses 0; its workers ask for their own.
-        return {"cpu": 0.01}
+        # The outer function only waits, its workers ask for their own. Ray wants it to take something: of a CPU even a
+        # hundredth would leave a worker too little, and all waiting for ever, where each CPU is a worker's. One byte.
+        return {"memory": 1}
     return {"cpu": recipe.scaling.cpus_per_worker, **({"gpu": recipe.tune.gpu_share} if use_gpu else {})}
 
 
