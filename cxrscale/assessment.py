@@ -142,13 +142,12 @@ def _chosen(
     labelled = int(np.isfinite(label).sum())
     prevalence = float((label == 1).sum() / labelled) if labelled else None
     fitted: dict[str, Any] = {"calibrator": calibration.plain(calibrator), "prevalence": prevalence}
-    for when, each in calibration.before_and_after(calibrator, score, label, draws).items():
-        if when == "before" or not isinstance(calibrator, Unchanged):
-            fitted[when] = {name: estimate.plain() for name, estimate in each.items()}
+    calibrated = calibrator.apply(score)
+    steps = {"before": score} if isinstance(calibrator, Unchanged) else {"before": score, "after": calibrated}
+    fitted |= {when: _plain(metrics.probabilities(values, label, draws)) for when, values in steps.items()}
     shift = None
     if rule.prior_shift == "known":
-        shift, _ = _shift(calibrator, calibrator.apply(score), prevalence, rule, prior)
-    calibrated = calibrator.apply(score)
+        shift, _ = _shift(calibrator, calibrated, prevalence, rule, prior)
     plain = thresholds.choose(calibrated, label, rule, draws)
     if shift is None:
         return {**plain.plain(), **_on_validation(calibrated, label, plain)}, fitted

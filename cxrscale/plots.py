@@ -305,7 +305,8 @@ def history(lines: Sequence[Mapping[str, Any]], best: int | None) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _grid(axes)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8, loc="best", ncols=2 if axes is right else 1)
+            beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if axes is right else {"loc": "best"}
+            axes.legend(fontsize=8, **beside)
     return figure
 
 

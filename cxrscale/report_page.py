@@ -36,8 +36,6 @@ from cxrscale.thresholds import Triplet
 
 PAGE = "report.html"
 TEMPLATE = "report.html.jinja"
-REMS = 6.5
-"""Width on the page of an inch of a figure: nine inches fill it."""
 HEADINGS = {
     "misses": "Worst misses",
     "alarms": "Loudest false alarms",
@@ -58,9 +56,9 @@ class Plot:
 
     def on_page(self) -> Markup:
         """The SVG, as wide beside the others as it was drawn."""
-        width = float(self.figure.get_size_inches()[0]) * REMS
-        return Markup('<div class="plot" style="width: {:.1f}rem">{}</div>').format(
-            width, plots.svg(self.figure, self.title)
+        share = float(self.figure.get_size_inches()[0]) / plots.WIDE
+        return Markup('<div class="plot" style="width: {:.1f}%">{}</div>').format(
+            100 * share, plots.svg(self.figure, self.title)
         )
 
 
@@ -176,12 +174,10 @@ def curves(scores: Scores, found: Mapping[str, Any], chosen: Mapping[str, Any]) 
     alarm = {n: (c["fp"] / (c["fp"] + c["tn"]), c["tp"] / (c["tp"] + c["fn"])) for n, c in at.items() if _both(c)}
     exact = {n: (c["tp"] / (c["tp"] + c["fn"]), c["tp"] / (c["tp"] + c["fp"])) for n, c in at.items() if _called(c)}
     share = {n: row["positives"] / max(1, row["positives"] + row["negatives"]) for n, row in rows.items()}
+    area, average = ({n: _headed(key, row) for n, row in rows.items()} for key in ("auroc", "auprc"))
     drawn = {
-        "roc": Plot(plots.roc(roc, alarm, {n: _estimate(row["auroc"]) for n, row in rows.items()}), "ROC curves"),
-        "precision-recall": Plot(
-            plots.precision_recall(precision, exact, share, {n: _estimate(row["auprc"]) for n, row in rows.items()}),
-            "Precision against recall",
-        ),
+        "roc": Plot(plots.roc(roc, alarm, area), "ROC curves"),
+        "precision-recall": Plot(plots.precision_recall(precision, exact, share, average), "Precision against recall"),
         "calibration": Plot(plots.calibration(_reliability(scores, chosen)), "Calibration"),
     }
     matrices = _matrices(rows)
@@ -243,6 +239,10 @@ def _matrices(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, int]
             found[f"{name} at {row['threshold']:.3f}"] = row["confusion"]
         found |= {f"{name} at {each['threshold']:g}": each["confusion"] for each in row["also"]}
     return found
+
+
+def _headed(key: str, row: Mapping[str, Any]) -> str:
+    return "" if row[key]["value"] is None else f"{key.upper()} {_estimate(row[key])}"
 
 
 def _counts(group: Mapping[str, Any]) -> dict[str, int]:
