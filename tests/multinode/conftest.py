@@ -78,11 +78,14 @@ class Cluster:
         serving = (f"--dashboard-host={HEAD}", "--dashboard-port=8265")
         self._head = self._node("head", HEAD, "--head", "--port=6379", "--num-cpus=0", *serving)
         self.workers: dict[str, Machine] = {}
+        self._unplugged: dict[str, Machine] = {}
         self.up(*WORKERS)
 
     def up(self, *addresses: str) -> None:
         """Boot workers, until they have joined."""
         for address in addresses:
+            if address in self._unplugged:
+                self.site.kill(self._unplugged.pop(address))
             words = (f"--address={HEAD}:6379", f"--num-cpus={self._cpus}")
             self.workers[address] = self._node(f"worker{address.rsplit('.', 1)[1]}", address, *words)
 
@@ -90,9 +93,19 @@ class Cluster:
         """End a worker and everything on it at once, as a power cut does."""
         self.site.kill(self.workers.pop(address))
 
-    def training(self) -> set[str]:
-        """The machines with a training worker."""
-        return {address for address, machine in self.workers.items() if "ray::RayTrainWorker" in _first(machine)}
+    def unplug(self, address: str) -> None:
+        """Leave a worker running that nobody hears of any more; the next of its address takes its place."""
+        self._unplugged[address] = self.workers.pop(address)
+        self.site.unplug(self._unplugged[address])
+
+    def training(self) -> dict[str, int]:
+        """The machines with a training worker, and its process."""
+        found = {}
+        for address, machine in self.workers.items():
+            for pid, title in machine.titles():
+                if title.startswith("ray::RayTrainWorker"):
+                    found[address] = pid
+        return found
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         """`cxrscale submit WORDS...` of this checkout."""
@@ -105,6 +118,13 @@ class Cluster:
         out, _ = job.communicate(timeout=PATIENCE_S)
         assert job.returncode == 0, out
         return out
+
+    def stop(self, name: str) -> None:
+        """`ray job stop`, as the job's log said."""
+        command = ["ray", "job", "stop", name, "--address", f"http://{HEAD}:8265"]
+        with self.site.start(command, self.environment, ROOT) as stopping:
+            out, _ = stopping.communicate(timeout=PATIENCE_S)
+        assert stopping.returncode == 0, out
 
     def until(self, true: Callable[[], bool], job: subprocess.Popen[str]) -> None:
         """Wait, as long as the job runs."""
@@ -130,10 +150,6 @@ class Cluster:
                 return machine
             self.site.kill(machine)
         raise AssertionError(machine.log.read_text())
-
-
-def _first(machine: Machine) -> set[str]:
-    return {title.split(" ", 1)[0] for title in machine.titles()}
 
 
 @pytest.fixture(scope="module")

@@ -76,12 +76,12 @@ class Machine:
         self.port = port
         """Its end of the cable on the bridge."""
 
-    def titles(self) -> list[str]:
-        """The command line of each of its processes, as a list of all running ones would show it."""
+    def titles(self) -> list[tuple[int, str]]:
+        """(process id as seen from here, command line) of each of its processes."""
         found = []
         for process in psutil.Process(self.process.pid).children(recursive=True):
             try:
-                found.append(" ".join(process.cmdline()))
+                found.append((process.pid, " ".join(process.cmdline())))
             except psutil.NoSuchProcess:
                 continue
         return found

@@ -5,10 +5,11 @@ import json
 import fsspec
 import pytest
 
-from cxrscale import account, checkpoint, storage
+from cxrscale import account, checkpoint, storage, tracking
 from cxrscale.archives.phantom import PhantomPaths
+from cxrscale.tune import sweep
 from tests.conftest import TINY_CLASSIFIER
-from tests.multinode.conftest import HEAD, WORKERS, Cluster, Store
+from tests.multinode.conftest import HEAD, PATIENCE_S, WORKERS, Cluster, Store
 from tests.test_survival import assert_equal
 
 pytestmark = pytest.mark.timeout(1200)
@@ -53,17 +54,69 @@ def test_a_run_that_loses_a_machine_ends_like_one_that_does_not(
     cluster.until(lambda: newest(hurt) >= 12, job)
     # The worst to lose: the one that writes the checkpoints.
     (writer,) = store.who("PUT", ".pt") - {HEAD}
+    (waiting,) = set(WORKERS) - {writer}
+    before = cluster.training()
     cluster.kill(writer)
-    cluster.until(lambda: not cluster.training(), job)
+    cluster.until(lambda: before[waiting] not in cluster.training().values(), job)
     stood = newest(hurt)
     assert 12 <= stood < 2 * STEPS
     told = len(store.asked)
     cluster.up(writer)
-    out, _ = job.communicate(timeout=300)
+    out, _ = job.communicate(timeout=PATIENCE_S)
     assert job.returncode == 0, out
     assert out.splitlines()[-1] == hurt
     assert_equal(hurt, whole)
     assert account.read(hurt)["finished"]
     # Nothing was left of its cache of shards.
     assert writer in store.who("GET", ".tar", told)
-    assert json.loads(storage.read(storage.join(hurt, account.ABOUT)))["finished"]
+
+
+@pytest.mark.slow
+def test_an_elastic_run_goes_on_without_the_machine_that_nobody_hears_of(
+    cluster: Cluster, shards: str, s3: str
+) -> None:
+    """Its cable is pulled: no connection closes. One worker trains until it is back, then two again."""
+    run = f"{s3}/site/runs/elastic"
+    words = ["train", *RECIPE, f"data.shards=[{shards}]", f"tracking.root={s3}/site/runs", "tracking.name=elastic"]
+    long = ("scaling.num_workers=[1, 2]", "scaling.regrow_seconds=2", "plan.steps_per_epoch=20000", "train.epochs=1")
+    job = cluster.start("--name", "elastic", *words, *long)
+    cluster.until(lambda: newest(run) >= 12, job)
+    before = cluster.training()
+    assert set(before) == set(WORKERS)
+    left, away = WORKERS
+    cluster.unplug(away)
+    cluster.until(lambda: cluster.training().get(left, before[left]) != before[left], job)
+    alone = newest(run)
+    cluster.until(lambda: newest(run) >= alone + 12, job)
+    cluster.up(away)
+    cluster.until(lambda: away in cluster.training(), job)
+    together = newest(run)
+    cluster.until(lambda: newest(run) >= together + 12, job)
+    assert set(cluster.training()) == set(WORKERS)
+    cluster.stop("elastic")
+    out, _ = job.communicate(timeout=PATIENCE_S)
+    assert "stopped with a checkpoint; go on with tracking.name=elastic" in out
+    assert [line["step"] for line in tracking.read(run)] == list(range(1, newest(run) + 1))
+
+
+@pytest.mark.slow
+def test_a_search_that_loses_a_machine_ends(cluster: Cluster, shards: str, s3: str) -> None:
+    """Four trials of two workers each on two slots; the machine in the middle of the first is lost and comes back."""
+    run = f"{s3}/site/runs/search"
+    words = ["tune", *RECIPE, f"data.shards=[{shards}]", f"tracking.root={s3}/site/runs", "tracking.name=search"]
+    space = ("tune.space={optim.lr: 'loguniform(1e-4, 1e-2)'}", "tune.method=random", "tune.trials=4", "tune.seeds=0")
+    job = cluster.start(*words, *space, "tune.workers=2", "plan.steps_per_epoch=12")
+    cluster.until(lambda: newest(f"{run}/trials/trial-001") >= 4, job)
+    left, away = WORKERS
+    before = cluster.training()
+    cluster.kill(away)
+    cluster.until(lambda: before[left] not in cluster.training().values(), job)
+    cluster.up(away)
+    out, _ = job.communicate(timeout=PATIENCE_S)
+    assert job.returncode == 0, out
+    assert json.loads(storage.read(f"{run}/{sweep.ABOUT}"))["finished"]
+    for number in range(4):
+        trial = f"{run}/trials/trial-{number:03d}"
+        assert newest(trial) == 24
+        assert account.read(trial)["finished"]
+    assert storage.exists(f"{run}/best.yaml")
