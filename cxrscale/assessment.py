@@ -143,7 +143,9 @@ def _chosen(
     prevalence = float((label == 1).sum() / labelled) if labelled else None
     fitted: dict[str, Any] = {"calibrator": calibration.plain(calibrator), "prevalence": prevalence}
     calibrated = calibrator.apply(score)
-    steps = {"before": score} if isinstance(calibrator, Unchanged) else {"before": score, "after": calibrated}
+    steps: dict[str, npt.NDArray[Any]] = {"before": score}
+    if not isinstance(calibrator, Unchanged):
+        steps["after"] = calibrated
     fitted |= {when: _plain(metrics.probabilities(values, label, draws)) for when, values in steps.items()}
     shift = None
     if rule.prior_shift == "known":

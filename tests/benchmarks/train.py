@@ -79,7 +79,7 @@ def ours(recipe: Recipe, workers: int) -> Stretch:
     seen: list[tuple[int, float]] = []
 
     @contextmanager
-    def metered(run: str, _recipe: Recipe) -> Iterator[None]:
+    def metered(run: str) -> Iterator[None]:
         stop = threading.Event()
         thread = threading.Thread(target=_follow, args=(run, workers, seen, stop), daemon=True)
         thread.start()

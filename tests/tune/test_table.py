@@ -6,6 +6,7 @@ import math
 import re
 import statistics
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -34,10 +35,17 @@ def domains() -> Space:
 
 def row(name: str, curve: list[float], status: str = FINISHED, lr: float = 1e-3, **more: object) -> Row:
     point = {"optim.lr": lr, "plan.sampling": "all", "loss.bce": 1.0}
-    given = {"reason": "", "own": 0.5, "seconds": 60.0, "worker_hours": 1 / 60, "gpu_hours": 0.0, "cost": None} | more
+    given: dict[str, Any] = {
+        "reason": "",
+        "own": 0.5,
+        "seconds": 60.0,
+        "worker_hours": 1 / 60,
+        "gpu_hours": 0.0,
+        "cost": None,
+    } | more
     return Row(
         name, name.startswith("seed"), status, point=point, curve=tuple(curve), run=f"/runs/s/trials/{name}", **given
-    )  # type: ignore[arg-type]
+    )
 
 
 SEEDS = [row("seed-0", [0.6, 0.70]), row("seed-1", [0.6, 0.72]), row("seed-2", [0.71, 0.68])]
