@@ -12,7 +12,7 @@ from tests.conftest import TINY_CLASSIFIER
 from tests.multinode.conftest import HEAD, PATIENCE_S, WORKERS, Cluster, Store
 from tests.test_survival import assert_equal
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 STEPS = 40
 RECIPE = (
@@ -71,7 +71,6 @@ def test_a_run_that_loses_a_machine_ends_like_one_that_does_not(
     assert writer in store.who("GET", ".tar", told)
 
 
-@pytest.mark.slow
 def test_an_elastic_run_goes_on_without_the_machine_that_nobody_hears_of(
     cluster: Cluster, shards: str, s3: str
 ) -> None:
@@ -99,7 +98,6 @@ def test_an_elastic_run_goes_on_without_the_machine_that_nobody_hears_of(
     assert [line["step"] for line in tracking.read(run)] == list(range(1, newest(run) + 1))
 
 
-@pytest.mark.slow
 def test_a_search_that_loses_a_machine_ends(cluster: Cluster, shards: str, s3: str) -> None:
     """Four trials of two workers each on two slots; the machine in the middle of the first is lost and comes back."""
     run = f"{s3}/site/runs/search"
