@@ -16,13 +16,17 @@ from cxrscale.tune.trial import NUMBER
 
 
 class Sparing:
-    """Mixed into a scheduler: the seeds' trainings of the unchanged recipe run to their ends, and decide nothing."""
+    """Mixed into a scheduler: the seeds' trainings of the unchanged recipe run to their ends, and decide nothing.
+
+    Nor is a trial stopped or given other weights after its last epoch: it is about to end with all that a run leaves.
+    """
 
     seeds: int
+    epochs: int
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Go on with a seed; else ask the scheduler."""
-        if trial.config[NUMBER] < self.seeds:
+        """Go on with a seed, or at the end; else ask the scheduler."""
+        if trial.config[NUMBER] < self.seeds or result["epoch"] >= self.epochs:
             return TrialScheduler.CONTINUE
         return str(super().on_trial_result(controller, trial, result))  # type: ignore[misc]
 
@@ -39,6 +43,11 @@ class Halving(Sparing, ASHAScheduler):
 class Population(Sparing, PopulationBasedTraining):
     """Population based training (Jaderberg et al. 2017), which spares the seeds."""
 
+    def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        # Ray copies the whole configuration of the better trial: the number, and so the folder, stays the trial's own.
+        settings, operations = super()._get_new_config(trial, trial_to_clone)  # type: ignore[no-untyped-call]
+        return {**settings, NUMBER: trial.config[NUMBER]}, operations
+
 
 def scheduler(space: Space, recipe: Recipe) -> TrialScheduler:
     """What stops trials, or moves weights between them."""
@@ -50,8 +59,6 @@ def scheduler(space: Space, recipe: Recipe) -> TrialScheduler:
             max_t=recipe.train.epochs,
             grace_period=settings.grace_epochs,
             reduction_factor=settings.reduction,
-            # A trial that gets to the end ends by itself, with all that a finished run leaves.
-            stop_last_trials=False,
         )
     elif settings.method == "pbt":
         found = Population(
@@ -63,7 +70,7 @@ def scheduler(space: Space, recipe: Recipe) -> TrialScheduler:
         )
     else:
         return FIFOScheduler()  # type: ignore[no-untyped-call]
-    found.seeds = settings.seeds
+    found.seeds, found.epochs = settings.seeds, recipe.train.epochs
     return found
 
 

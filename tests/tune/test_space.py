@@ -79,6 +79,10 @@ def test_steps_are_kept(steps: int, share: float) -> None:
     assert found.fit(1e9) == found.at(1)
 
 
+def test_a_power_of_ten_among_choices_is_a_number() -> None:
+    assert domain(yaml.safe_load("[1e-3, 2E+1, 1e, none, 1.5e-2]")).choices == (1e-3, 20.0, "1e", "none", 0.015)
+
+
 def test_choices_are_drawn_evenly() -> None:
     found = domain([None, "a", [1, 2]])
     assert [found.at(share) for share in (0, 0.2, 0.4, 0.6, 0.99, 1)] == [None, None, "a", "a", [1, 2], [1, 2]]
