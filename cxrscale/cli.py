@@ -207,19 +207,20 @@ def tune_verb(
     overrides: Overrides = None,
     resume: Annotated[str | None, typer.Option(help="Go on with the search of this name.", metavar="NAME")] = None,
 ) -> None:
-    """Search the fields in a recipe's tune.space, e.g. tune.space={optim.lr: loguniform(1e-4, 1e-2)}; best.yaml wins."""
+    """Search the fields in a recipe's tune.space, such as optim.lr: loguniform(1e-4, 1e-2); leaves best.yaml."""
     from cxrscale.tune import space, sweep, table
 
     resolved = config.load_recipe(recipe, overrides or [])
     resolved = sweep.resumed(resolved, resume) if resume else resolved
-    run, finished = sweep.tune(resolved, Path(recipe).stem, progress.bar)
-    if not finished:
-        print(f"stopped; go on with: cxrscale tune {recipe} --resume {run.rsplit('/', 1)[-1]}", file=sys.stderr)
+    ended = sweep.tune(resolved, Path(recipe).stem, progress.bar)
+    if not ended.finished:
+        name = ended.run.rsplit("/", 1)[-1]
+        print(f"stopped; go on with: cxrscale tune {recipe} --resume {name}", file=sys.stderr)
         raise typer.Exit(130)
-    table.show(run, resolved, space.parse(resolved.tune.space))
-    print(sweep.verdict(run))
-    print(storage.join(run, table.BEST))
-    print(run)
+    table.show(ended.run, resolved, space.parse(resolved.tune.space))
+    print(ended.verdict)
+    print(storage.join(ended.run, "tune.html"))
+    print(ended.run)
 
 
 @app.command()
