@@ -29,7 +29,7 @@ BATCH = "plan.batch: a GPU needs a picture"
 
 def assumed(default: float, meaning: str) -> float:
     """A field with a default that is an assumption until somebody measures it."""
-    return field(default=default, metadata={"help": meaning})  # type: ignore[no-any-return]
+    return field(default=default, metadata={"help": meaning})
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,8 @@ from cxrscale import tracking
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 540.0
+NICENESS = "RAY_worker_niceness"
+"""Ray starts workers at 15, which loses against anything else on the machine; torchrun's have 0."""
 STAGES = {
     "accepted": "the job server has taken the job",
     "checked": "Python up, inputs checked, run folder made",
@@ -116,10 +118,10 @@ def rate(lines: Sequence[dict[str, float]], warm_up: int) -> float:
 
 
 def environment(address: dict[str, str] | None = None) -> dict[str, str]:
-    """What the commands run in: one thread a worker everywhere, as Ray has it, and no cluster but the one given."""
+    """What the commands run in: one thread and one priority for every worker, and no cluster but the one given."""
     dropped = {"PYTHONDONTWRITEBYTECODE", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"}
     own = {name: value for name, value in os.environ.items() if name not in dropped}
-    return own | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"} | (address or {})
+    return own | {"OMP_NUM_THREADS": "1", NICENESS: "0"} | (address or {})
 
 
 @contextmanager
