@@ -45,7 +45,7 @@ class Population(Sparing, PopulationBasedTraining):
 
     def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         # Ray copies the whole configuration of the better trial: the number, and so the folder, stays the trial's own.
-        settings, operations = super()._get_new_config(trial, trial_to_clone)  # type: ignore[no-untyped-call]
+        settings, operations = super()._get_new_config(trial, trial_to_clone)
         return {**settings, NUMBER: trial.config[NUMBER]}, operations
 
 
