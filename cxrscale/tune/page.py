@@ -15,7 +15,7 @@ import numpy.typing as npt
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from cxrscale import __version__, storage
 from cxrscale.config import Recipe
@@ -248,6 +248,7 @@ def _axis(axes: Axes, domain: Domain) -> None:
         axes.set_xlim(-0.5, len(domain.choices) - 0.5)
     elif domain.kind == "loguniform":
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if domain.high < 30 * domain.low else (1,)))
         # Powers of ten would need the mathematical letters that pages do without.
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())

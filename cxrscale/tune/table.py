@@ -251,7 +251,8 @@ def best_recipe(verdict: Verdict, recipe: Recipe, space: Space, run: str) -> str
         f"  cxrscale train {path}",
         "",
         f"Validation {metric}: {verdict.value:.4f}, at its best epoch. The test split was not looked at.",
-        "Weights: best.pt beside this file.",
+        f"Trained already: best.pt beside this file, and the run {verdict.best.run}",
+        "(`cxrscale threshold` and `cxrscale evaluate` take it).",
         *textwrap.wrap(verdict.sentence, 115),
     ]
     if recipe.tune.method == "pbt":

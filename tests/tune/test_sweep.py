@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from cxrscale import account, config, predict, progress, tracking
+from cxrscale import account, config, predict, progress, storage, tracking
 from cxrscale.config import Recipe
 from cxrscale.schema import InputError
 from cxrscale.tune import schedule, space, sweep, table
@@ -172,6 +172,19 @@ def test_a_population_takes_over_the_weights_of_its_best(nih_shards: str, tmp_pa
         assert (row["epochs"], row["status"]) == (4, "finished")
         stored = torch.load(io.BytesIO(Path(row["run"], "best.pt").read_bytes()), weights_only=True)
         assert stored["epoch"] <= 4
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_search_lies_in_a_bucket_whole(nih_shards: str, s3: str) -> None:
+    more = ("tune.method=grid", "tune.seeds=0", "train.epochs=1", "plan.steps_per_epoch=2", f"tracking.root={s3}/runs")
+    given = "tune.space={optim.lr: [1e-3, 1e-4]}"
+    ended = search(tiny(nih_shards, Path("/nowhere"), given, *more))
+    assert ended.run == f"{s3}/runs/tiny"
+    found = pq.read_table(io.BytesIO(storage.read(storage.join(ended.run, table.PARQUET)))).to_pylist()
+    assert [row["status"] for row in found] == ["finished"] * 2
+    assert storage.exists(storage.join(ended.run, "tune.html"))
+    assert predict.load(ended.run, torch.device("cpu")).recipe.optim.lr in (1e-3, 1e-4)
 
 
 @pytest.mark.slow
