@@ -50,7 +50,7 @@ shift 3
 cd "$HOME"
 echo plugged
 exec 3<&0
-(read -r _ <&3; kill -KILL -1) &
+(read -r _ <&3 || kill -KILL -1) &
 "$@" </dev/null >&2
 """
 
@@ -94,6 +94,7 @@ class Site:
         """`folder` is an empty one for $HOME of all machines, each of which has its own disk there; and for logs."""
         self.home, self.logs = folder / "home", folder
         self._machines: list[Machine] = []
+        self._started: list[subprocess.Popen[str]] = []
         self._numbers = itertools.count(1)
 
     def __enter__(self) -> Site:
@@ -112,9 +113,16 @@ class Site:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for process in self._started:
+            _end(process)
         for machine in list(self._machines):
             self.kill(machine)
         _end(self._process)
+
+    @property
+    def pid(self) -> int:
+        """The process that keeps the network."""
+        return self._process.pid
 
     def boot(self, name: str, address: str, command: Sequence[str], environment: Mapping[str, str]) -> Machine:
         """A new machine that runs the command; a machine of the same address must be gone.
@@ -155,7 +163,9 @@ class Site:
         """A process with this machine's disk and the site's network; stdout and stderr in one."""
         words = [*self._inside, *command]
         piped = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        return subprocess.Popen(words, env=dict(environment), cwd=folder, text=True, **piped)  # type: ignore[call-overload,no-any-return]
+        process = subprocess.Popen(words, env=dict(environment), cwd=folder, text=True, **piped)  # type: ignore[call-overload]
+        self._started.append(process)
+        return process  # type: ignore[no-any-return]
 
     def listen(self, port: int) -> socket.socket:
         """A server socket on the bridge, for a thread of this very process."""

@@ -1,0 +1,73 @@
+"""Machines of the multi-node tests: apart from each other, joined by a network, and gone when they should be."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from tests.multinode.namespaces import Machine, Site
+
+ADDRESSES = ("10.77.0.21", "10.77.0.22")
+SERVES = "import http.server; http.server.test(http.server.SimpleHTTPRequestHandler, port=8000)"
+ASKS = f"""
+import pathlib, time, urllib.request
+pathlib.Path("mine").touch()
+while True:
+    try:
+        print(urllib.request.urlopen("http://{ADDRESSES[0]}:8000", timeout=1).read().decode(), flush=True)
+    except OSError as error:
+        print(error, flush=True)
+    time.sleep(0.1)
+"""
+LEAVES = """
+import os, signal, sys
+from pathlib import Path
+from tests.multinode.namespaces import Site
+
+with Site(Path(sys.argv[1])) as site:
+    machine = site.boot("left", "10.77.0.21", ["sh", "-c", "sleep 600 & sleep 600"], os.environ)
+    while len(machine.titles()) < 5:
+        pass
+    print(site.pid, machine.process.pid, *(pid for pid, _ in machine.titles()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def until(true: Callable[[], bool], machine: Machine) -> None:
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end, machine.log.read_text()
+        time.sleep(0.02)
+
+
+def python(program: str) -> list[str]:
+    return [sys.executable, "-I", "-S", "-c", program]
+
+
+def test_machines_share_a_network_and_nothing_else(site: Site) -> None:
+    one = site.boot("one", ADDRESSES[0], python(SERVES), os.environ)
+    two = site.boot("two", ADDRESSES[1], python(ASKS), os.environ)
+    until(lambda: "Directory listing" in two.log.read_text(), two)
+    # What one wrote into the folder of the same name is not among what the other has there.
+    assert "mine" not in two.log.read_text()
+    assert not list(site.home.iterdir())
+    site.unplug(one)
+    until(lambda: two.log.read_text().rstrip().endswith(("timed out>", "No route to host>")), two)
+    left = [pid for pid, _ in one.titles()]
+    assert left
+    site.kill(one)
+    assert not any(map(psutil.pid_exists, left))
+    site.kill(two)
+
+
+def test_a_killed_process_takes_its_machines_with_it(site: Site, tmp_path: Path) -> None:  # noqa: ARG001 - or skipped
+    root = Path(__file__).resolve().parents[2]
+    ran = subprocess.run([sys.executable, "-c", LEAVES, tmp_path], cwd=root, capture_output=True, text=True, timeout=60)
+    pids = [int(word) for word in ran.stdout.split()]
+    assert len(pids) >= 6, ran.stderr
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=30)
+    assert not alive
