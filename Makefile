@@ -25,11 +25,12 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Two processes: one goes through what needs a cluster, the other through the rest.
 test: setup lint
-	$(BIN)/pytest -m "not gpu and not slow"
+	$(BIN)/pytest -n 2 --dist loadgroup -m "not gpu and not slow"
 
 test-slow: setup
-	$(BIN)/pytest -m "not gpu"
+	$(BIN)/pytest -n 2 --dist loadgroup -m "not gpu"
 
 clean:
 	rm -rf $(VENV) runs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

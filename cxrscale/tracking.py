@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,8 @@ class Tracker:
             self._lines.append(line)
             if kind != "train" or time.monotonic() - self._put > REMOTE_SECONDS:
                 self.flush()
-        if self._wandb is not None:
-            self._wandb.log({f"{kind}/{name}": value for name, value in plain.items() if value is not None}, step=step)
+        known = {f"{kind}/{name}": value for name, value in plain.items() if value is not None}
+        self._copy(lambda run: run.log(known, step=step))
 
     def samples(self, image_BCHW: npt.NDArray[np.float32]) -> None:
         """Keep pictures as the net sees them, side by side, each stretched to its own extremes."""
@@ -67,18 +68,26 @@ class Tracker:
         rows = [np.concatenate(list(grid[i : i + columns]), axis=1) for i in range(0, len(grid), columns)]
         sheet = np.concatenate(rows, axis=0)
         storage.write(storage.join(self.run, SAMPLES), pictures.encode_png(sheet))
-        if self._wandb is not None:
-            import wandb
-
-            self._wandb.log({"samples": wandb.Image(sheet)}, step=0)
+        self._copy(lambda run: run.log({"samples": _wandb_image(sheet)}, step=0))
 
     def close(self) -> None:
         """Finish both."""
         if self._file is not None:
             self._file.close()
         self.flush()
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._copy(lambda run: run.finish())
+
+    def _copy(self, act: Callable[[Any], None]) -> None:
+        """Tell wandb too. It is a copy of metrics.jsonl: when its service dies, that ends, and the run goes on."""
+        if self._wandb is None:
+            return
+        try:
+            act(self._wandb)
+        except Exception as error:  # wandb's service, files and network fail in many types, none of them ours
+            self._wandb = None
+            logging.getLogger(__name__).warning(
+                "%s: wandb has stopped (%s: %s); metrics.jsonl goes on", self.run, type(error).__name__, error
+            )
 
     def flush(self) -> None:
         """Make sure that a killed process takes no line with it."""
@@ -101,6 +110,12 @@ def read(run: str) -> list[dict[str, Any]]:
 
 def _finite(value: float | int | None) -> float | int | None:
     return None if value is None or not math.isfinite(value) else value
+
+
+def _wandb_image(image_HW: npt.NDArray[np.uint8]) -> Any:
+    import wandb
+
+    return wandb.Image(image_HW)
 
 
 def _start_wandb(run: str, tracking: Tracking, recipe: Mapping[str, Any]) -> Any:

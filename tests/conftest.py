@@ -71,6 +71,22 @@ os.environ |= {
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+CLUSTERS = {"ray_cluster", "cluster", "local", "site"}
+"""The fixtures that start one."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Processes share the work by module, but one runs, before all else, every test that needs a cluster.
+
+    Two clusters at once would starve each other on two cores.
+    """
+    for item in items:
+        cluster = CLUSTERS & set(getattr(item, "fixturenames", ()))
+        item.add_marker(pytest.mark.xdist_group("cluster" if cluster else item.path.as_posix()))
+    items.sort(key=lambda item: not CLUSTERS & set(getattr(item, "fixturenames", ())))
+
+
 @pytest.fixture(scope="session")
 def real() -> Path:
     """The folder of real images and tables beside the checkout."""

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -66,6 +69,31 @@ def test_wandb_gets_the_sample_pictures_and_metrics_jsonl_stays(tmp_path: Path) 
     assert np.array_equal(mine, theirs)
     assert not mine[8:, 16:].any()
     assert [line["step"] for line in tracking.read(str(tmp_path))] == [1]
+
+
+DYING = """
+import sys, psutil
+from cxrscale.config import Tracking
+from cxrscale.tracking import Tracker
+
+tracker = Tracker(sys.argv[1], Tracking(wandb="offline"), {}, 0)
+tracker.log("train", 1, {"loss": 1.0})
+(service,) = [each for each in psutil.Process().children(recursive=True) if "wandb-core" in each.name()]
+service.kill()
+service.wait(10)
+for step in (2, 3):
+    tracker.log("train", step, {"loss": 0.5})
+tracker.close()
+"""
+
+
+def test_wandb_that_dies_costs_its_copy_and_not_the_run(tmp_path: Path) -> None:
+    # By this variable a child would find the service of the tests before.
+    alone = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    command = [sys.executable, "-c", DYING, str(tmp_path)]
+    done = subprocess.run(command, env=alone, capture_output=True, text=True, timeout=120, check=True)
+    assert [line["step"] for line in tracking.read(str(tmp_path))] == [1, 2, 3]
+    assert done.stderr.count("wandb has stopped") == 1
 
 
 def test_wandb_disabled_leaves_nothing(tmp_path: Path) -> None:
