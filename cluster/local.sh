@@ -94,13 +94,14 @@ end_node() {
     rm -f "$dir/$1.pid"
 }
 
-# start_node NAME ARGUMENT...: returns when Ray says that the node has joined.
+# start_node NAME FOLDER ARGUMENT...: returns when Ray says that the node has joined. Each node has a folder of its own:
+# in a common one they would unpack a job's files over each other.
 start_node() {
-    local name=$1 log=$dir/$1.log tries
-    shift
+    local name=$1 folder=$dir/$2 log=$dir/$1.log tries
+    shift 2
     started+=("$name")
     env -C "$here" "$mark" setsid "$ray" start --block --log-style=record --node-ip-address=127.0.0.1 --disable-usage-stats \
-        --temp-dir="$dir/ray" --dashboard-agent-listen-port=0 \
+        --temp-dir="$folder" --dashboard-agent-listen-port=0 \
         --object-store-memory=$((${CXR_OBJECT_STORE_MB:-512} * 1024 * 1024)) "$@" </dev/null >"$log" 2>&1 9>&- &
     printf '%s\n' "$!" >"$dir/$name.pid"
     for ((tries = 0; tries < ${CXR_WAIT:-120} * 5; tries++)); do
@@ -148,7 +149,7 @@ start_worker() {
     done
     ((first + gpus <= ${#devices[@]})) || fail "$n workers of $gpus GPUs need more than the ${#devices[@]} there are"
     mine=$(IFS=, && printf '%s' "${devices[*]:first:gpus}")
-    CUDA_VISIBLE_DEVICES=$mine start_node "worker-$i" --address="$address" --num-cpus="$cpus" --num-gpus="$gpus" \
+    CUDA_VISIBLE_DEVICES=$mine start_node "worker-$i" "w$i" --address="$address" --num-cpus="$cpus" --num-gpus="$gpus" \
         --include-log-monitor=false
     printf 'worker-%s: %s CPUs, %s GPUs%s\n' "$i" "$cpus" "$gpus" "${mine:+ ($mine)}"
 }
@@ -169,11 +170,11 @@ up() {
         if (exec 3<>"/dev/tcp/127.0.0.1/$dashboard") 2>/dev/null; then
             fail "port $dashboard is taken by something else; give another CXR_DASHBOARD_PORT"
         fi
-        rm -rf "$dir/ray" "$dir"/*.log
+        rm -rf "$dir/ray" "$dir"/w[0-9]* "$dir"/*.log
         RAY_AUTH_MODE=${CXR_AUTH:-token}
         [[ $RAY_AUTH_MODE =~ ^(token|disabled)$ ]] || fail "CXR_AUTH=$RAY_AUTH_MODE is neither token nor disabled"
         make_token
-        start_node head --head --port="$port" --num-cpus=0 --num-gpus=0 --dashboard-host=127.0.0.1 \
+        start_node head ray --head --port="$port" --num-cpus=0 --num-gpus=0 --dashboard-host=127.0.0.1 \
             --dashboard-port="$dashboard" --ray-client-server-port=$((dashboard + 1))
         printf 'head: %s, jobs and dashboard at http://127.0.0.1:%s\n' "$address" "$dashboard"
     fi

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from cxrscale import submit
+from cxrscale import submit, tracking
 from cxrscale.schema import InputError
 from tests.conftest import TINY_CLASSIFIER
 from tests.test_local import until
@@ -172,15 +172,40 @@ def test_ctrl_c_leaves_the_job_or_stops_it_with_time_for_a_checkpoint(cluster: C
     assert info(cluster, "long")["status"] == "STOPPED"
 
 
-@pytest.mark.slow
-def test_plain_ray_job_submit_trains(cluster: Cluster, nih_shards: str, tmp_path: Path) -> None:
+def test_a_training_that_is_stopped_leaves_a_checkpoint_and_goes_on(
+    cluster: Cluster, nih_shards: str, tmp_path: Path
+) -> None:
+    """Begun by plain `ray job submit`, stopped by `ray job stop`, ended by `cxrscale submit` of the same words."""
     words = ["train", "jobs/demo.yaml", *TINY_CLASSIFIER, f"data.shards=[{nih_shards}]", "scaling.num_workers=1"]
-    words += [f"tracking.root={tmp_path}", "tracking.name=plain", "train.epochs=1", "plan.steps_per_epoch=2"]
-    command = [str(RAY), "job", "submit", "--working-dir", ".", "--", "python", "-m", "cxrscale", *words]
-    ran = subprocess.run(command, env=cluster.environment, cwd=ROOT, capture_output=True, text=True, timeout=280)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert (tmp_path / "plain" / "best.pt").is_file()
-    assert f"\n{tmp_path / 'plain'}\n" in ran.stdout
+    words += [f"tracking.root={tmp_path}", "tracking.name=stopped", "train.epochs=1", "plan.steps_per_epoch=400"]
+    words += ["tracking.wandb=disabled", "train.checkpoint_steps=100000"]
+    run = tmp_path / "stopped"
+
+    def ray_job(*given: str) -> str:
+        command = [str(RAY), "job", *given]
+        ran = subprocess.run(command, env=cluster.environment, cwd=ROOT, capture_output=True, text=True, timeout=100)
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+        return ran.stdout
+
+    # By itself Ray kills a stopped job after 3 s.
+    given = ["--submission-id", "begun", "--runtime-env-json", '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}']
+    ray_job("submit", *given, "--no-wait", "--working-dir", ".", "--", "python", "-m", "cxrscale", *words)
+    deadline = time.monotonic() + 150
+    while len(tracking.read(str(run))) < 10:
+        assert time.monotonic() < deadline, ray_job("logs", "begun")
+        time.sleep(0.2)
+    ray_job("stop", "begun")
+    assert "stopped with a checkpoint; go on with tracking.name=stopped" in ray_job("logs", "begun")
+    (checkpoint,) = (run / "checkpoints").glob("*.pt")
+    reached = int(checkpoint.name[5:14])
+    assert 10 <= reached < 400
+    assert len(tracking.read(str(run))) == reached
+
+    code, out = cluster.submit(*words)
+    assert code == 0, out
+    assert out.splitlines()[-1] == str(run)
+    assert [line["step"] for line in tracking.read(str(run)) if line["kind"] == "train"] == list(range(1, 401))
+    assert (run / "best.pt").is_file()
 
 
 @pytest.mark.slow
