@@ -154,6 +154,7 @@ def test_optuna_learns_from_trials_and_not_from_seeds(nih_shards: str, tmp_path:
     assert all(json.loads(row["plan.positive_share"]) in ([0.8, 0.4], [0.5, 0.5]) for row in found)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_population_takes_over_the_weights_of_its_best(nih_shards: str, tmp_path: Path) -> None:
     given = 'tune.space={optim.lr: "loguniform(1e-5, 1e-2)"}'
