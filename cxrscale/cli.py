@@ -124,6 +124,7 @@ def audit(
 ) -> None:
     """Count findings, splits, people, pixels and masks; name the patients and pictures that splits or sets share."""
     from cxrscale.shards import audit as auditing
+    from cxrscale.shards import audit_page
 
     found = auditing.audit(*shards)
     table = Table(title=f"{found['pictures']} pictures of {found['patients']} patients")
@@ -139,7 +140,7 @@ def audit(
         print(f"not checked: {line}")
     for line in found["verdict"]:
         print(line)
-    page = auditing.write(found, shards, out)
+    page = audit_page.write(found, shards, out)
     print(page if storage.is_remote(page) else Path(page).resolve())
 
 

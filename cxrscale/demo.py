@@ -10,7 +10,7 @@ from typing import Any
 from cxrscale import account, config, evaluate, launch, progress, report_page, storage
 from cxrscale.archives import phantom
 from cxrscale.schema import InputError
-from cxrscale.shards import audit, build, manifest
+from cxrscale.shards import audit, audit_page, build, manifest
 
 IMAGES = 600
 """Pictures of the demo's phantom archive."""
@@ -36,7 +36,7 @@ def run(out: Path, images: int = IMAGES, *, local: bool = False) -> Iterator[tup
     build.build("siim", str(drawn.siim), masked, siim, twins_of=nih, local=local)
     for shards in (nih, siim):
         found = audit.audit(shards)
-        audit.write(found, [shards], str(out / f"audit-{Path(shards).name}.html"))
+        audit_page.write(found, [shards], str(out / f"audit-{Path(shards).name}.html"))
         crossing = len(found["patients_in_two_splits"])
         print(f"{shards}: {found['pictures']} pictures, splits {found['splits']}, {crossing} patients in two splits")
     for stem, shards in (("demo", nih), ("demo-unet", siim)):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cxrscale import labels, storage
+from cxrscale import labels
 from cxrscale.shards import leaks
 from cxrscale.shards.build import UNLABELLED
 from cxrscale.shards.leaks import Sets
@@ -50,29 +49,6 @@ def audit(*roots: str) -> dict[str, Any]:
             for line in about["quarantined"]
         ],
     }
-
-
-def write(found: dict[str, Any], roots: Sequence[str], out_html: str) -> str:
-    """Write the page with its plots and example pictures, and the JSON beside it.
-
-    Args:
-        found: what `audit(*roots)` returned.
-        roots: the same shard sets; example pictures are read from their tars.
-        out_html: path or address of the page; its suffix may be left out, or be .json.
-
-    Returns:
-        The page's path or address.
-
-    Raises:
-        InputError: the files cannot be written.
-    """
-    from cxrscale.shards import audit_page  # only here: matplotlib takes half a second, and a query needs no plots
-
-    stem = out_html.removesuffix(".html").removesuffix(".json")
-    page = audit_page.render(found, roots)
-    storage.write(f"{stem}.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
-    storage.write(f"{stem}.html", page)
-    return f"{stem}.html"
 
 
 def stored_pixels(sets: Sets) -> npt.NDArray[np.float64]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import itertools
+import json
 import re
 import warnings
 import zlib
@@ -79,6 +80,27 @@ class Example:
     """The mask's border as an SVG path in pixels of the stored picture; empty where there is none."""
     stored: tuple[int, int]
     """(width, height) of the stored picture in pixels."""
+
+
+def write(found: dict[str, Any], roots: Sequence[str], out_html: str) -> str:
+    """Write the page with its plots and example pictures, and the JSON beside it.
+
+    Args:
+        found: what `audit.audit(*roots)` returned.
+        roots: the same shard sets; example pictures are read from their tars.
+        out_html: path or address of the page; its suffix may be left out, or be .json.
+
+    Returns:
+        The page's path or address.
+
+    Raises:
+        InputError: the files cannot be written.
+    """
+    stem = out_html.removesuffix(".html").removesuffix(".json")
+    page = render(found, roots)
+    storage.write(f"{stem}.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
+    storage.write(f"{stem}.html", page)
+    return f"{stem}.html"
 
 
 def render(found: Mapping[str, Any], roots: Sequence[str]) -> str:

@@ -137,7 +137,7 @@ def test_a_patient_in_two_splits_is_named(nih_shards: str, tmp_path: Path) -> No
     assert entry["pictures"]["test"] == image_id
     assert entry["splits"]["test"] == 1
     assert found["verdict"][0].startswith(f"LEAK: 1 patient in two splits, e.g. nih:{who} in test ({image_id}) and ")
-    page = Path(audit.write(found, [leaky], str(tmp_path / "leaky.html"))).read_text()
+    page = Path(audit_page.write(found, [leaky], str(tmp_path / "leaky.html"))).read_text()
     assert f"LEAK: 1 patient in two splits, e.g. nih:{who}" in page
     assert "Patients in two splits" in page
 
@@ -198,7 +198,7 @@ def test_it_says_what_it_could_not_check(strangers: str, nih_shards: str, tmp_pa
     assert f"{len(ids)} pictures of {foreign} have no fingerprint" in said
     assert "1 quarantined picture could not be read" in said
     assert found["verdict"][0].startswith("No leak found in what could be checked")
-    page = Path(audit.write(found, [nih_shards, foreign], str(tmp_path / "page"))).read_text()
+    page = Path(audit_page.write(found, [nih_shards, foreign], str(tmp_path / "page"))).read_text()
     assert "&lt;b&gt;cut&lt;/b&gt; short" in page
 
 
@@ -262,7 +262,7 @@ class Page(HTMLParser):
 def test_the_page_is_whole_and_needs_no_network(nih_shards: str, siim_shards: str, tmp_path: Path) -> None:
     roots = [nih_shards, siim_shards]
     found = audit.audit(*roots)
-    written = audit.write(found, roots, str(tmp_path / "audit.html"))
+    written = audit_page.write(found, roots, str(tmp_path / "audit.html"))
     text = Path(written).read_text()
     page = Page(text)
     assert page.open == []
@@ -309,7 +309,7 @@ def test_a_lost_tar_leaves_a_page_that_says_so(nih_shards: str, tmp_path: Path) 
     root = rewritten(nih_shards, tmp_path / "nih", same)
     for tar in Path(root).glob("*.tar"):
         tar.unlink()
-    page = Path(audit.write(audit.audit(root), [root], str(tmp_path / "audit.json"))).read_text()
+    page = Path(audit_page.write(audit.audit(root), [root], str(tmp_path / "audit.json"))).read_text()
     assert page.count("cannot be read: run `cxrscale verify`") == audit_page.EXAMPLES
 
 
@@ -317,7 +317,7 @@ def test_sets_in_a_bucket_are_audited_there(s3: str, siim_shards: str) -> None:
     files = fsspec.filesystem("s3")
     files.put(siim_shards, f"{s3}/audited/", recursive=True)
     root = f"{s3}/audited/{Path(siim_shards).name}"
-    page = audit.write(audit.audit(root), [root], f"{s3}/audit.html")
+    page = audit_page.write(audit.audit(root), [root], f"{s3}/audit.html")
     assert page == f"{s3}/audit.html"
     text = files.cat_file(page).decode()
     assert text.count("data:image/jpeg") == audit_page.EXAMPLES
