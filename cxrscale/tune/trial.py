@@ -164,7 +164,7 @@ def run(settings: dict[str, Any], study: Study) -> None:
 
 
 def written(run: str) -> int:
-    """Wait until the checkpoint of the epoch that was validated last is on disk; returns its step.
+    """Wait until the checkpoint of the epoch that was validated last, or a later one, is there; returns its step.
 
     It is written after best.pt, so that one is there too.
 
@@ -173,7 +173,8 @@ def written(run: str) -> int:
     """
     step = next(line["step"] for line in reversed(tracking.read(run)) if line["kind"] == "val")
     deadline = time.monotonic() + PATIENCE_S
-    while step not in _steps(run):
+    # A later one: by now the epoch's own may have been removed as one too many.
+    while max(_steps(run), default=0) < step:
         if time.monotonic() > deadline:
             raise InputError(f"{run}: no checkpoint of step {step} after {PATIENCE_S:.0f} s; is the disk full?")
         time.sleep(1.0 if storage.is_remote(run) else 0.01)
