@@ -75,16 +75,21 @@ CLUSTERS = {"ray_cluster", "cluster", "local", "site"}
 """The fixtures that start one."""
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Processes share the work by module, but one runs, before all else, every test that needs a cluster.
+def _cluster(item: pytest.Item) -> bool:
+    return bool(CLUSTERS & set(getattr(item, "fixturenames", ())))
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Processes share the tests by module, but those that need a cluster are for one process.
 
     Two clusters at once would starve each other on two cores.
     """
-    for item in items:
-        cluster = CLUSTERS & set(getattr(item, "fixturenames", ()))
-        item.add_marker(pytest.mark.xdist_group("cluster" if cluster else item.path.as_posix()))
-    items.sort(key=lambda item: not CLUSTERS & set(getattr(item, "fixturenames", ())))
+    item.add_marker(pytest.mark.xdist_group("cluster" if _cluster(item) else item.path.as_posix()))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest way comes first."""
+    items.sort(key=lambda item: not _cluster(item))
 
 
 @pytest.fixture(scope="session")
