@@ -27,10 +27,10 @@ lint: setup
 
 # Two processes: one goes through what needs a cluster, the other through the rest.
 test: setup lint
-	$(BIN)/pytest -n 2 --dist loadgroup -m "not gpu and not slow"
+	$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not gpu and not slow"
 
 test-slow: setup
-	$(BIN)/pytest -n 2 --dist loadgroup -m "not gpu"
+	$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not gpu"
 
 clean:
 	rm -rf $(VENV) runs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

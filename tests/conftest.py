@@ -84,7 +84,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
     Two clusters at once would starve each other on two cores.
     """
-    item.add_marker(pytest.mark.xdist_group("cluster" if _cluster(item) else item.path.as_posix()))
+    item.add_marker(pytest.mark.xdist_group("cluster" if _cluster(item) else item.nodeid.partition("::")[0]))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
