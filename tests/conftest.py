@@ -71,25 +71,26 @@ os.environ |= {
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-CLUSTERS = {"ray_cluster", "cluster", "local", "site"}
-"""The fixtures that start one."""
-
-
-def _cluster(item: pytest.Item) -> bool:
-    return bool(CLUSTERS & set(getattr(item, "fixturenames", ())))
+FIRST = {"ray_cluster"}
+"""The fixture of tests on the session's cluster: the longest way, so one process begins with it."""
+LAST = {"cluster", "local", "site"}
+"""Fixtures that start clusters of their own: for the process that is free then."""
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Processes share the tests by module, but those that need a cluster are for one process.
-
-    Two clusters at once would starve each other on two cores.
-    """
-    item.add_marker(pytest.mark.xdist_group("cluster" if _cluster(item) else item.nodeid.partition("::")[0]))
+    """Two processes share the tests by module, and by what clusters they need."""
+    group = {0: "ray_cluster", 1: item.nodeid.partition("::")[0], 2: "own clusters"}[_turn(item)]
+    item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest way comes first."""
-    items.sort(key=lambda item: not _cluster(item))
+    """Tests on the session's cluster first, those that start their own last."""
+    items.sort(key=_turn)
+
+
+def _turn(item: pytest.Item) -> int:
+    needs = set(getattr(item, "fixturenames", ()))
+    return 0 if needs & FIRST else 2 if needs & LAST else 1
 
 
 @pytest.fixture(scope="session")
