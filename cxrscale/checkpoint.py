@@ -119,9 +119,10 @@ def save(folder: str, step: int, state: Mapping[str, Any], keep: int) -> None:
     content = dump(state)
     written = f"step-{step:09d}-{storage.digest(content)[:16]}.pt"
     storage.write(storage.join(folder, written), content)
+    there = steps(folder)
     # One of the same step, from before the epoch's validation, would be older under a name that may sort as newer.
-    names = [name for name in _names(folder) if name == written or not name.startswith(written[:15])]
-    for name in set(_names(folder)) - set(names[-keep:]):
+    names = [name for name, of in there.items() if name == written or of != step]
+    for name in set(there) - set(names[-keep:]):
         storage.remove(storage.join(folder, name))
 
 
@@ -133,7 +134,7 @@ def resume(folder: str, learner: Learner, manifest_digest: str) -> bool:
     Raises:
         InputError: the checkpoint was trained on other shards.
     """
-    for name in reversed(_names(folder)):
+    for name in reversed(steps(folder)):
         content = storage.read(storage.join(folder, name))
         expected = _NAME.fullmatch(name)
         assert expected is not None
@@ -179,5 +180,7 @@ def read(content: bytes, name: str) -> dict[str, Any]:
     return state
 
 
-def _names(folder: str) -> list[str]:
-    return [name for name in storage.listing(folder, ".pt") if _NAME.fullmatch(name)]
+def steps(folder: str) -> dict[str, int]:
+    """File name -> optimizer steps done, of each checkpoint there; the oldest first."""
+    found = {name: _NAME.fullmatch(name) for name in storage.listing(folder, ".pt")}
+    return {name: int(match[1]) for name, match in found.items() if match}

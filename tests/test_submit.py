@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from cxrscale import submit, tracking
+from cxrscale import checkpoint, submit, tracking
 from cxrscale.schema import InputError
 from tests.conftest import TINY_CLASSIFIER
 from tests.test_local import until
@@ -196,8 +196,7 @@ def test_a_training_that_is_stopped_leaves_a_checkpoint_and_goes_on(
         time.sleep(0.2)
     ray_job("stop", "begun")
     assert "stopped with a checkpoint; go on with tracking.name=stopped" in ray_job("logs", "begun")
-    (checkpoint,) = (run / "checkpoints").glob("*.pt")
-    reached = int(checkpoint.name[5:14])
+    (reached,) = checkpoint.steps(str(run / checkpoint.FOLDER)).values()
     assert 10 <= reached < 400
     assert len(tracking.read(str(run))) == reached
 

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import re
 import tempfile
 import time
 from collections.abc import Mapping
@@ -174,7 +173,7 @@ def written(run: str) -> int:
     step = next(line["step"] for line in reversed(tracking.read(run)) if line["kind"] == "val")
     deadline = time.monotonic() + PATIENCE_S
     # A later one: by now the epoch's own may have been removed as one too many.
-    while max(_steps(run), default=0) < step:
+    while _newest(run) < step:
         if time.monotonic() > deadline:
             raise InputError(f"{run}: no checkpoint of step {step} after {PATIENCE_S:.0f} s; is the disk full?")
         time.sleep(1.0 if storage.is_remote(run) else 0.01)
@@ -183,7 +182,7 @@ def written(run: str) -> int:
 
 def validated(run: str) -> list[dict[str, Any]]:
     """The validation lines of a run up to its newest checkpoint: what a resumed trial will not compute again."""
-    newest = max(_steps(run), default=0)
+    newest = _newest(run)
     return [line for line in tracking.read(run) if line["kind"] == "val" and line["step"] <= newest]
 
 
@@ -213,8 +212,8 @@ def _take_over(given: Any, folder: str, settings: Mapping[str, Any]) -> None:
         own, theirs = (storage.join(each, checkpoint.FOLDER) for each in (folder, donor))
         for name in storage.listing(own, ".pt"):
             storage.remove(storage.join(own, name))
-        for name in storage.listing(theirs, ".pt"):
-            if _step(name) == step:
+        for name, of in checkpoint.steps(theirs).items():
+            if of == step:
                 storage.write(storage.join(own, name), storage.read(storage.join(theirs, name)))
         # The best so far of the weights that were taken over comes with them, as `Progress.best` does.
         storage.write(storage.join(folder, checkpoint.BEST), storage.read(storage.join(donor, checkpoint.BEST)))
@@ -228,13 +227,8 @@ def _finished(folder: str) -> bool:
     return storage.exists(storage.join(folder, account.ABOUT)) and bool(account.read(folder)["finished"])
 
 
-def _steps(run: str) -> set[int]:
-    return {_step(name) for name in storage.listing(storage.join(run, checkpoint.FOLDER), ".pt")}
-
-
-def _step(name: str) -> int:
-    found = re.match(r"step-(\d+)-", name)
-    return int(found[1]) if found else -1
+def _newest(run: str) -> int:
+    return max(checkpoint.steps(storage.join(run, checkpoint.FOLDER)).values(), default=0)
 
 
 def _quiet() -> None:

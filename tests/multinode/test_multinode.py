@@ -39,8 +39,7 @@ def shards(cluster: Cluster, store: Store, drawn: PhantomPaths, s3: str) -> str:
 
 def newest(run: str) -> int:
     """The step of a run's last checkpoint, 0 before the first."""
-    names = storage.listing(storage.join(run, checkpoint.FOLDER), ".pt")
-    return int(names[-1][5:14]) if names else 0
+    return max(checkpoint.steps(storage.join(run, checkpoint.FOLDER)).values(), default=0)
 
 
 def test_a_run_that_loses_a_machine_ends_like_one_that_does_not(
