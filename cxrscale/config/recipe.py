@@ -70,7 +70,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     except OSError as error:
         raise InputError(f"recipe {path} cannot be read: {error.strerror}; give a YAML file") from None
     try:
-        tree = yaml.safe_load(text) or {}
+        tree = yaml.load(text, _Loader) or {}
     except yaml.YAMLError as error:
         raise InputError(f"recipe {path} is not YAML: {_one_line(error)}") from None
     if not isinstance(tree, dict):
@@ -139,12 +139,18 @@ def _nearest(section: type[Section], field: str) -> str:
     return f"did you mean {close[0]}?" if close else "`cxrscale config RECIPE --help-fields` lists all fields"
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as a string because it wants a dot; everyone who writes a learning rate means a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+$"), list("+-0123456789")
+)
+
+
 def _value(text: str) -> Any:
-    # YAML 1.1 reads 1e-3 as a string because it wants a dot; everyone who types a learning rate means a number.
-    if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", text.strip()):
-        return float(text)
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     except yaml.YAMLError:
         return text
 

@@ -116,7 +116,7 @@ def _domain(name: str, value: Any) -> Domain:
     if isinstance(value, list | tuple):
         if not value:
             raise InputError(f"{wrong}: no choices; give {FORMS}")
-        return Domain("choice", choices=tuple(map(_number, value)))
+        return Domain("choice", choices=tuple(value))
     found = re.fullmatch(r"\s*(\w+)\s*\((.*)\)\s*", value) if isinstance(value, str) else None
     if found is None:
         raise InputError(f"{wrong}: is not searched; give {FORMS}, or set {name} in the recipe itself")
@@ -140,13 +140,6 @@ def _domain(name: str, value: Any) -> Domain:
     if kind == "quniform" and not 0 < numbers[2] <= high - low:
         raise InputError(f"{wrong}: the step lies between 0 and b - a = {high - low:g}")
     return Domain(kind, low, high, *numbers[2:])  # type: ignore[arg-type]
-
-
-def _number(choice: Any) -> Any:
-    # YAML 1.1 reads 1e-3 as a word, for want of a dot.
-    return (
-        float(choice) if isinstance(choice, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", choice) else choice
-    )
 
 
 def check(space: Space, recipe: Recipe) -> list[Recipe]:

@@ -79,8 +79,12 @@ def test_steps_are_kept(steps: int, share: float) -> None:
     assert found.fit(1e9) == found.at(1)
 
 
-def test_a_power_of_ten_among_choices_is_a_number() -> None:
-    assert domain(yaml.safe_load("[1e-3, 2E+1, 1e, none, 1.5e-2]")).choices == (1e-3, 20.0, "1e", "none", 0.015)
+def test_a_power_of_ten_among_choices_is_a_number(tmp_path: Path) -> None:
+    tree = config.override({}, ["tune.space={optim.lr: [1e-3, 2E+1, 1e, none, 1.5e-2]}"])
+    assert domain(tree["tune"]["space"]["optim.lr"]).choices == (1e-3, 20.0, "1e", "none", 0.015)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("tune: {space: {optim.lr: [1e-3, '1e-3', 1e]}}\n")
+    assert config.load_recipe(recipe).tune.space == {"optim.lr": [1e-3, "1e-3", "1e"]}
 
 
 def test_choices_are_drawn_evenly() -> None:
