@@ -12,7 +12,7 @@ from scipy.optimize import minimize, minimize_scalar
 from scipy.special import expit, logit
 from sklearn.isotonic import IsotonicRegression
 
-from cxrscale.metrics import Estimate, Floats, absent_class, known, probabilities, undefined
+from cxrscale.metrics import Estimate, Floats, absent_class, known, undefined
 from cxrscale.schema import InputError
 
 EDGE = 1e-7
@@ -162,19 +162,6 @@ def estimated_prior(score_N: npt.ArrayLike, source: float, tolerance: float = 1e
         if moved < tolerance:
             return Estimate(prior)
     return Estimate(prior, reason=f"still moving after {limit} steps" if 0 < prior < 1 else "one class left")
-
-
-def before_and_after(
-    calibrator: Calibrator,
-    score_N: npt.ArrayLike,
-    label_N: npt.ArrayLike,
-    draws_RN: npt.NDArray[np.integer] | None = None,
-) -> dict[str, dict[str, Estimate]]:
-    """Brier score and calibration errors of the scores as they are and as the calibrator makes them."""
-    return {
-        "before": probabilities(score_N, label_N, draws_RN),
-        "after": probabilities(calibrator.apply(score_N), label_N, draws_RN),
-    }
 
 
 def _platt(score: Floats, label: Floats) -> Platt:
