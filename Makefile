@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# In two processes; tests/conftest.py says which test goes where.
+PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
 # Without bytecode every Ray worker recompiles torch: 11 s an import instead of 5.
 unexport PYTHONDONTWRITEBYTECODE
 export UV_COMPILE_BYTECODE := 1
@@ -25,12 +27,11 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Two processes: one goes through what needs a cluster, the other through the rest.
 test: setup lint
-	$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not gpu and not slow"
+	$(PYTEST) -m "not gpu and not slow"
 
 test-slow: setup
-	$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 clean:
 	rm -rf $(VENV) runs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

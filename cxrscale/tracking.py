@@ -37,10 +37,9 @@ class Tracker:
         """
         self.run, self.address = run, storage.join(run, METRICS)
         self._lines = [json.dumps(line) for line in read(run) if line["step"] <= start_step]
-        self._remote = storage.is_remote(run)
         self._put = time.monotonic()
         self._file = None
-        if not self._remote:
+        if not storage.is_remote(run):
             storage.write(self.address, "".join(line + "\n" for line in self._lines))
             self._file = storage.local_path(self.address).open("a", buffering=1)
         self._wandb: Any = _start_wandb(run, tracking, recipe) if tracking.wandb != "disabled" else None
@@ -91,7 +90,7 @@ class Tracker:
 
     def flush(self) -> None:
         """Make sure that a killed process takes no line with it."""
-        if self._remote:
+        if self._file is None:
             storage.write(self.address, "".join(line + "\n" for line in self._lines))
             self._put = time.monotonic()
 

@@ -73,33 +73,23 @@ def train(recipe: Recipe, run: str, worker: Worker) -> Outcome:
     checkpoint.resume(storage.join(run, checkpoint.FOLDER), learner, data.digest)
     progress = learner.progress
     steps = plan.steps_per_epoch(feed.training_rows(data, recipe.data, recipe.plan), recipe.plan)
-    _check_same_start(progress.epoch * steps + progress.step, run, worker)
+    begun = progress.epoch * steps + progress.step
+    _check_same_start(begun, run, worker)
     about: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json"),
         "manifest": data.digest,
         "pixels": stored_pixels(data),
     }
     writer = Writer(storage.join(run, checkpoint.FOLDER), recipe.train.keep)
-    begun = progress.epoch * steps + progress.step
     tracker = Tracker(run, recipe.tracking, about["recipe"], begun) if worker.rank == 0 else None
-    batches = feed.training(
-        data,
-        recipe.data,
-        recipe.plan,
-        recipe.augment,
-        worker.rank,
-        worker.world,
-        worker.device,
-        progress.epoch,
-        progress.step,
-    )
+    where = (worker.rank, worker.world, worker.device)
+    batches = feed.training(data, recipe.data, recipe.plan, recipe.augment, *where, progress.epoch, progress.step)
     loop = make_loop(recipe, worker, data, learner, steps, tracker)
 
     def keep(step: int) -> None:
-        if tracker:
+        if tracker:  # rank 0's
             # A run that goes on from this checkpoint does not write the lines before it again.
             tracker.flush()
-        if worker.rank == 0:
             writer.save(step, {**learner.state(), **about})
 
     try:
