@@ -311,8 +311,12 @@ def test_driver_pods_have_what_the_entrypoint_asks_for() -> None:
 
 def test_what_a_namespace_needs_passes_kubernetes_own_schema() -> None:
     validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
-    for document in yaml.safe_load_all((CLUSTER / "kuberay-once.yaml").read_text()):
+    documents = list(yaml.safe_load_all((CLUSTER / "kuberay-once.yaml").read_text()))
+    assert documents
+    for document in documents:
         validate.validate(document, "1.32", strict=True)
+        with pytest.raises(validate.ValidationError):
+            validate.validate({**document, "nonsense": 1}, "1.32", strict=True)
 
 
 # All of them

@@ -127,7 +127,7 @@ def test_any_flipped_bit_of_a_png_is_refused() -> None:
     for place in range(8, len(data)):
         damaged = bytearray(data)
         damaged[place] ^= 1 << place % 8
-        refusal(bytes(damaged))
+        assert refusal(bytes(damaged))
 
 
 def test_pngs_that_lie_are_refused() -> None:
@@ -167,7 +167,7 @@ def test_a_jpeg_cut_anywhere_is_refused() -> None:
     for options in ({}, {"progressive": True}, {"restart_marker_rows": 1}):
         data = saved(picture(64, 48), "JPEG", quality=90, **options)
         for length in range(len(data)):
-            refusal(data[:length])
+            assert refusal(data[:length])
 
 
 def test_a_damaged_jpeg_ends_in_no_other_error() -> None:
