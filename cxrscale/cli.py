@@ -34,6 +34,13 @@ class Verbs(TyperGroup):
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(2) from None
+        except Exception as error:
+            # Only here: a worker whose bucket is away for a while is to fail and be started again.
+            if not storage.unreachable(error):
+                raise
+            said = " ".join(str(error).split())
+            print(f"error: {said}; check the network, AWS_ENDPOINT_URL and the credentials", file=sys.stderr)
+            raise typer.Exit(2) from None
         except KeyboardInterrupt:
             print("stopped; the same command goes on from what is finished", file=sys.stderr)
             raise typer.Exit(130) from None

@@ -138,6 +138,11 @@ def sweep(address: str) -> int:
     return len(strays)
 
 
+def unreachable(error: Exception) -> bool:
+    """Whether an object store did not answer, or had no credentials; such errors are of no type of Python's."""
+    return any(each.__module__ == "botocore.exceptions" for each in type(error).__mro__)
+
+
 def digest(data: bytes | memoryview) -> str:
     """BLAKE3 of the bytes, 64 hexadecimal digits."""
     return blake3(data).hexdigest()

@@ -1,6 +1,7 @@
 """The command line as a user meets it: artifacts last, mistakes in one line."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -104,6 +105,24 @@ def test_a_mistake_is_one_line_that_names_it(
     assert err.startswith("error: ")
     for fragment in fragments:
         assert fragment in err
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}, 'endpoint URL: "http://127.0.0.1:1/nowhere/x'),
+        ({"AWS_EC2_METADATA_DISABLED": "true"}, "Unable to locate credentials"),
+    ],
+)
+def test_a_bucket_that_cannot_be_reached_is_one_line(keys: dict[str, str], said: str, tmp_path: Path) -> None:
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    given = {"AWS_ENDPOINT_URL": "http://127.0.0.1:1", "AWS_MAX_ATTEMPTS": "1", "HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "cxrscale", "verify", "s3://nowhere/x"]
+    ran = subprocess.run(command, env=alone | given | keys, capture_output=True, text=True, timeout=120)
+    (line,) = ran.stderr.splitlines()
+    assert ran.returncode == 2
+    assert said in line
+    assert line.endswith("check the network, AWS_ENDPOINT_URL and the credentials")
 
 
 def test_help_teaches() -> None:
