@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from cxrscale import config
-from cxrscale.archives import phantom
-from cxrscale.archives.phantom import PhantomPaths
 from cxrscale.config import Pack, Recipe
 from cxrscale.shards import build
+from cxrscale.sources.synthetic import archive
+from cxrscale.sources.synthetic.archive import SyntheticPaths
 
 # Ray's workers must import torch from bytecode, and Train's defaults poll every two seconds.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -31,8 +31,8 @@ TINY_CLASSIFIER = (
     "augment.size=48",
     "model.weights=none",
     "model.options={growth_rate: 8, block_config: [1, 1, 2]}",
-    "plan.batch=8",
-    "plan.eval_batch=8",
+    "sampler.batch_size=8",
+    "sampler.eval_batch_size=8",
     "tracking.log_steps=1",
 )
 """A CheXNet of 20,000 parameters on 48-pixel inputs: a step takes some 20 ms."""
@@ -46,9 +46,9 @@ TINY_SEGMENTER = (
     "model.weights=none",
     "model.options={encoder_depth: 3, decoder_channels: [16, 8, 8]}",
     "loss.dice=1",
-    "train.metric=dice_positives",
-    "plan.batch=4",
-    "plan.eval_batch=4",
+    "train.monitor=dice_positives",
+    "sampler.batch_size=4",
+    "sampler.eval_batch_size=4",
     "tracking.log_steps=1",
 )
 
@@ -102,48 +102,48 @@ def real() -> Path:
 
 
 @pytest.fixture(scope="session")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> PhantomPaths:
-    """A phantom archive of 80 pictures of 96 pixels."""
-    return phantom.write(str(tmp_path_factory.mktemp("phantom") / "archive"), images=80, size=96, seed=3)
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> SyntheticPaths:
+    """A synthetic archive of 80 images of 96 pixels."""
+    return archive.write(str(tmp_path_factory.mktemp("phantom") / "archive"), images=80, size=96, seed=3)
 
 
 @pytest.fixture(scope="session")
-def nih_shards(drawn: PhantomPaths, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The phantom's NIH side as shards of 64-pixel JPEGs."""
+def nih_shards(drawn: SyntheticPaths, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The synthetic archive's NIH side as shards of 64-pixel JPEGs."""
     out = str(tmp_path_factory.mktemp("shards") / "nih")
     build.build("nih", str(drawn.nih), Pack(size=64, samples_per_shard=20), out, local=True)
     return out
 
 
 @pytest.fixture(scope="session")
-def siim_shards(drawn: PhantomPaths, nih_shards: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The phantom's SIIM side with masks, under the patients and splits of its NIH twins."""
+def siim_shards(drawn: SyntheticPaths, nih_shards: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The synthetic archive's SIIM side with masks, under the patients and splits of its NIH duplicates."""
     out = str(tmp_path_factory.mktemp("shards") / "siim")
     settings = Pack(size=64, samples_per_shard=20, masks=True)
-    build.build("siim", str(drawn.siim), settings, out, twins_of=nih_shards, local=True)
+    build.build("siim", str(drawn.siim), settings, out, patients_from_dataset=nih_shards, local=True)
     return out
 
 
 @pytest.fixture(scope="session")
 def classifier_run(nih_shards: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A classifier after two epochs; of its findings Hernia is never present. Copy it before you change it."""
-    from cxrscale import launch
-    from cxrscale.progress import watch
+    from cxrscale.cli.progress import watch_run
+    from cxrscale.training import launch
 
     findings = "data.findings=[Cardiomegaly, Effusion, Mass, Hernia]"
     root = tmp_path_factory.mktemp("classifier")
-    recipe = tiny(nih_shards, root, findings, "train.epochs=2", "optim.lr=3e-3", "threshold.also=[0.25]")
-    return launch.launch(recipe, "tiny", watch, local=True)
+    recipe = tiny(nih_shards, root, findings, "train.epochs=2", "optim.lr=3e-3", "threshold.report_at=[0.25]")
+    return launch.launch(recipe, "tiny", watch_run, local=True)
 
 
 @pytest.fixture(scope="session")
 def segmenter_run(siim_shards: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A segmenter after two epochs. Copy it before you change it."""
-    from cxrscale import launch
-    from cxrscale.progress import watch
+    from cxrscale.cli.progress import watch_run
+    from cxrscale.training import launch
 
     recipe = tiny(siim_shards, tmp_path_factory.mktemp("segmenter"), "train.epochs=2", base=TINY_SEGMENTER)
-    return launch.launch(recipe, "tiny", watch, local=True)
+    return launch.launch(recipe, "tiny", watch_run, local=True)
 
 
 @pytest.fixture(scope="session")
@@ -165,19 +165,19 @@ def ray_cluster() -> Iterator[Any]:
     import ray
     from ray.cluster_utils import Cluster
 
-    from cxrscale import session
+    from cxrscale.cluster import ray_session
 
     os.environ["RAY_AUTH_MODE"] = "disabled"
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-    session.connect(cluster.address)
+    ray_session.connect(cluster.address)
     yield cluster
     ray.shutdown()
     cluster.shutdown()  # type: ignore[no-untyped-call]
 
 
 def tiny(shards: str, root: Path, *overrides: str, base: tuple[str, ...] = TINY_CLASSIFIER) -> Recipe:
-    """A small recipe over a shard set, whose runs go under `root`."""
-    given = [*base, f"data.shards=[{shards}]", f"tracking.root={root}", "tracking.name=tiny", *overrides]
+    """A small recipe over a dataset, whose runs go under `root`."""
+    given = [*base, f"data.shards=[{shards}]", f"tracking.runs_dir={root}", "tracking.name=tiny", *overrides]
     return config.parse(Recipe, config.override({}, given), where="test")
 
 

@@ -16,8 +16,10 @@ from pydicom.dataset import Dataset, FileMetaDataset
 Stored = npt.NDArray[Any]
 
 
-def picture(height: int = 40, width: int = 34, *, dtype: str = "u1", bits: int | None = None, seed: int = 0) -> Stored:
-    """A smooth, noisy picture that uses all of its bits, extremes included."""
+def gray_image(
+    height: int = 40, width: int = 34, *, dtype: str = "u1", bits: int | None = None, seed: int = 0
+) -> Stored:
+    """A smooth, noisy image that uses all of its bits, extremes included."""
     kind = np.dtype(dtype)
     bits = bits or 8 * kind.itemsize
     row, column = np.mgrid[:height, :width]
@@ -115,7 +117,7 @@ def encoded(stored: Stored, syntax: str, *, bits: int | None = None, quality: in
 
 
 def jpeg_lossless(stored: Stored, bits: int) -> bytes:
-    """JPEG Lossless (ITU-T T.81 annex H) of 2 to 16 bits: the left neighbour predicts, every category takes 5 bits."""
+    """JPEG Lossless (ITU-T T.81 annex H) of 2 to 16 bits: the left neighbor predicts, every category takes 5 bits."""
     value = stored.astype(np.int64) & ((1 << bits) - 1)
     before = np.empty_like(value)
     before[:, 1:] = value[:, :-1]

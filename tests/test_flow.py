@@ -1,4 +1,4 @@
-"""The life of an image: one picture followed from the raw archive to its prediction.
+"""The life of an image: one image followed from the raw archive to its prediction.
 
 Read it from top to bottom; each test takes up what the one before left in `way`.
 """
@@ -15,13 +15,17 @@ import numpy as np
 import pytest
 import torch
 
-from cxrscale import archives, evaluate, launch, pictures, predict
-from cxrscale.archives.phantom import PhantomPaths
-from cxrscale.batches import feed
+from cxrscale import sources
+from cxrscale.cli.progress import watch_run
 from cxrscale.config import Pack
-from cxrscale.progress import watch
-from cxrscale.schema import Batch, ImageRecord
+from cxrscale.inference import predictions
+from cxrscale.io.images import load_image, resize_image
+from cxrscale.loader.loader import evaluation_batches, training_batches
+from cxrscale.run import choose_run_thresholds, evaluate_run
 from cxrscale.shards import build, manifest
+from cxrscale.sources.synthetic.archive import SyntheticPaths
+from cxrscale.training import launch
+from cxrscale.types import Batch, ImageRecord
 from tests.conftest import tiny
 
 
@@ -42,44 +46,44 @@ def way(tmp_path_factory: pytest.TempPathFactory) -> Way:
     return Way(tmp_path_factory.mktemp("way"))
 
 
-def test_1_an_archive_becomes_records(way: Way, drawn: PhantomPaths) -> None:
-    """A reader turns an archive's tables into one record a picture; no pixel is read. Ours is a test picture."""
-    records = archives.read("nih", str(drawn.nih))
+def test_1_an_archive_becomes_records(way: Way, drawn: SyntheticPaths) -> None:
+    """A reader turns an archive's tables into one record an image; no pixel is read. Ours is a test image."""
+    records = sources.read("nih", str(drawn.nih))
     way.record = next(r for r in records if r.split == "test" and r.findings["Effusion"] == 1)
     assert way.record.image_id.startswith(way.record.patient)
     assert way.record.findings["Hernia"] == 0
     assert Path(way.record.path).is_file()
 
 
-def test_2_records_become_shards(way: Way, drawn: PhantomPaths) -> None:
-    """Packing decodes, resizes and encodes each picture into a tar, and writes the manifest last."""
+def test_2_records_become_shards(way: Way, drawn: SyntheticPaths) -> None:
+    """Packing decodes, resizes and encodes each image into a tar, and writes the manifest last."""
     way.shards = str(way.folder / "shards")
     packed = build.build("nih", str(drawn.nih), Pack(size=64, samples_per_shard=20), way.shards, local=True)
     assert (packed.images, packed.quarantined) == (80, 0)
 
 
 def test_3_the_manifest_is_the_data_set(way: Way) -> None:
-    """One row a picture: who (by a keyed hash), what, which split, and where its bytes lie, to read without the tar."""
+    """One row an image: who (by a keyed hash), what, which split, and where its bytes lie, to read without the tar."""
     assert way.record is not None
     data = manifest.load(way.shards)
     way.row = int(np.flatnonzero(data.image_id == way.record.image_id)[0])
     line = {name: data.table[name][way.row].as_py() for name in data.table.column_names}
     assert (line["split"], line["label.Effusion"]) == ("test", 1)
-    assert line["patient"] == build.patient_name(way.record, Pack())
+    assert line["patient"] == build.hash_patient_id(way.record, Pack())
     assert way.record.patient not in line["patient"]
     with (Path(way.shards) / line["shard"]).open("rb") as tar:
         tar.seek(line["image_offset"])
         stored = cv2.imdecode(np.frombuffer(tar.read(line["image_length"]), np.uint8), cv2.IMREAD_GRAYSCALE)
     assert stored is not None
-    original = pictures.load(Path(way.record.path).read_bytes()).grey_HW
+    original = load_image(Path(way.record.path).read_bytes()).image_HW
     way.facts["stored"] = stored
-    # JPEG at quality 95: on average within two grey levels of the resized original.
-    difference = stored.astype(float) - pictures.resize(original, 64)
+    # JPEG at quality 95: on average within two gray levels of the resized original.
+    difference = stored.astype(float) - resize_image(original, 64)
     assert np.abs(difference).mean() < 2
 
 
 def test_4_a_batch_is_a_function_of_the_plan(way: Way, tmp_path: Path) -> None:
-    """In evaluation every picture comes once; ours is resized and normalised, not augmented."""
+    """In evaluation every image comes once; ours is resized and normalized, not augmented."""
     recipe = tiny(way.shards, tmp_path, "augment.size=64", "augment.preset=chexnet")
     data = manifest.load(way.shards)
 
@@ -87,7 +91,7 @@ def test_4_a_batch_is_a_function_of_the_plan(way: Way, tmp_path: Path) -> None:
         found: Batch = next(batch for batch in batches if way.row in batch.row_B[batch.valid_B].tolist())
         return found
 
-    batch = ours(feed.evaluation(data, ["test"], recipe.data, recipe.plan, recipe.augment, 0, 1, "cpu"))
+    batch = ours(evaluation_batches(data, ["test"], recipe.data, recipe.sampler, recipe.augment, 0, 1, "cpu"))
     place = batch.row_B.tolist().index(way.row)
     assert batch.image_BCHW.shape == (8, 1, 64, 64)
     assert batch.label_BF[place].tolist()[1] == 1.0  # data.findings is Cardiomegaly, Effusion, Mass
@@ -96,16 +100,16 @@ def test_4_a_batch_is_a_function_of_the_plan(way: Way, tmp_path: Path) -> None:
 
 
 def test_5_training_leaves_a_run(way: Way) -> None:
-    """Our picture is in the test split: no training batch holds it. The run keeps its recipe and its best weights."""
-    recipe = tiny(way.shards, way.folder / "runs", "train.epochs=2", "plan.steps_per_epoch=6", "optim.lr=3e-3")
+    """Our image is in the test split: no training batch holds it. The run keeps its recipe and its best weights."""
+    recipe = tiny(way.shards, way.folder / "runs", "train.epochs=2", "sampler.steps_per_epoch=6", "optim.lr=3e-3")
     data = manifest.load(way.shards)
-    batches = feed.training(data, recipe.data, recipe.plan, recipe.augment, 0, 1, "cpu", 0, 0)
+    batches = training_batches(data, recipe.data, recipe.sampler, recipe.augment, 0, 1, "cpu", 0, 0)
     seen = {row for _ in range(12) for row in next(batches).row_B.tolist()}
     batches.close()
     assert way.row not in seen
     assert set(data.split[sorted(seen)]) == {"train"}
 
-    way.run = Path(launch.launch(recipe, "tiny", watch, local=True))
+    way.run = Path(launch.launch(recipe, "tiny", watch_run, local=True))
     about = json.loads((way.run / "run.json").read_text())
     assert about["finished"]
     assert about["manifest"] == data.digest
@@ -115,21 +119,21 @@ def test_5_training_leaves_a_run(way: Way) -> None:
 
 def test_6_thresholds_come_from_validation_alone(way: Way) -> None:
     """The cut-off of each finding is searched on validation scores; the test split has not been scored yet."""
-    found = json.loads(Path(evaluate.threshold(str(way.run))).read_text())
+    found = json.loads(Path(choose_run_thresholds(str(way.run))).read_text())
     assert found["split"] == "val"
     assert set(found["thresholds"]) == {"Cardiomegaly", "Effusion", "Mass"}
     assert not (way.run / "predictions-test.parquet").exists()
 
 
-def test_7_metrics_have_intervals_and_count_each_picture_once(way: Way) -> None:
-    """Now the test split is scored, every picture once, and the intervals come from resampled patients."""
+def test_7_metrics_have_intervals_and_count_each_image_once(way: Way) -> None:
+    """Now the test split is scored, every image once, and the intervals come from resampled patients."""
     assert way.record is not None
-    found = json.loads(Path(evaluate.evaluate(str(way.run), resamples=50)).read_text())
+    found = json.loads(Path(evaluate_run(str(way.run), resamples=50)).read_text())
     data = manifest.load(way.shards)
     assert found["images"] == (data.split == "test").sum()
     area = found["findings"]["Effusion"]["auroc"]
     assert area["low"] <= area["value"] <= area["high"]
-    scores = predict.read(way.run / "predictions-test.parquet")
+    scores = predictions.read_predictions(way.run / "predictions-test.parquet")
     assert sorted(scores.image_id) == sorted(data.image_id[data.split == "test"])
     place = scores.image_id.tolist().index(way.record.image_id)
     way.facts["score"] = scores.score_NF[place]
@@ -138,7 +142,7 @@ def test_7_metrics_have_intervals_and_count_each_picture_once(way: Way) -> None:
 def test_8_a_file_is_predicted_as_its_shard_was(way: Way) -> None:
     """The raw file goes the shard's way in memory and comes to the very same probabilities."""
     assert way.record is not None
-    good, bad = predict.files(way.run, [way.record.path, __file__])
+    good, bad = predictions.predict_files(way.run, [way.record.path, __file__])
     assert list(good.scores.values()) == pytest.approx(way.facts["score"].tolist(), abs=1e-5)
     assert bad.scores == {}
     assert bad.error

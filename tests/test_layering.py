@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent / "cxrscale"
 
 LAYERS = (
     ("schema", "labels", "config", "storage", "session", "machine", "nodes"),
-    ("archives", "dicom", "masks", "pictures", "splits", "twins"),
+    ("archives", "dicom", "masks", "images", "splits", "duplicates"),
     ("shards",),
     ("batches",),
     ("models", "losses"),

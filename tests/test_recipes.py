@@ -14,14 +14,20 @@ import pytest
 import torch
 import yaml
 
-from cxrscale import archives, cli, config, evaluate, launch, losses, models, predict, progress
-from cxrscale.archives import kermany, rsna
-from cxrscale.archives.phantom import PhantomPaths
-from cxrscale.batches import feed
+from cxrscale import config, sources
+from cxrscale.cli import app, progress
 from cxrscale.config import Pack, Recipe
-from cxrscale.labels import NIH14
-from cxrscale.schema import ImageRecord
+from cxrscale.config.findings import NIH14
+from cxrscale.inference import predictions
+from cxrscale.loader.loader import open_training_stream, usable_rows
+from cxrscale.models import losses
+from cxrscale.models.networks import build_model, count_trainable
+from cxrscale.run import choose_run_thresholds, evaluate_run
 from cxrscale.shards import build, manifest
+from cxrscale.sources import kermany, rsna
+from cxrscale.sources.synthetic.archive import SyntheticPaths
+from cxrscale.training import launch
+from cxrscale.types import ImageRecord
 from tests.dicom_files import dicom_file
 
 FOLDER = Path(__file__).resolve().parent.parent / "jobs"
@@ -79,9 +85,9 @@ def test_a_recipe_states_only_differences(path: Path) -> None:
 
 
 @every_recipe
-def test_a_recipe_builds_a_net_of_the_right_shape(path: Path) -> None:
+def test_a_recipe_builds_a_model_of_the_right_shape(path: Path) -> None:
     resolved = config.load_recipe(path, ["model.weights=none"])
-    net = models.build(resolved.model, resolved.data).eval()
+    net = build_model(resolved.model, resolved.data).eval()
     with torch.no_grad():
         out = net(torch.zeros(2, 1, 64, 64))
     expected = (2, 1, 64, 64) if resolved.data.task == "segment" else (2, len(resolved.data.findings))
@@ -121,7 +127,7 @@ def test_chexnet(stem: str) -> None:
     expect(stem, optim__schedule="plateau", optim__plateau_factor=0.1, optim__plateau_patience=0)
     expect(stem, train__metric="loss", plan__sampling="all", data__negatives="any")
     # The mean of ImageNet's means and of its standard deviations, and a flip half the time; nothing else moves.
-    expect(stem, augment__normalise="fixed", augment__hflip=0.5, augment__rotation=0.0, augment__crop_area=(1.0, 1.0))
+    expect(stem, augment__normalize="fixed", augment__hflip=0.5, augment__rotation=0.0, augment__crop_area=(1.0, 1.0))
     value = fields(stem)
     assert value("augment.mean") == pytest.approx(np.mean([0.485, 0.456, 0.406]), abs=1e-3)
     assert value("augment.std") == pytest.approx(np.mean([0.229, 0.224, 0.225]), abs=1e-3)
@@ -138,7 +144,7 @@ def test_chexnets_two_losses() -> None:
 def test_effusion() -> None:
     stem = "effusion-resnet"
     expect(stem, data__findings=("Effusion",), data__negatives="no_finding", augment__size=256)
-    expect(stem, augment__preset="effusion", augment__probability=0.5, augment__normalise="minmax")
+    expect(stem, augment__preset="effusion", augment__probability=0.5, augment__normalize="minmax")
     expect(stem, train__metric="auroc", plan__sampling="all")
     only(stem, penalty=1.0)
     expect(stem, loss__penalty_matrix=((1.0, 5.0), (5.0, 1.0)))
@@ -155,7 +161,7 @@ def test_rsna() -> None:
     stem = "rsna-resnet18"
     expect(stem, data__findings=("Pneumonia",), model__arch="resnet18", augment__size=224, augment__preset="rsna")
     expect(stem, augment__rotation=5.0, augment__translation=0.05, augment__scale=(0.9, 1.1), augment__hflip=0.0)
-    expect(stem, optim__name="adam", optim__lr=1e-4, plan__sampling="all", augment__normalise="fixed")
+    expect(stem, optim__name="adam", optim__lr=1e-4, plan__sampling="all", augment__normalize="fixed")
     expect(stem, threshold__goal="fixed", threshold__value=0.5, threshold__also=(0.25,))
     only(stem, bce=1.0)
     assert fields(stem)("augment.crop_area")[0] < 1
@@ -168,10 +174,10 @@ def test_kermany(stem: str, frozen: int) -> None:
     only(stem, bce=1.0)
     assert fields(stem)("train.patience")
     resolved = recipe(stem)
-    net = models.build(resolved.model, resolved.data)
+    net = build_model(resolved.model, resolved.data)
     whole = sum(parameter.numel() for parameter in net.parameters())
-    # One grey channel: 64 x 49 weights in the first convolution, two numbers a channel of its normalisation.
-    assert whole - models.parameters(net) == (64 * 49 + 2 * 64 if frozen else 0)
+    # One gray channel: 64 x 49 weights in the first convolution, two numbers a channel of its normalization.
+    assert whole - count_trainable(net) == (64 * 49 + 2 * 64 if frozen else 0)
 
 
 def test_kermanys_two_ways_differ_in_freezing_alone() -> None:
@@ -193,7 +199,7 @@ def test_siims_segmenters() -> None:
         only(stem, bce=1.0, dice=1.0)
         # smp's blocks interpolate by default as the source's do.
         resolved = config.load_recipe(FOLDER / f"{stem}.yaml", ["model.weights=none"])
-        decoder = models.build(resolved.model, resolved.data).get_submodule("decoder")
+        decoder = build_model(resolved.model, resolved.data).get_submodule("decoder")
         modes = {block.interpolation_mode for block in decoder.modules() if hasattr(block, "interpolation_mode")}
         assert modes == {"nearest"}
     expect("siim-unet-balanced", model__weights="runs/siim-unet-positives/best.pt")
@@ -208,13 +214,13 @@ def test_siims_classifiers() -> None:
     expect("siim-classifier-hard", plan__hard_scores="runs/siim-classifier/predictions-train.parquet")
 
 
-# And the whole way, on drawn pictures.
+# And the whole way, on drawn images.
 
 SMALL = (
     "augment.size=32",
-    "plan.batch=6",
-    "plan.eval_batch=16",
-    "plan.steps_per_epoch=2",
+    "sampler.batch_size=6",
+    "sampler.eval_batch_size=16",
+    "sampler.steps_per_epoch=2",
     "train.epochs=1",
     "optim.warmup_steps=0",
     "scaling.num_workers=1",
@@ -230,8 +236,8 @@ TINY = {
 
 
 @pytest.fixture(scope="module")
-def drawn_records(drawn: PhantomPaths) -> list[ImageRecord]:
-    return archives.read("nih", str(drawn.nih))
+def drawn_records(drawn: SyntheticPaths) -> list[ImageRecord]:
+    return sources.read("nih", str(drawn.nih))
 
 
 @pytest.fixture(scope="module")
@@ -241,21 +247,21 @@ def shards(
     drawn_records: list[ImageRecord],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, str]:
-    """Shard sets by archive. Kermany's and RSNA's layouts hold the phantom's pictures, an effusion as pneumonia."""
+    """Datasets by archive. Kermany's and RSNA's layouts hold the synthetic archive's images, an effusion as pneumonia."""
     root = tmp_path_factory.mktemp("layouts")
     table = ["patientId,x,y,width,height,Target"]
     for number, record in enumerate(drawn_records):
-        grey = cv2.imread(record.path, cv2.IMREAD_GRAYSCALE)
-        assert grey is not None
+        gray = cv2.imread(record.path, cv2.IMREAD_GRAYSCALE)
+        assert gray is not None
         sick = bool(record.findings["Effusion"])
         part = "test" if record.split == "test" else "train"
         name = f"person{number}_virus_{number}" if sick else f"IM-{number:04d}-0001"
-        picture = root / "kermany" / part / ("PNEUMONIA" if sick else "NORMAL") / f"{name}.jpeg"
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        cv2.imwrite(str(picture), grey)
+        image = root / "kermany" / part / ("PNEUMONIA" if sick else "NORMAL") / f"{name}.jpeg"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(image), gray)
         dicom = root / "rsna" / rsna.FOLDERS[0] / f"{number:08d}.dcm"
         dicom.parent.mkdir(parents=True, exist_ok=True)
-        dicom.write_bytes(dicom_file(grey))
+        dicom.write_bytes(dicom_file(gray))
         table.append(f"{number:08d},{'10,10,30,30,1' if sick else ',,,,0'}")
     (root / "rsna" / rsna.LABEL_TABLE).write_text("\n".join(table) + "\n")
     made = {"nih": nih_shards, "siim": siim_shards}
@@ -267,16 +273,16 @@ def shards(
 
 
 def small(path: Path, shards: str, root: Path, *more: str) -> Recipe:
-    """The recipe with a tiny net of its kind, for two steps."""
+    """The recipe with a tiny model of its kind, for two steps."""
     arch = config.load_recipe(path).model.arch
-    given = [*SMALL, f"model.options={TINY[arch]}", f"data.shards=[{shards}]", f"tracking.root={root}"]
+    given = [*SMALL, f"model.options={TINY[arch]}", f"data.shards=[{shards}]", f"tracking.runs_dir={root}"]
     if arch == "Unet":
         given.append("model.encoder=resnet18")
     return config.load_recipe(path, [*given, f"tracking.name={path.stem}", *more])
 
 
 def source_of(stem: str) -> str:
-    """The archive whose shards the recipe is run on here: the phantom's NIH side shows no pneumonia."""
+    """The archive whose shards the recipe is run on here: the synthetic archive's NIH side shows no pneumonia."""
     first = stem.split("-")[0]
     return {"kermany": "kermany", "rsna": "rsna", "siim": "siim"}.get(
         first, {"chexnet-pneumonia": "rsna", "demo-unet": "siim"}.get(stem, "nih")
@@ -285,9 +291,9 @@ def source_of(stem: str) -> str:
 
 def whole_way(resolved: Recipe, stem: str) -> tuple[str, dict[str, Any]]:
     """Train, threshold and evaluate in this process: the run and its metrics."""
-    run = str(launch.launch(resolved, stem, progress.watch, local=True))
-    evaluate.threshold(run, resamples=10)
-    return run, json.loads(Path(str(evaluate.evaluate(run, resamples=10))).read_text())
+    run = str(launch.launch(resolved, stem, progress.watch_run, local=True))
+    choose_run_thresholds(run, resamples=10)
+    return run, json.loads(Path(str(evaluate_run(run, resamples=10))).read_text())
 
 
 COLD = [path for path in JOBS if path.stem not in ("siim-unet-balanced", "siim-classifier-hard")]
@@ -302,14 +308,14 @@ def test_a_recipe_runs_the_whole_way(path: Path, shards: dict[str, str], tmp_pat
     lines = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2]
     (last,) = [line for line in lines if line["kind"] == "val"]
-    assert resolved.train.metric in last
+    assert resolved.train.monitor in last
     data = manifest.load(*resolved.data.shards)
-    assert found["images"] == len(feed.usable_rows(data, resolved.data.test_split, resolved.data))
+    assert found["images"] == len(usable_rows(data, resolved.data.test_split, resolved.data))
     if path.stem == "kermany-frozen":
         trained = torch.load(Path(run, "best.pt"), weights_only=True)["model"]
-        torch.manual_seed(resolved.plan.seed)
-        fresh = models.build(resolved.model, resolved.data).state_dict()
-        # Its statistics too: batch normalisation that is frozen does not drift.
+        torch.manual_seed(resolved.sampler.seed)
+        fresh = build_model(resolved.model, resolved.data).state_dict()
+        # Its statistics too: batch normalization that is frozen does not drift.
         moved = {key.split(".")[0] for key, value in fresh.items() if not torch.equal(value, trained[key])}
         assert moved == {"layer1", "layer2", "layer3", "layer4", "fc"}
 
@@ -326,7 +332,7 @@ def test_an_approach_2_starts_where_approach_1_ended(
         launch.launch(
             small(FOLDER / f"{first}.yaml", shards["siim"], Path("runs"), "model.weights=none"),
             first,
-            progress.watch,
+            progress.watch_run,
             local=True,
         )
     )
@@ -334,7 +340,7 @@ def test_an_approach_2_starts_where_approach_1_ended(
     if second == "siim-classifier-hard":
         monkeypatch.setattr("sys.argv", ["cxrscale", "predict", "--split", "train", "--run", f"runs/{first}"])
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            app.main()
         assert not stop.value.code
     resolved = small(FOLDER / f"{second}.yaml", shards["siim"], Path("runs"), "optim.lr=1e-12")
     run, _ = whole_way(resolved, second)
@@ -348,13 +354,13 @@ def test_an_approach_2_starts_where_approach_1_ended(
 
 
 def copies_of_the_worst(resolved: Recipe) -> set[int]:
-    """How often a pass holds each of the pictures that the first run was most wrong about."""
+    """How often a pass holds each of the images that the first run was most wrong about."""
     data = manifest.load(*resolved.data.shards)
-    scores = predict.read(str(resolved.plan.hard_scores))
+    scores = predictions.read_predictions(str(resolved.sampler.hard_predictions))
     error_N = np.abs(scores.score_NF - scores.label_NF)[:, 0]
-    hard = max(1, round(resolved.plan.hard_share * len(error_N)))
+    hard = max(1, round(resolved.sampler.hard_share * len(error_N)))
     worst = set(scores.image_id[np.argsort(-error_N)[:hard]].tolist())
-    stream = feed.sampling(data, resolved.data, resolved.plan)
-    rows_TG, _ = stream.take(0, stream.pass_length // resolved.plan.batch + 1)
+    stream = open_training_stream(data, resolved.data, resolved.sampler)
+    rows_TG, _ = stream.take(0, stream.pass_length // resolved.sampler.batch_size + 1)
     drawn = Counter(data.image_id[row] for row in rows_TG.flatten()[: stream.pass_length])
     return {drawn[name] for name in worst}

@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError, model_validator
 
-from cxrscale.config.inputs import Augment, Data, Pack, Plan
-from cxrscale.config.learning import Loss, Model, Optim, Train
-from cxrscale.config.running import Scaling, Threshold, Tracking, Tune
+from cxrscale.config.data import Augment, Data, Pack, Sampler
+from cxrscale.config.renamed import renamed_field
+from cxrscale.config.runtime import Scaling, Threshold, Tracking, Tune
 from cxrscale.config.section import Section
-from cxrscale.schema import InputError
+from cxrscale.config.training import Loss, Model, Optim, Train
+from cxrscale.types import UserError
 
 
 class Recipe(Section):
@@ -23,7 +24,7 @@ class Recipe(Section):
 
     pack: Pack = Pack()
     data: Data = Data()
-    plan: Plan = Plan()
+    sampler: Sampler = Sampler()
     augment: Augment = Augment()
     model: Model = Model()
     loss: Loss = Loss()
@@ -41,13 +42,13 @@ class Recipe(Section):
         for name in ("dice", "lovasz"):
             if getattr(self.loss, name) and self.data.task == "classify":
                 raise ValueError(f"loss.{name} needs pixels: set data.task=segment or loss.{name}=0")
-        if self.train.metric in ("dice", "dice_positives", "iou") and self.data.task == "classify":
+        if self.train.monitor in ("dice", "dice_positives", "iou") and self.data.task == "classify":
             raise ValueError(
-                f"train.metric={self.train.metric} needs pixels: set data.task=segment or train.metric=auroc"
+                f"train.monitor={self.train.monitor} needs pixels: set data.task=segment or train.monitor=auroc"
             )
-        _, dot, finding = self.train.metric.partition(".")
+        _, dot, finding = self.train.monitor.partition(".")
         if dot and finding not in self.data.findings:
-            raise ValueError(f"train.metric={self.train.metric}: data.findings has no {finding}")
+            raise ValueError(f"train.monitor={self.train.monitor}: data.findings has no {finding}")
         return self
 
 
@@ -58,7 +59,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe and apply `section.field=value` overrides; values are YAML (`3e-4`, `[a, b]`, `null`).
 
     Raises:
-        InputError: no such file, no YAML, an unknown field (names the one you may have meant), a bad value.
+        UserError: no such file, no YAML, an unknown field (names the one you may have meant), a bad value.
     """
     path = Path(path)
     try:
@@ -66,15 +67,15 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     except FileNotFoundError:
         near = sorted(str(other) for other in path.parent.glob("*.yaml"))[:12] if path.parent.is_dir() else []
         remedy = f"recipes there: {', '.join(near)}" if near else "recipes lie in jobs/"
-        raise InputError(f"recipe {path} does not exist; {remedy}") from None
+        raise UserError(f"recipe {path} does not exist; {remedy}") from None
     except OSError as error:
-        raise InputError(f"recipe {path} cannot be read: {error.strerror}; give a YAML file") from None
+        raise UserError(f"recipe {path} cannot be read: {error.strerror}; give a YAML file") from None
     try:
         tree = yaml.load(text, _Loader) or {}
     except yaml.YAMLError as error:
-        raise InputError(f"recipe {path} is not YAML: {_one_line(error)}") from None
+        raise UserError(f"recipe {path} is not YAML: {_one_line(error)}") from None
     if not isinstance(tree, dict):
-        raise InputError(f"recipe {path} is a {type(tree).__name__}, not sections; see `cxrscale config`")
+        raise UserError(f"recipe {path} is a {type(tree).__name__}, not sections; see `cxrscale config`")
     return parse(Recipe, override(tree, overrides), where=str(path))
 
 
@@ -82,19 +83,19 @@ def override(tree: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any
     """A copy of the nested mapping with each `a.b=value` set; the value is parsed as YAML.
 
     Raises:
-        InputError: an override has no `=` or goes through a field that is no section.
+        UserError: an override has no `=` or goes through a field that is no section.
     """
     result: dict[str, Any] = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
     for item in overrides:
         name, equals, text = item.partition("=")
         if not equals or not name:
-            raise InputError(f"override {item!r} is not of the form section.field=value, e.g. optim.lr=3e-4")
+            raise UserError(f"override {item!r} is not of the form section.field=value, e.g. optim.lr=3e-4")
         *parents, leaf = name.strip().split(".")
         here = result
         for parent in parents:
             here = here.setdefault(parent, {})
             if not isinstance(here, dict):
-                raise InputError(f"override {item!r}: {parent} is a value, not a section")
+                raise UserError(f"override {item!r}: {parent} is a value, not a section")
         here[leaf] = _value(text)
     return result
 
@@ -107,11 +108,13 @@ def parse(section: type[AnySection], tree: Mapping[str, Any], where: str) -> Any
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise InputError(f"{where}: unknown field {field}; {_nearest(section, field)}") from None
+            if new := renamed_field(field):
+                raise UserError(f"{where}: {field} is now called {new}; rename it") from None
+            raise UserError(f"{where}: unknown field {field}; {_nearest(section, field)}") from None
         message = first["msg"].removeprefix("Value error, ")
         value = "" if not field else f"={first['input']!r}"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise InputError(f"{where}: {field}{value}{': ' if field else ''}{message}{more}") from None
+        raise UserError(f"{where}: {field}{value}{': ' if field else ''}{message}{more}") from None
 
 
 def to_yaml(section: Section) -> str:

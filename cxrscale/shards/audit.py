@@ -1,4 +1,4 @@
-"""What shard sets hold: queries on their manifests and fingerprints, no tar is opened."""
+"""What datasets hold: queries on their manifests and fingerprints, no tar is opened."""
 
 from __future__ import annotations
 
@@ -8,41 +8,41 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cxrscale import labels
-from cxrscale.shards import leaks
-from cxrscale.shards.build import UNLABELLED
-from cxrscale.shards.leaks import Sets
+from cxrscale.config import ABSENT, PRESENT, has_no_finding
+from cxrscale.shards import leakage
+from cxrscale.shards.build import UNLABELED
+from cxrscale.shards.leakage import JoinedDatasets
 from cxrscale.shards.manifest import Manifest
-from cxrscale.splits import TEST, TRAIN, VAL
+from cxrscale.shards.splits import TEST, TRAIN, VAL
 
 AREA_EDGES = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 1.0)
-"""Bounds of the mask area histogram, as shares of the picture."""
+"""Bounds of the mask area histogram, as shares of the image."""
 AGE_BANDS = (*((low, low + 9) for low in range(0, 90, 10)), (90, 120))
 """First and last year of each age band."""
 
 
 def audit(*roots: str) -> dict[str, Any]:
-    """Counts a finding, split, sex, view and age band; pixels and masks; patients and pictures that splits share.
+    """Counts a finding, split, sex, view and age band; pixels and masks; patients and images that splits share.
 
     Args:
-        roots: shard sets that are meant to be used together, each a folder or an address.
+        roots: datasets that are meant to be used together, each a folder or an address.
 
     Returns:
         What `audit.json` holds. `verdict` says it in words; `not_checked` is what could not be told, and how it could.
 
     Raises:
-        InputError: a folder holds no shard set, or two of them hold a picture of the same id.
+        UserError: a folder holds no dataset, or two of them hold an image of the same id.
     """
-    sets = leaks.join(*roots)
+    sets = leakage.join_datasets(*roots)
     return {
         "shards": list(roots),
         "manifest": sets.data.digest,
-        "pictures": len(sets.data),
-        **leaks.look(sets),
-        **_counted(sets.data),
+        "images": len(sets.data),
+        **leakage.find_leaks(sets),
+        **_counts(sets.data),
         "pixels": _pixels(sets),
         "masks": _masks(sets),
-        "sets": [_described(sets, s) for s in range(len(roots))],
+        "sets": [_dataset_info(sets, s) for s in range(len(roots))],
         "quarantined": [
             {"shards": root, **line}
             for root, about in zip(roots, sets.data.about, strict=True)
@@ -51,8 +51,8 @@ def audit(*roots: str) -> dict[str, Any]:
     }
 
 
-def stored_pixels(sets: Sets) -> npt.NDArray[np.float64]:
-    """(N,) pixels of each stored picture, which a mask's area is a share of."""
+def stored_pixels(sets: JoinedDatasets) -> npt.NDArray[np.float64]:
+    """(N,) pixels of each stored image, which a mask's area is a share of."""
     sizes = [None if about["pack"]["codec"] == "source" else int(about["pack"]["size"]) for about in sets.data.about]
     original = sets.data.column("width").astype(float) * sets.data.column("height").astype(float)
     side_N = np.array([size or 0 for size in sizes], dtype=float)[sets.member_N]
@@ -62,7 +62,7 @@ def stored_pixels(sets: Sets) -> npt.NDArray[np.float64]:
 # Counts
 
 
-def _counted(data: Manifest) -> dict[str, Any]:
+def _counts(data: Manifest) -> dict[str, Any]:
     """The tables: splits, findings, sexes, views and ages, each by split."""
     split = data.split.astype(str)
     names = data.findings()
@@ -71,15 +71,15 @@ def _counted(data: Manifest) -> dict[str, Any]:
     findings = {
         finding: {
             name: {
-                "present": int((label_NF[split == name, f] == labels.PRESENT).sum()),
-                "absent": int((label_NF[split == name, f] == labels.ABSENT).sum()),
+                "present": int((label_NF[split == name, f] == PRESENT).sum()),
+                "absent": int((label_NF[split == name, f] == ABSENT).sum()),
                 "unlabelled": int(np.isnan(label_NF[split == name, f]).sum()),
             }
             for name in splits
         }
         for f, finding in enumerate(names)
     }
-    healthy = labels.no_finding(label_NF) if names else np.zeros(len(data), dtype=bool)
+    healthy = has_no_finding(label_NF) if names else np.zeros(len(data), dtype=bool)
     age_N = data.column("age").astype(float)
     band_N = np.full(len(data), "unknown", dtype=object)
     for low, high in AGE_BANDS:
@@ -96,7 +96,7 @@ def _counted(data: Manifest) -> dict[str, Any]:
 
 
 def _by_split(values: npt.NDArray[Any], split: npt.NDArray[Any], expected: Sequence[str]) -> dict[str, dict[str, int]]:
-    """Value -> split -> pictures; the expected values are there even at 0, `unknown` where any is."""
+    """Value -> split -> images; the expected values are there even at 0, `unknown` where any is."""
     said = np.array([str(value) if value else "unknown" for value in values.tolist()], dtype=object)
     others = sorted(set(said.tolist()) - {*expected, "unknown"})
     order = [*expected, *others, *(["unknown"] if "unknown" in said else [])]
@@ -112,10 +112,10 @@ def _by_split(values: npt.NDArray[Any], split: npt.NDArray[Any], expected: Seque
 def _order(split: str) -> tuple[int, str]:
     """Sorts splits as one thinks of them: training first, what nobody trains on last."""
     known = (TRAIN, VAL, TEST)
-    return (known.index(split) if split in known else len(known) + (split == UNLABELLED), split)
+    return (known.index(split) if split in known else len(known) + (split == UNLABELED), split)
 
 
-def _pixels(sets: Sets) -> dict[str, float]:
+def _pixels(sets: JoinedDatasets) -> dict[str, float]:
     """Mean and standard deviation of all stored pixels, 0..1: packing streamed those of each set."""
     area_N, abouts = stored_pixels(sets), sets.data.about
     weight = np.array([area_N[sets.member_N == s].sum() for s in range(len(abouts))])
@@ -126,19 +126,19 @@ def _pixels(sets: Sets) -> dict[str, float]:
     return {"mean": whole, "std": float(np.sqrt(max(0.0, float(weight @ square) - whole**2)))}
 
 
-def _masks(sets: Sets) -> dict[str, Any]:
-    """How many masks there are and what share of the picture they cover; masks that contradict the labels."""
+def _masks(sets: JoinedDatasets) -> dict[str, Any]:
+    """How many masks there are and what share of the image they cover; masks that contradict the labels."""
     data = sets.data
     mask_N = data.column("mask_pixels").astype(float)
     has = np.isfinite(mask_N)
     filled = np.nan_to_num(mask_N) > 0
     share = mask_N[filled] / stored_pixels(sets)[filled]
     names = data.findings()
-    present = (data.labels(names) == labels.PRESENT).any(axis=1) if names else np.zeros(len(data), dtype=bool)
+    present = (data.labels(names) == PRESENT).any(axis=1) if names else np.zeros(len(data), dtype=bool)
     counts = np.histogram(share, bins=AREA_EDGES)[0]
     quantiles = np.quantile(share, (0.05, 0.5, 0.95)).tolist() if len(share) else [None] * 3
     return {
-        "labelled": int(has.sum()),
+        "labeled": int(has.sum()),
         "with_pixels": int(filled.sum()),
         "area_edges": list(AREA_EDGES),
         "area_counts": counts.tolist(),
@@ -148,14 +148,14 @@ def _masks(sets: Sets) -> dict[str, Any]:
     }
 
 
-def _described(sets: Sets, s: int) -> dict[str, Any]:
-    """One shard set: where it is from and how it was packed."""
+def _dataset_info(sets: JoinedDatasets, s: int) -> dict[str, Any]:
+    """One dataset: where it is from and how it was packed."""
     about, own = sets.data.about[s], sets.member_N == s
     return {
         "shards": sets.roots[s],
         "source": about["source"],
         "patients_from": sets.spaces[s],
-        "pictures": int(own.sum()),
+        "images": int(own.sum()),
         "patients": len(set(sets.data.patient[own].tolist())),
         "quarantined": len(about["quarantined"]),
         "tars": len(about["shards"]),

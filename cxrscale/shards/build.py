@@ -1,4 +1,4 @@
-"""A raw archive -> a shard set: read the tables, give every patient a split, pack."""
+"""A raw archive -> a dataset: read the tables, give every patient a split, pack."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cxrscale import archives, pictures, splits, storage, twins
-from cxrscale.config import Pack
-from cxrscale.labels import PRESENT
-from cxrscale.schema import ImageRecord, InputError, Unreadable
-from cxrscale.shards import manifest
-from cxrscale.shards.pack import Packed, Progress, pack, spread
+from cxrscale import sources
+from cxrscale.cluster import run_tasks
+from cxrscale.config import PRESENT, Pack
+from cxrscale.io import load_image, storage
+from cxrscale.shards import duplicates, manifest, splits
+from cxrscale.shards.pack import PackResult, Progress, pack
+from cxrscale.types import ImageRecord, UnreadableImageError, UserError
 
 PATIENT_KEY = "CXRSCALE_PATIENT_KEY"
-"""The environment variable that keys the patients' hashes; the same key gives the same names in every shard set."""
+"""The environment variable that keys the patients' hashes; the same key gives the same names in every dataset."""
 
-UNLABELLED = "unlabelled"
-"""The split of pictures without a label (or, in a segmentation set, without a mask row): they are never trained on,
+UNLABELED = "unlabelled"
+"""The split of images without a label (or, in a segmentation set, without a mask row): they are never trained on,
 never counted as negative, and can still be predicted."""
 
 
@@ -34,42 +35,42 @@ def build(
     settings: Pack,
     out: str,
     *,
-    twins_of: str | None = None,
+    patients_from_dataset: str | None = None,
     local: bool = False,
     progress: Progress | None = None,
-) -> Packed:
+) -> PackResult:
     """Shard an archive.
 
     Args:
         source: nih, siim, ...
         root: the archive's folder or address.
-        out: where the shard set goes.
-        twins_of: a shard set that holds the same pictures under their true patients (NIH, for SIIM): patient and
+        out: where the dataset goes.
+        patients_from_dataset: a dataset that holds the same images under their true patients (NIH, for SIIM): patient and
             split are taken from there.
         local: in this process instead of on Ray.
         progress: told of every finished shard.
 
     Raises:
-        InputError: the archive cannot be read, or `out` not be written.
+        UserError: the archive cannot be read, or `out` not be written.
     """
-    records = sorted(archives.read(source, root), key=lambda record: record.image_id)[: settings.limit]
-    if twins_of is not None:
-        records, split = adopt(records, twins_of, settings, local=local)
-        patients_from = str(manifest.load(twins_of).about[0]["patients_from"])
+    records = sorted(sources.read(source, root), key=lambda record: record.image_id)[: settings.limit]
+    if patients_from_dataset is not None:
+        records, split = inherit_patients(records, patients_from_dataset, settings, local=local)
+        patients_from = str(manifest.load(patients_from_dataset).about[0]["patients_from"])
     else:
-        if settings.repeats == "unite":
-            records = unite(records, settings, local=local)
+        if settings.duplicates == "merge":
+            records = merge_duplicates(records, settings, local=local)
         split, patients_from = assign(records, settings), None
-        records = [replace(record, patient=patient_name(record, settings)) for record in records]
+        records = [replace(record, patient=hash_patient_id(record, settings)) for record in records]
     return pack(records, split, settings, out, patients_from=patients_from, local=local, progress=progress)
 
 
-def patient_name(record: ImageRecord, settings: Pack) -> str:
+def hash_patient_id(record: ImageRecord, settings: Pack) -> str:
     """What the shards call a patient: 16 digits of BLAKE2b keyed by CXRSCALE_PATIENT_KEY, or the archive's own name.
 
     Without a key of one's own the hash hides nothing from whoever has a list of the patients to try.
     """
-    if settings.patients == "original":
+    if settings.patient_ids == "original":
         return record.patient
     key = os.environ.get(PATIENT_KEY, "cxrscale").encode()[:64]
     return hashlib.blake2b(f"{record.source}:{record.patient}".encode(), key=key, digest_size=8).hexdigest()
@@ -77,11 +78,11 @@ def patient_name(record: ImageRecord, settings: Pack) -> str:
 
 def assign(records: Sequence[ImageRecord], settings: Pack) -> list[str]:
     """The split of each record, by patient; records without labels are set apart."""
-    labelled = [_is_labelled(record, settings) for record in records]
-    chosen = [record for record, keep in zip(records, labelled, strict=True) if keep]
+    labeled = [_is_labeled(record, settings) for record in records]
+    chosen = [record for record, keep in zip(records, labeled, strict=True) if keep]
     names = _splits(chosen, settings) if chosen else np.zeros(0, dtype=object)
     drawn = iter(names.tolist())
-    return [next(drawn) if keep else UNLABELLED for keep in labelled]
+    return [next(drawn) if keep else UNLABELED for keep in labeled]
 
 
 def _splits(records: Sequence[ImageRecord], settings: Pack) -> splits.Splits:
@@ -92,7 +93,7 @@ def _splits(records: Sequence[ImageRecord], settings: Pack) -> splits.Splits:
         positive = [bool(record.rles) or PRESENT in record.findings.values() for record in records]
         return splits.kfold(who, positive, [_mask_pixels(record) for record in records], settings.folds, seed)
     if settings.split == "lists":
-        return splits.listed([record.image_id for record in records], _lists(settings))
+        return splits.from_lists([record.image_id for record in records], _lists(settings))
     if settings.split == "official" and any(record.split for record in records):
         return splits.official(who, [record.split for record in records], settings.val_fraction, seed)
     share = settings.val_fraction * (1 - settings.test_fraction)
@@ -107,77 +108,77 @@ def _mask_pixels(record: ImageRecord) -> float:
 
 def _lists(settings: Pack) -> dict[str, list[str]]:
     if not settings.split_lists:
-        raise InputError("pack.split=lists needs pack.split_lists={train: FILE, val: FILE, test: FILE}")
+        raise UserError("pack.split=lists needs pack.split_lists={train: FILE, val: FILE, test: FILE}")
     return {name: storage.read(path).decode().split() for name, path in settings.split_lists.items()}
 
 
-def adopt(
-    records: Sequence[ImageRecord], twins_of: str, settings: Pack, *, local: bool
+def inherit_patients(
+    records: Sequence[ImageRecord], patients_from_dataset: str, settings: Pack, *, local: bool
 ) -> tuple[list[ImageRecord], list[str]]:
-    """Give each record the patient and split of the same picture in another shard set.
+    """Give each record the patient and split of the same image in another dataset.
 
-    Records without a twin keep their own patient and go to train: a picture whose patient is unknown must not
-    judge a net that may have seen that patient.
+    Records without a duplicate keep their own patient and go to train: an image whose patient is unknown must not
+    judge a model that may have seen that patient.
 
     Raises:
-        InputError: the other shard set holds none of these pictures.
+        UserError: the other dataset holds none of these images.
     """
-    other = pq.read_table(pa.BufferReader(storage.read(storage.join(twins_of, manifest.FINGERPRINTS))))
+    other = pq.read_table(pa.BufferReader(storage.read(storage.join(patients_from_dataset, manifest.FINGERPRINTS))))
     marks = fingerprints(records, settings, local=local)
     readable = list(marks)
-    pairs = twins.find(
+    pairs = duplicates.find_between(
         _matrix([marks[name].dhash for name in readable]),
         _matrix([marks[name].thumbnail for name in readable]),
         _matrix(other["dhash"].to_pylist()),
         _matrix(other["thumbnail"].to_pylist()),
     )
     if not len(pairs):
-        raise InputError(
-            f"--twins {twins_of}: none of these {len(records)} pictures is there; give the right shard set"
+        raise UserError(
+            f"--patients-from {patients_from_dataset}: none of these {len(records)} images is there; give the right dataset"
         )
     patient, split = other["patient"].to_pylist(), other["split"].to_pylist()
     home = {readable[a]: (patient[b], split[b]) for a, b in pairs.tolist()}
     adopted, names = [], []
     for record in records:
-        who, name = home.get(record.image_id, (patient_name(record, settings), splits.TRAIN))
+        who, name = home.get(record.image_id, (hash_patient_id(record, settings), splits.TRAIN))
         adopted.append(replace(record, patient=who))
-        names.append(name if _is_labelled(record, settings) else UNLABELLED)
+        names.append(name if _is_labeled(record, settings) else UNLABELED)
     return adopted, names
 
 
-def unite(records: Sequence[ImageRecord], settings: Pack, *, local: bool) -> list[ImageRecord]:
-    """Make one patient of all who share a picture: a file that occurs twice must not stand in two splits."""
+def merge_duplicates(records: Sequence[ImageRecord], settings: Pack, *, local: bool) -> list[ImageRecord]:
+    """Make one patient of all who share an image: a file that occurs twice must not stand in two splits."""
     marks = fingerprints(records, settings, local=local)
     place = {record.image_id: number for number, record in enumerate(records)}
     readable = list(marks)
-    pairs = twins.repeats(
+    pairs = duplicates.find_within(
         _matrix([marks[name].dhash for name in readable]), _matrix([marks[name].thumbnail for name in readable])
     )
     rows = np.array([place[name] for name in readable], dtype=np.int64)[pairs]
-    names = twins.united([record.patient for record in records], rows)
+    names = duplicates.merge_patients([record.patient for record in records], rows)
     return [replace(record, patient=name) for record, name in zip(records, names, strict=True)]
 
 
-def fingerprints(records: Sequence[ImageRecord], settings: Pack, *, local: bool) -> dict[str, twins.Fingerprint]:
-    """Image id -> fingerprint, of every picture that can be read; packing meets the others again and says why."""
+def fingerprints(records: Sequence[ImageRecord], settings: Pack, *, local: bool) -> dict[str, duplicates.Fingerprint]:
+    """Image id -> fingerprint, of every image that can be read; packing meets the others again and says why."""
     jobs = [(tuple(records[start : start + 500]),) for start in range(0, len(records), 500)]
-    found: dict[str, twins.Fingerprint] = {}
-    for part in spread(_fingerprints, jobs, local=local, workers=settings.workers):
+    found: dict[str, duplicates.Fingerprint] = {}
+    for part in run_tasks(_fingerprints, jobs, local=local, workers=settings.workers):
         found |= part
     return {record.image_id: found[record.image_id] for record in records if record.image_id in found}
 
 
-def _fingerprints(records: Sequence[ImageRecord]) -> dict[str, twins.Fingerprint]:
+def _fingerprints(records: Sequence[ImageRecord]) -> dict[str, duplicates.Fingerprint]:
     cv2.setNumThreads(1)
     found = {}
     for record in records:
-        with suppress(Unreadable, InputError):
-            grey_HW = pictures.load(storage.read(record.path), name=record.path).grey_HW
-            found[record.image_id] = twins.fingerprint(grey_HW)
+        with suppress(UnreadableImageError, UserError):
+            image_HW = load_image(storage.read(record.path), name=record.path).image_HW
+            found[record.image_id] = duplicates.fingerprint(image_HW)
     return found
 
 
-def _is_labelled(record: ImageRecord, settings: Pack) -> bool:
+def _is_labeled(record: ImageRecord, settings: Pack) -> bool:
     return record.rles is not None if settings.masks else bool(record.findings)
 
 

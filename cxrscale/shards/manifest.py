@@ -1,4 +1,4 @@
-"""The manifest: one Parquet row a picture. It is the data set; the tars only hold the bytes it points to."""
+"""The manifest: one Parquet row an image. It is the data set; the tars only hold the bytes it points to."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cxrscale import storage
-from cxrscale.schema import InputError
+from cxrscale.io import storage
+from cxrscale.types import UserError
 
 FORMAT = 1
 NAME = "manifest.parquet"
 FINGERPRINTS = "fingerprints.parquet"
 LABEL = "label."
-"""Prefix of the label columns: `label.Effusion` is int8, 1 present, 0 absent, null unlabelled."""
+"""Prefix of the label columns: `label.Effusion` is int8, 1 present, 0 absent, null unlabeled."""
 
 FIELDS: tuple[tuple[str, pa.DataType], ...] = (
     ("image_id", pa.string()),
@@ -53,7 +53,7 @@ mask columns are null where there is no mask; mask_pixels counts at the stored s
 
 
 def image_key(image_id: str) -> int:
-    """The picture's signed 64-bit number: BLAKE2b of its id. What order and augmentation are drawn from."""
+    """The image's signed 64-bit number: BLAKE2b of its id. What order and augmentation are drawn from."""
     return int.from_bytes(hashlib.blake2b(image_id.encode(), digest_size=8).digest(), "little", signed=True)
 
 
@@ -64,14 +64,14 @@ def schema(findings: Sequence[str]) -> pa.Schema:
 
 @dataclass(frozen=True)
 class Manifest:
-    """One shard set, or several joined, as columns; rows are numbered from 0 in the order of the table."""
+    """One dataset, or several joined, as columns; rows are numbered from 0 in the order of the table."""
 
     table: pa.Table
     """FIELDS, the labels, and `root`: the folder or address that the row's shard lies in."""
     digest: str
     """BLAKE3 over the manifest files, in order: names the data exactly."""
     about: tuple[Mapping[str, Any], ...]
-    """For each shard set: its format, resolved pack configuration, input hashes, shard digests, pixel statistics."""
+    """For each dataset: its format, resolved pack configuration, input hashes, shard digests, pixel statistics."""
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -83,7 +83,7 @@ class Manifest:
 
     @cached_property
     def key(self) -> npt.NDArray[np.int64]:
-        """(N,) numbers of the pictures, from `image_key`."""
+        """(N,) numbers of the images, from `image_key`."""
         return np.asarray(self.table["key"].to_numpy(), dtype=np.int64)
 
     @cached_property
@@ -105,19 +105,19 @@ class Manifest:
         """The rows of one or more splits, ascending.
 
         Raises:
-            InputError: one of them is empty; names those there are.
+            UserError: one of them is empty; names those there are.
         """
         counts = self.split_counts()
         for name in splits:
             if name not in counts:
                 there = ", ".join(f"{other} ({count})" for other, count in counts.items())
-                raise InputError(
-                    f"split {name!r} has no pictures; the manifest has {there}: name one of them in data.*_split"
+                raise UserError(
+                    f"split {name!r} has no images; the manifest has {there}: name one of them in data.*_split"
                 )
         return np.flatnonzero(np.isin(self.split.astype(str), splits)).astype(np.int64)
 
     def split_counts(self) -> dict[str, int]:
-        """Pictures in each split."""
+        """Images in each split."""
         names, counts = np.unique(self.split.astype(str), return_counts=True)
         return {str(name): int(count) for name, count in zip(names, counts, strict=True)}
 
@@ -126,27 +126,27 @@ class Manifest:
         return tuple(name.removeprefix(LABEL) for name in self.table.column_names if name.startswith(LABEL))
 
     def labels(self, findings: Sequence[str]) -> npt.NDArray[np.float32]:
-        """(N, F) labels: 1, 0, or NaN for unlabelled.
+        """(N, F) labels: 1, 0, or NaN for unlabeled.
 
         Raises:
-            InputError: a finding has no column; names those there are.
+            UserError: a finding has no column; names those there are.
         """
         for name in findings:
             if LABEL + name not in self.table.column_names:
                 there = ", ".join(self.findings())
-                raise InputError(f"data.findings: the shards have no label {name!r}; they have {there}")
+                raise UserError(f"data.findings: the shards have no label {name!r}; they have {there}")
         columns = [self.table[LABEL + name].cast(pa.float32()).to_numpy(zero_copy_only=False) for name in findings]
         return np.stack(columns, axis=1).astype(np.float32)
 
 
 def load(*roots: str) -> Manifest:
-    """Read the manifests of one or more shard sets and join them; label columns that a set lacks are null there.
+    """Read the manifests of one or more datasets and join them; label columns that a set lacks are null there.
 
     Raises:
-        InputError: no manifest in a folder, not a manifest, or an image id in two sets.
+        UserError: no manifest in a folder, not a manifest, or an image id in two sets.
     """
     if not roots:
-        raise InputError("data.shards is empty; give data.shards=[FOLDER], as `cxrscale shard` printed it")
+        raise UserError("data.shards is empty; give data.shards=[FOLDER], as `cxrscale shard` printed it")
     tables, about, digests = [], [], []
     for root in roots:
         data = _read(root)
@@ -172,7 +172,7 @@ def write(address: str, rows: pa.Table, about: Mapping[str, Any]) -> None:
 def _read(root: str) -> bytes:
     address = storage.join(root, NAME)
     if not storage.exists(address):
-        raise InputError(f"{address} does not exist; make the shards with `cxrscale shard`, or give its output folder")
+        raise UserError(f"{address} does not exist; make the shards with `cxrscale shard`, or give its output folder")
     return storage.read(address)
 
 
@@ -180,20 +180,20 @@ def _parse(data: bytes, root: str) -> pa.Table:
     try:
         table = pq.read_table(pa.BufferReader(data))
     except pa.ArrowInvalid as error:
-        raise InputError(
+        raise UserError(
             f"{storage.join(root, NAME)} is no Parquet file ({error}); run `cxrscale shard` again"
         ) from None
     if b"cxrscale" not in (table.schema.metadata or {}):
-        raise InputError(
+        raise UserError(
             f"{storage.join(root, NAME)} is no cxrscale manifest; give a folder that `cxrscale shard` wrote"
         )
     about = json.loads(table.schema.metadata[b"cxrscale"])
     if about["format"] != FORMAT:
-        raise InputError(f"{root}: manifest format {about['format']}, this version reads {FORMAT}; shard again")
+        raise UserError(f"{root}: manifest format {about['format']}, this version reads {FORMAT}; shard again")
     return table
 
 
 def _check_unique(manifest: Manifest) -> None:
     ids, counts = np.unique(manifest.image_id.astype(str), return_counts=True)
     if (counts > 1).any():
-        raise InputError(f"data.shards: picture {ids[counts > 1][0]} stands in two shard sets; leave one of them out")
+        raise UserError(f"data.shards: image {ids[counts > 1][0]} stands in two datasets; leave one of them out")

@@ -6,21 +6,23 @@ import io
 import json
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cxrscale import __version__, labels, splits, storage
-from cxrscale.config import Pack
-from cxrscale.schema import ImageRecord, InputError, Unreadable
-from cxrscale.shards import manifest
-from cxrscale.shards.sample import Sample, encode
+from cxrscale import __version__
+from cxrscale.cluster import run_tasks
+from cxrscale.config import NIH14, Pack
+from cxrscale.io import storage
+from cxrscale.shards import manifest, splits
+from cxrscale.shards.encode import EncodedSample, encode_sample
+from cxrscale.types import ImageRecord, UnreadableImageError, UserError
 
 PARTS = ".parts"
 QUARANTINE = "quarantine.jsonl"
@@ -38,7 +40,7 @@ class ShardPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
+class PackResult:
     """What a pack left behind."""
 
     root: str
@@ -48,9 +50,8 @@ class Packed:
     """False where everything had been done before."""
 
 
-Result = TypeVar("Result")
 Progress = Callable[[int, int, int], None]
-"""Called with (pictures finished since the last call, of which quarantined, pictures in all)."""
+"""Called with (images finished since the last call, of which quarantined, images in all)."""
 
 
 def plan_shards(records: Sequence[ImageRecord], split: Sequence[str], pack: Pack) -> list[ShardPlan]:
@@ -59,12 +60,12 @@ def plan_shards(records: Sequence[ImageRecord], split: Sequence[str], pack: Pack
     Pure: depends on the records, not on their order.
 
     Raises:
-        InputError: two records share an id.
+        UserError: two records share an id.
     """
     ids = [record.image_id for record in records]
     if len(set(ids)) != len(ids):
         twice = next(name for name in sorted(ids) if ids.count(name) > 1)
-        raise InputError(f"picture {twice} stands twice in the archive; remove one of the files")
+        raise UserError(f"image {twice} stands twice in the archive; remove one of the files")
     place = {patient: rank for rank, patient in enumerate(splits.shuffled([r.patient for r in records], seed=0))}
     order = sorted(range(len(records)), key=lambda i: (split[i], place[records[i].patient], records[i].image_id))
     keys = _member_keys(ids)
@@ -86,8 +87,8 @@ def pack(
     patients_from: str | None = None,
     local: bool = False,
     progress: Progress | None = None,
-) -> Packed:
-    """Write the shard set; what an earlier, interrupted call finished is kept, what it left half-done is swept away.
+) -> PackResult:
+    """Write the dataset; what an earlier, interrupted call finished is kept, what it left half-done is swept away.
 
     Args:
         records: what an archive reader returned.
@@ -97,12 +98,12 @@ def pack(
         local: in this process instead of on Ray.
 
     Raises:
-        InputError: `out` holds shards of other input or settings, cannot be written, or nothing could be read.
+        UserError: `out` holds shards of other input or settings, cannot be written, or nothing could be read.
     """
     findings = _findings(records)
     plans = plan_shards(records, split, settings)
     digest = _input_digest(plans, settings)
-    done = _published(out, digest)
+    done = _published_result(out, digest)
     if done is not None:
         return done
     storage.sweep(out)
@@ -110,7 +111,7 @@ def pack(
     jobs = [(plan, findings, settings, digest, out) for plan in plans]
     if progress:
         progress(0, 0, len(records))
-    for part in spread(pack_shard, jobs, local=local, workers=settings.workers):
+    for part in run_tasks(pack_shard, jobs, local=local, workers=settings.workers):
         if progress:
             progress(part["images"] + part["quarantined"], part["quarantined"], len(records))
     source = records[0].source
@@ -130,7 +131,7 @@ def pack_shard(plan: ShardPlan, findings: tuple[str, ...], settings: Pack, diges
     finished = _finished_part(part_address, digest, storage.join(out, plan.name))
     if finished is not None:
         return finished
-    samples: list[tuple[str, ImageRecord, Sample]] = []
+    samples: list[tuple[str, ImageRecord, EncodedSample]] = []
     quarantined: list[dict[str, str]] = []
     with storage.publishing(storage.join(out, plan.name)) as path:
         with path.open("wb") as file:
@@ -138,8 +139,8 @@ def pack_shard(plan: ShardPlan, findings: tuple[str, ...], settings: Pack, diges
             writer = webdataset.TarWriter(file, mtime=0, format=tarfile.USTAR_FORMAT, encoder=False)
             for key, record in plan.records:
                 try:
-                    sample = encode(record, plan.split, settings, findings)
-                except Unreadable as reason:
+                    sample = encode_sample(record, plan.split, settings, findings)
+                except UnreadableImageError as reason:
                     quarantined.append({"image_id": record.image_id, "path": record.path, "reason": str(reason)})
                     continue
                 writer.write({"__key__": key, **sample.members})
@@ -164,57 +165,6 @@ def _counts(part: dict[str, Any]) -> dict[str, int]:
     return {"images": part["images"], "quarantined": len(part["quarantined"])}
 
 
-def spread(
-    function: Callable[..., Result], jobs: Sequence[tuple[Any, ...]], *, local: bool, workers: int | None
-) -> Iterator[Result]:
-    """The results of function(*job) for each job, as they finish: of Ray tasks, a bounded number in flight, or here.
-
-    A task whose worker dies is run again, three times at most.
-
-    Raises:
-        InputError: from the function, as its one line.
-    """
-    if local:
-        for job in jobs:
-            yield function(*job)
-        return
-    import ray  # only here: a run that finds everything done must not wait for it
-
-    from cxrscale import session
-
-    session.connect()
-    remote: Any = ray.remote(max_retries=3)(_told)
-    waiting = list(reversed(jobs))
-    running: list[Any] = []
-    limit = workers or max(1, session.cpus())
-    try:
-        while waiting or running:
-            while waiting and len(running) < limit:
-                running.append(remote.remote(function, waiting.pop()))
-            ready, running = ray.wait(running, num_returns=1)
-            result = ray.get(ready[0])
-            if isinstance(result, _Mistake):
-                raise InputError(result.message)
-            yield result
-    finally:
-        for reference in running:
-            ray.cancel(reference, force=True)
-
-
-@dataclass(frozen=True, slots=True)
-class _Mistake:
-    """A user's mistake on its way back as one line; Ray would wrap the exception in a page of traceback."""
-
-    message: str
-
-
-def _told(function: Callable[..., Result], job: tuple[Any, ...]) -> Result | _Mistake:
-    try:
-        return function(*job)
-    except InputError as error:
-        return _Mistake(str(error))
-
-
 def _member_keys(ids: Sequence[str]) -> dict[str, str]:
     """Tar member names: no dots (they would end the key), under 100 characters, unique."""
     keys: dict[str, str] = {}
@@ -231,9 +181,9 @@ def _member_keys(ids: Sequence[str]) -> dict[str, str]:
 
 def _findings(records: Sequence[ImageRecord]) -> tuple[str, ...]:
     if not records:
-        raise InputError("the archive has no pictures; check the folder")
+        raise UserError("the archive has no images; check the folder")
     named = {name for record in records for name in record.findings}
-    known = [name for name in labels.NIH14 if name in named]
+    known = [name for name in NIH14 if name in named]
     return (*known, *sorted(named - set(known)))
 
 
@@ -259,14 +209,14 @@ def _input_digest(plans: Sequence[ShardPlan], settings: Pack) -> str:
     return storage.digest(json.dumps([manifest.FORMAT, choices, rows], sort_keys=True).encode())
 
 
-def _published(out: str, digest: str) -> Packed | None:
+def _published_result(out: str, digest: str) -> PackResult | None:
     address = storage.join(out, manifest.NAME)
     if not storage.exists(address):
         return None
     about = manifest.load(out).about[0]
     if about["input"] != digest:
-        raise InputError(f"{out} holds shards of another archive or other settings; give another --out or remove it")
-    return Packed(out, about["images"], len(about["quarantined"]), fresh=False)
+        raise UserError(f"{out} holds shards of another archive or other settings; give another --out or remove it")
+    return PackResult(out, about["images"], len(about["quarantined"]), fresh=False)
 
 
 def _finished_part(address: str, digest: str, tar: str) -> dict[str, int] | None:
@@ -279,7 +229,9 @@ def _finished_part(address: str, digest: str, tar: str) -> dict[str, int] | None
     return _counts(about)
 
 
-def _read_back(path: Path, samples: Sequence[tuple[str, ImageRecord, Sample]]) -> dict[str, tuple[int, int, int]]:
+def _read_back(
+    path: Path, samples: Sequence[tuple[str, ImageRecord, EncodedSample]]
+) -> dict[str, tuple[int, int, int]]:
     """Member name -> (offset, length, CRC-32), read from the finished tar and checked against what was meant."""
     members = {}
     with tarfile.open(path) as tar:
@@ -290,11 +242,11 @@ def _read_back(path: Path, samples: Sequence[tuple[str, ImageRecord, Sample]]) -
     for key, record, sample in samples:
         for suffix, crc in sample.crcs.items():
             if members[f"{key}.{suffix}"][2] != crc:
-                raise InputError(f"{path}: {record.image_id} read back differently than written; check the disk")
+                raise UserError(f"{path}: {record.image_id} read back differently than written; check the disk")
     return members
 
 
-def _index(samples: Sequence[tuple[str, ImageRecord, Sample]], members: dict[str, tuple[int, int, int]]) -> str:
+def _index(samples: Sequence[tuple[str, ImageRecord, EncodedSample]], members: dict[str, tuple[int, int, int]]) -> str:
     """DALI's index of the tar (wds2idx v1.2), for `fn.readers.webdataset(index_paths=...)`."""
     lines = [f"v1.2 {len(samples)}"]
     for key, _, sample in samples:
@@ -306,7 +258,7 @@ def _index(samples: Sequence[tuple[str, ImageRecord, Sample]], members: dict[str
 def _rows(
     plan: ShardPlan,
     findings: tuple[str, ...],
-    samples: Sequence[tuple[str, ImageRecord, Sample]],
+    samples: Sequence[tuple[str, ImageRecord, EncodedSample]],
     members: dict[str, tuple[int, int, int]],
 ) -> pa.Table:
     rows = []
@@ -333,7 +285,7 @@ def _publish(
     out: str,
     source: str,
     patients_from: str,
-) -> Packed:
+) -> PackResult:
     """Join the parts: quarantine list, fingerprints, and the manifest last, so that nothing half-done is ever seen."""
     storage.sweep(out)  # a task that was killed and run again has left its half behind
     tables, shards, quarantined = [], {}, []
@@ -345,9 +297,7 @@ def _publish(
         quarantined += about["quarantined"]
     rows = pa.concat_tables(tables)
     if not len(rows):
-        raise InputError(
-            f"none of the {len(quarantined)} pictures could be read; the first: {quarantined[0]['reason']}"
-        )
+        raise UserError(f"none of the {len(quarantined)} images could be read; the first: {quarantined[0]['reason']}")
     if quarantined:
         storage.write(storage.join(out, QUARANTINE), "".join(json.dumps(line) + "\n" for line in quarantined))
     prints = rows.select(["image_id", "patient", "split", "dhash", "thumbnail"])
@@ -374,4 +324,4 @@ def _publish(
     for plan in plans:
         storage.remove(storage.join(out, PARTS, plan.name + ".parquet"))
     storage.remove_empty_folder(storage.join(out, PARTS))
-    return Packed(out, len(rows), len(quarantined), fresh=True)
+    return PackResult(out, len(rows), len(quarantined), fresh=True)

@@ -1,4 +1,4 @@
-"""Re-read every byte of a shard set and hold it against its manifest."""
+"""Re-read every byte of a dataset and hold it against its manifest."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cxrscale import storage
+from cxrscale.io import storage
 from cxrscale.shards import manifest
 
 
 def verify(root: str, progress: Callable[[int], None] | None = None) -> list[str]:
-    """Everything wrong with a shard set, a line each; empty when it is whole.
+    """Everything wrong with a dataset, a line each; empty when it is whole.
 
     Args:
-        root: the shard set.
-        progress: called with the number of pictures checked since the last call.
+        root: the dataset.
+        progress: called with the number of images checked since the last call.
 
     Raises:
-        InputError: there is no manifest.
+        UserError: there is no manifest.
     """
     data = manifest.load(root)
     expected = data.about[0]["shards"]

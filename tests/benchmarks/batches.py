@@ -5,7 +5,7 @@
     python -m tests.benchmarks.batches --images DIR --device mixed        (where there is a GPU)
 
 DIR is a folder of PNGs, e.g. NIH's images_001/images; they are packed into real shards first. Every contender delivers
-normalised batches of the same size under the same kind of augmentation; the contenders take turns, a batch each, in one
+normalized batches of the same size under the same kind of augmentation; the contenders take turns, a batch each, in one
 process with one thread each, so that a machine whose speed wanders treats them alike. CPU is the time of all threads.
 Ratios are medians over rounds of the ratio within a round.
 
@@ -13,7 +13,7 @@ Peers that are not installed are left out and named. They are no dependencies of
 own that sees this one's packages:
 
     pip install --no-deps litdata lightning-utilities obstore tifffile
-    pip install --no-deps mosaicml-streaming catalogue python-snappy cramjam zstd brotli xxhash transformers tokenizers
+    pip install --no-deps mosaicml-streaming catalog python-snappy cramjam zstd brotli xxhash transformers tokenizers
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from typing import Any
 import cv2
 import torch
 
-from cxrscale.batches import plan as planning
-from cxrscale.batches.numbers import draw
-from cxrscale.batches.source import ShardSource
-from cxrscale.config import PRESETS, Augment, Data, Pack, Plan
-from cxrscale.schema import ImageRecord
+from cxrscale.config import PRESETS, Augment, Data, Pack, Sampler
+from cxrscale.loader import sampler as planning
+from cxrscale.loader.augment import sample_params
+from cxrscale.loader.reader import ShardReader
 from cxrscale.shards import manifest, pack
 from cxrscale.shards.manifest import Manifest
+from cxrscale.types import ImageRecord
 from tests.benchmarks import batches_device, batches_memory, batches_peers
 from tests.benchmarks.batches_peers import Contender, Material
 
@@ -48,7 +48,7 @@ PLAN, NUMBERS = "cxrscale: plan + source", "cxrscale: augmentation numbers"
 
 
 def packed(paths: list[Path], out: str, size: int) -> Manifest:
-    """The PNGs as a shard set whose every picture is for training."""
+    """The PNGs as a dataset whose every image is for training."""
     records = [
         ImageRecord(path.name, "nih", str(path), path.name.split("_")[0], {"Effusion": number % 2, "Mass": 0})
         for number, path in enumerate(paths)
@@ -62,33 +62,33 @@ def settings(threads: int, reader: str = "dali") -> Data:
     return Data.model_validate({"findings": ("Effusion", "Mass"), "reader": reader, "threads": threads, "prefetch": 1})
 
 
-def plan_and_source(shards: Manifest, plan: Plan) -> Iterator[object]:
+def plan_and_source(shards: Manifest, sampler: Sampler) -> Iterator[object]:
     """Which rows, and their bytes, checked: what our pipeline does before its graph."""
-    rows, source = shards.rows("train"), ShardSource(shards)
+    rows, source = shards.rows("train"), ShardReader(shards)
     label_NF = shards.labels(("Effusion", "Mass"))
-    for step in planning.training(rows, label_NF[rows], shards.key[rows], plan):
+    for step in planning.training_indices(rows, label_NF[rows], shards.key[rows], sampler):
         yield source.read(step.row_B, False), label_NF[step.row_B]
 
 
-def numbers(shards: Manifest, plan: Plan, augment: Augment) -> Iterator[object]:
-    """Every random number of every picture's augmentation, alone."""
-    rows, source = shards.rows("train"), ShardSource(shards)
-    for step in planning.training(rows, shards.labels(("Effusion", "Mass"))[rows], shards.key[rows], plan):
-        yield draw(augment, 0, shards.key[step.row_B], step.draw_B, *source.sizes(step.row_B), True)
+def numbers(shards: Manifest, sampler: Sampler, augment: Augment) -> Iterator[object]:
+    """Every random number of every image's augmentation, alone."""
+    rows, source = shards.rows("train"), ShardReader(shards)
+    for step in planning.training_indices(rows, shards.labels(("Effusion", "Mass"))[rows], shards.key[rows], sampler):
+        yield sample_params(augment, 0, shards.key[step.row_B], step.draw_B, *source.sizes(step.row_B), True)
 
 
 def contenders(material: Material, threads: int) -> dict[str, Contender]:
     """All that can run here."""
-    from cxrscale.batches import feed
+    from cxrscale.loader.loader import training_batches
 
-    plan, augment, shards = Plan(batch=material.batch), material.augment, material.shards
+    sampler, augment, shards = Sampler(batch_size=material.batch), material.augment, material.shards
     found: dict[str, Contender] = {USUAL: batches_peers.torchvision_on_png(material)}
     found |= batches_peers.installed(material)
     found[READER] = batches_peers.dali_reader(material, threads)
     for name, reader in ((OURS, "dali"), (REFERENCE, "reference")):
-        found[name] = feed.training(shards, settings(threads, reader), plan, augment).__next__
-    found[PLAN] = plan_and_source(shards, plan).__next__
-    found[NUMBERS] = numbers(shards, plan, augment).__next__
+        found[name] = training_batches(shards, settings(threads, reader), sampler, augment).__next__
+    found[PLAN] = plan_and_source(shards, sampler).__next__
+    found[NUMBERS] = numbers(shards, sampler, augment).__next__
     return found
 
 
@@ -111,8 +111,8 @@ def interleaved(contenders: dict[str, Contender], rounds: int) -> dict[str, list
 
 
 def table(times: dict[str, list[dict[str, float]]], batch: int) -> dict[str, dict[str, float]]:
-    """Print and return medians in ms a picture, and how many times as fast as the usual loader each is."""
-    print(f"{'ms a picture':34}{'cpu':>8}{'wall':>8}{'x usual, cpu':>14}{'wall':>8}")
+    """Print and return medians in ms an image, and how many times as fast as the usual loader each is."""
+    print(f"{'ms an image':34}{'cpu':>8}{'wall':>8}{'x usual, cpu':>14}{'wall':>8}")
     found: dict[str, dict[str, float]] = {}
     for name, rounds in times.items():
         row = {kind: 1000 * statistics.median(r[kind] for r in rounds) / batch for kind in ("cpu", "wall")}
@@ -148,9 +148,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--images", type=Path, required=True, help="folder of PNGs")
     parser.add_argument("--count", type=int, default=240, help="how many of them")
     parser.add_argument("--preset", choices=sorted(PRESETS), default=[], action="append", help="may be repeated")
-    parser.add_argument("--batch", type=int, default=64, help="pictures a batch")
+    parser.add_argument("--batch", type=int, default=64, help="images a batch")
     parser.add_argument("--size", type=int, default=224, help="input side in pixels")
-    parser.add_argument("--stored", type=int, default=512, help="side of the pictures in the shards")
+    parser.add_argument("--stored", type=int, default=512, help="side of the images in the shards")
     parser.add_argument("--threads", type=int, default=1, help="DALI's threads; the others use one")
     parser.add_argument("--rounds", type=int, default=9, help="timed batches of each contender")
     parser.add_argument("--device", choices=["cpu", "mixed"], default="cpu", help="mixed: our loader on a GPU, alone")

@@ -1,4 +1,4 @@
-"""Our loader alone on a GPU: pictures a second, the decoder's part of it, and the memory it takes."""
+"""Our loader alone on a GPU: images a second, the decoder's part of it, and the memory it takes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from cxrscale.batches import feed
-from cxrscale.batches.source import ShardSource
-from cxrscale.config import PRESETS, Augment, Data, Plan
+from cxrscale.config import PRESETS, Augment, Data, Sampler
+from cxrscale.loader.loader import training_batches
+from cxrscale.loader.reader import ShardReader
 from cxrscale.shards.manifest import Manifest
 from tests.benchmarks.batches_peers import Contender
 
@@ -28,7 +28,7 @@ def measured(shards: Manifest, batch: int, size: int, rounds: int) -> dict[str, 
     for preset in sorted(PRESETS):
         augment = Augment.model_validate({"preset": preset, "size": size})
         data = Data(findings=("Effusion", "Mass"))
-        work[preset] = feed.training(shards, data, Plan(batch=batch), augment, device="cuda").__next__
+        work[preset] = training_batches(shards, data, Sampler(batch_size=batch), augment, device="cuda").__next__
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for number in range(rounds + 1):
         for name, contender in work.items():
@@ -40,7 +40,7 @@ def measured(shards: Manifest, batch: int, size: int, rounds: int) -> dict[str, 
     for name, each in median.items():
         share = median["decode alone"] / each
         found["presets"][name] = {"pictures_per_second": 1 / each, "decode_share": share}
-        print(f"{name:14}{1 / each:10.0f} pictures a second, decoding is {100 * share:5.1f}% of it")
+        print(f"{name:14}{1 / each:10.0f} images a second, decoding is {100 * share:5.1f}% of it")
     found["memory_gb"] = (before - torch.cuda.mem_get_info()[0]) / 1e9
     print(f"{found['memory_gb']:.2f} GB of GPU memory for all {len(work)} graphs together")
     return found
@@ -59,7 +59,7 @@ def _decoding(shards: Manifest, batch: int) -> Contender:
     """nvJPEG on the same files, nothing else."""
     from nvidia.dali import fn, pipeline_def, types
 
-    files = ShardSource(shards).read(np.arange(batch, dtype=np.int64) % len(shards), False).images
+    files = ShardReader(shards).read(np.arange(batch, dtype=np.int64) % len(shards), False).images
 
     def graph() -> Any:
         encoded = fn.external_source(lambda: files, dtype=types.UINT8, ndim=1)

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import psutil
 
-from cxrscale.batches import feed
-from cxrscale.config import Augment, Data, Plan
+from cxrscale.config import Augment, Data, Sampler
+from cxrscale.loader.loader import training_batches
 from cxrscale.shards.manifest import Manifest
 
 STORED, SIZE, BATCH = 64, 48, 4
-"""Pictures of 64 pixels to inputs of 48, four a batch: a leak is a leak an iteration, whatever the size."""
+"""Images of 64 pixels to inputs of 48, four a batch: a leak is a leak an iteration, whatever the size."""
 WARM, SAMPLES = 0.1, 100
 MEGABYTES = 5.0
 SHARE = 0.01
@@ -22,11 +22,11 @@ SHARE = 0.01
 
 def measured(shards: Manifest, steps: int) -> dict[str, Any]:
     """Go through `steps` batches; flat is growth below 1% or 5 MB from the first to the last tenth after warm-up."""
-    data = Data(findings=("Effusion", "Mass"), threads=1)
+    data = Data(findings=("Effusion", "Mass"))
     augment = Augment.model_validate({"preset": "effusion", "size": SIZE, "blur": 0.1, "clahe": "random"})
     process, began = psutil.Process(), time.perf_counter()
     every, step_S, megabytes_S = max(1, steps // SAMPLES), [], []
-    batches = feed.training(shards, data, Plan(batch=BATCH), augment)
+    batches = training_batches(shards, data, Sampler(batch_size=BATCH), augment)
     for step in range(1, steps + 1):
         next(batches)
         if step % every == 0:

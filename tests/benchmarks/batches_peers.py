@@ -1,4 +1,4 @@
-"""The loaders that others use, each as a function that returns the next batch: (B, 1, H, W) float32, normalised.
+"""The loaders that others use, each as a function that returns the next batch: (B, 1, H, W) float32, normalized.
 
 Those that only bring bytes (webdataset, litdata, mosaicml-streaming) are given our own OpenCV augmentation: it is the
 fastest that we know, so what differs is the loader.
@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from cxrscale.batches import reference
-from cxrscale.batches.numbers import about_centres, draw
-from cxrscale.batches.source import ShardSource
 from cxrscale.config import Augment
+from cxrscale.loader import opencv
+from cxrscale.loader.augment import sample_params, to_pixel_centers
+from cxrscale.loader.reader import ShardReader
 from cxrscale.shards.manifest import Manifest
 
 Contender = Callable[[], object]
@@ -47,7 +47,7 @@ class Material:
     def files(self) -> list[bytes]:
         """The JPEGs of the shards, for copies in other formats."""
         rows = np.arange(len(self.shards), dtype=np.int64)
-        return [image.tobytes() for image in ShardSource(self.shards).read(rows, False).images]
+        return [image.tobytes() for image in ShardReader(self.shards).read(rows, False).images]
 
 
 def torchvision_on_png(material: Material) -> Contender:
@@ -68,9 +68,9 @@ def torchvision_on_png(material: Material) -> Contender:
         operations.append(transforms.ColorJitter(augment.brightness, augment.contrast))
     operations.append(transforms.ToTensor())
     if augment.noise:
-        operations.append(lambda picture: picture + augment.noise * torch.randn_like(picture))
-    if augment.normalise == "minmax":
-        operations.append(lambda picture: (picture - picture.min()) / (picture.max() - picture.min()).clamp_min(1e-6))
+        operations.append(lambda image: image + augment.noise * torch.randn_like(image))
+    if augment.normalize == "minmax":
+        operations.append(lambda image: (image - image.min()) / (image.max() - image.min()).clamp_min(1e-6))
     else:
         operations.append(transforms.Normalize([augment.mean], [augment.std]))
     composed = transforms.Compose(operations)
@@ -103,16 +103,16 @@ def _augmented(files: Iterator[bytes], material: Material) -> Contender:
     """OpenCV on the next files: decode, one warp, and what else the preset wants."""
     augment, size_B = material.augment, np.full(material.batch, _stored(material.shards))
     numbers = (
-        draw(augment, 0, np.arange(material.batch), np.arange(material.batch) + start, size_B, size_B, True)
+        sample_params(augment, 0, np.arange(material.batch), np.arange(material.batch) + start, size_B, size_B, True)
         for start in count(0, material.batch)
     )
 
     def batch() -> object:
         drawn = next(numbers)
-        matrix_B23 = about_centres(drawn.matrix_B23)
+        matrix_B23 = to_pixel_centers(drawn.matrix_B23)
         encoded = (np.frombuffer(next(files), np.uint8) for _ in range(material.batch))
-        pictures = [reference.picture(file, i, matrix_B23[i], drawn, augment) for i, file in enumerate(encoded)]
-        return torch.from_numpy(np.stack(pictures)[:, None])
+        images = [opencv.augmented_image(file, i, matrix_B23[i], drawn, augment) for i, file in enumerate(encoded)]
+        return torch.from_numpy(np.stack(images)[:, None])
 
     return batch
 
@@ -186,7 +186,7 @@ def dali_reader(material: Material, threads: int) -> Contender:
         if augment.noise:
             image = fn.noise.gaussian(image, stddev=255 * augment.noise)
         flip = fn.random.coin_flip(probability=augment.hflip)
-        if augment.normalise == "minmax":
+        if augment.normalize == "minmax":
             image = fn.cast(fn.flip(image, horizontal=flip), dtype=types.FLOAT)
             low, high = fn.reductions.min(image, keep_dims=True), fn.reductions.max(image, keep_dims=True)
             return (image - low) / (high - low + 1e-6), about
@@ -209,19 +209,19 @@ def dali_reader(material: Material, threads: int) -> Contender:
 def _random_matrix(augment: Augment) -> Any:
     from nvidia.dali import fn
 
-    centre = (augment.size / 2, augment.size / 2)
+    center = (augment.size / 2, augment.size / 2)
     shift = augment.translation * augment.size
-    matrix = fn.transforms.rotation(angle=_uniform(augment.rotation), center=centre)
+    matrix = fn.transforms.rotation(angle=_uniform(augment.rotation), center=center)
     matrix = fn.transforms.scale(
-        matrix, scale=fn.random.uniform(range=augment.scale, shape=(1,)) * np.ones(2, np.float32), center=centre
+        matrix, scale=fn.random.uniform(range=augment.scale, shape=(1,)) * np.ones(2, np.float32), center=center
     )
     return fn.transforms.translation(matrix, offset=fn.random.uniform(range=(-shift, shift), shape=(2,)))
 
 
-def _uniform(bound: float, centre: float = 0.0) -> Any:
+def _uniform(bound: float, center: float = 0.0) -> Any:
     from nvidia.dali import fn
 
-    return fn.random.uniform(range=(centre - bound, centre + bound))
+    return fn.random.uniform(range=(center - bound, center + bound))
 
 
 def _moved(augment: Augment) -> bool:

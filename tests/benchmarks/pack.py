@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.pack --nih DIR --siim DIR [--rounds 5] [--out results/pack.json]
 
-DIR are raw archives. Every contender of a round works on the same pictures, one after the other, so that a machine
+DIR are raw archives. Every contender of a round works on the same images, one after the other, so that a machine
 that slows down slows all of them; ratios are medians over rounds of the ratio within a round. Peers that are not
 installed are left out and named: pip install img2dataset litdata.
 """
@@ -32,11 +32,12 @@ import pydicom
 import webdataset
 from PIL import Image
 
-from cxrscale import archives, masks
-from cxrscale.archives import siim
+from cxrscale import sources
 from cxrscale.config import Pack
-from cxrscale.schema import ImageRecord
+from cxrscale.io import rle_masks
 from cxrscale.shards import build, pack
+from cxrscale.sources import siim
+from cxrscale.types import ImageRecord
 
 SIZE = 512
 Work = Callable[[Path], object]
@@ -49,11 +50,11 @@ def cpu() -> float:
 
 
 def bare(records: list[ImageRecord], out: Path) -> None:
-    """OpenCV alone: decode, resize, encode; nothing is checked, nothing written but the pictures."""
+    """OpenCV alone: decode, resize, encode; nothing is checked, nothing written but the images."""
     for record in records:
-        grey = cv2.imdecode(np.fromfile(record.path, np.uint8), cv2.IMREAD_GRAYSCALE)
-        assert grey is not None
-        small = cv2.resize(grey, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
+        gray = cv2.imdecode(np.fromfile(record.path, np.uint8), cv2.IMREAD_GRAYSCALE)
+        assert gray is not None
+        small = cv2.resize(gray, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
         jpeg = cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
         (out / f"{Path(record.path).stem}.jpg").write_bytes(jpeg.tobytes())
 
@@ -68,9 +69,9 @@ def usual(records: list[ImageRecord], out: Path) -> None:
     """What most people write: PIL and webdataset.ShardWriter."""
     with webdataset.ShardWriter(str(out / "%05d.tar"), maxcount=2000, verbose=0) as writer:
         for record in records:
-            picture = Image.open(record.path).convert("L").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+            image = Image.open(record.path).convert("L").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
             buffer = io.BytesIO()
-            picture.save(buffer, "JPEG", quality=95)
+            image.save(buffer, "JPEG", quality=95)
             key = Path(record.path).stem
             writer.write({"__key__": key, "jpg": buffer.getvalue(), "json": json.dumps(dict(record.findings))})
 
@@ -111,9 +112,9 @@ def litdata_peer(records: list[ImageRecord], out: Path) -> None:
 
 
 def _litdata_sample(path: str) -> dict[str, Any]:
-    grey = cv2.imread(path, cv2.IMREAD_GRAYSCALE)
-    assert grey is not None
-    small = cv2.resize(grey, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
+    gray = cv2.imread(path, cv2.IMREAD_GRAYSCALE)
+    assert gray is not None
+    small = cv2.resize(gray, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
     return {"id": path, "jpg": cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()}
 
 
@@ -164,9 +165,9 @@ def siim_contenders(records: list[ImageRecord]) -> dict[str, Work]:
     def decoded(out: Path) -> None:
         with tarfile.open(out / "a.tar", "w") as tar:
             for number, record in enumerate(records):
-                picture = pydicom.dcmread(record.path).pixel_array
+                image = pydicom.dcmread(record.path).pixel_array
                 buffer = io.BytesIO()
-                Image.fromarray(picture).save(buffer, "PNG")
+                Image.fromarray(image).save(buffer, "PNG")
                 member = tarfile.TarInfo(f"{number}.png")
                 member.size = len(buffer.getvalue())
                 tar.addfile(member, io.BytesIO(buffer.getvalue()))
@@ -206,16 +207,16 @@ def rle_loop_encode(mask: np.ndarray[Any, Any]) -> str:
     last, since, start, length = 0, 0, -1, 0
     for x in range(columns.shape[0]):
         for y in range(columns.shape[1]):
-            colour = columns[x][y]
-            if colour != last:
-                if colour == 255:
+            color = columns[x][y]
+            if color != last:
+                if color == 255:
                     start, length = since, 1
                 else:
                     runs += [str(start), str(length)]
                     start, length, since = -1, 0, 0
             elif start > -1:
                 length += 1
-            last = colour
+            last = color
             since += 1
     return " ".join(runs) if runs else "-1"
 
@@ -227,21 +228,21 @@ def each(work: Callable[[Any], object], items: Sequence[Any]) -> None:
 
 
 def rle_contenders(table: str) -> tuple[dict[str, Work], ...]:
-    # The table, not only the pictures at hand: masks of all sizes.
+    # The table, not only the images at hand: masks of all sizes.
     rles = list(itertools.islice((rle for rows in siim.read_table(table).values() for rle in rows), 100))
-    drawn = [masks.decode(rle, (1024, 1024)) for rle in rles]
+    drawn = [rle_masks.decode(rle, (1024, 1024)) for rle in rles]
     for rle, mask in zip(rles, drawn, strict=True):
         assert np.array_equal(rle_loop_decode(rle, 1024) > 0, mask)
         assert np.array_equal(rle_pixel_decode(rle, 1024) > 0, mask)
-    assert [rle_loop_encode(mask) for mask in drawn[:1]] == [masks.encode(mask) for mask in drawn[:1]]
+    assert [rle_loop_encode(mask) for mask in drawn[:1]] == [rle_masks.encode(mask) for mask in drawn[:1]]
     return (
         {
-            "ours, decode": lambda _: each(lambda rle: masks.decode(rle, (1024, 1024)), rles),
+            "ours, decode": lambda _: each(lambda rle: rle_masks.decode(rle, (1024, 1024)), rles),
             "loop over pixels, decode": lambda _: each(lambda rle: rle_pixel_decode(rle, 1024), rles),
             "loop over runs, decode": lambda _: each(lambda rle: rle_loop_decode(rle, 1024), rles),
         },
         {
-            "ours, encode": lambda _: each(masks.encode, drawn[:10]),
+            "ours, encode": lambda _: each(rle_masks.encode, drawn[:10]),
             "loop, encode": lambda _: each(rle_loop_encode, drawn[:10]),
         },
     )
@@ -274,7 +275,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     cv2.setNumThreads(1)
-    records = sorted(archives.read("nih", given.nih), key=lambda record: record.image_id)[: given.count]
+    records = sorted(sources.read("nih", given.nih), key=lambda record: record.image_id)[: given.count]
     contenders: dict[str, Work] = {
         "bare OpenCV": lambda out: bare(records, out),
         "ours, in-process": lambda out: ours(records, out),
@@ -289,9 +290,9 @@ def main() -> None:
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "nih": table("NIH PNG -> 512 JPEG", interleaved(contenders, given.rounds), len(records), "bare OpenCV"),
     }
-    pictures = [record for record in archives.read("siim", given.siim) if record.rles is not None]
+    images = [record for record in sources.read("siim", given.siim) if record.rles is not None]
     found["siim"] = table(
-        "SIIM DICOM", interleaved(siim_contenders(pictures), given.rounds), len(pictures), "pixel_array + PNG"
+        "SIIM DICOM", interleaved(siim_contenders(images), given.rounds), len(images), "pixel_array + PNG"
     )
     decode, encode = rle_contenders(str(Path(given.siim) / "train-rle.csv"))
     found["rle_decode"] = table("RLE decode", interleaved(decode, given.rounds), 100, "loop over runs, decode")

@@ -20,9 +20,9 @@ import numpy as np
 import pyarrow as pa
 
 from cxrscale.config import Pack
-from cxrscale.labels import NIH14
-from cxrscale.schema import ImageRecord
+from cxrscale.config.findings import NIH14
 from cxrscale.shards import manifest, pack
+from cxrscale.types import ImageRecord
 
 CORES = 32
 """Of a node."""
@@ -54,7 +54,7 @@ def projection(cost_ms: float) -> list[dict[str, Any]]:
 
 
 def records(count: int) -> list[ImageRecord]:
-    """As many records as asked, 3.64 pictures a patient as in ChestX-ray14."""
+    """As many records as asked, 3.64 images a patient as in ChestX-ray14."""
     states = dict.fromkeys(NIH14, 0)
     return [
         ImageRecord(

@@ -1,7 +1,7 @@
 """What a second worker brings here, what starting costs, and what 8 to 512 GPUs would bring.
 
     python -m tests.benchmarks.scaling [--rounds 3] [--out results/scaling.json] [--plot scaling.png]
-    python -m tests.benchmarks.scaling --project [--step-ms 95 --step-pictures 64] [--network-gbs 50] ...
+    python -m tests.benchmarks.scaling --project [--step-ms 95 --step-images 64] [--network-gbs 50] ...
 
 Measured are real jobs, each started as a user would, by turns: on Ray Train workers, with a cluster, without one and
 through the job API; `--local`; and the same loop under plain torchrun. Then, inside a group of Ray Train workers, the
@@ -26,10 +26,12 @@ from typing import Any
 
 import torch
 
-from cxrscale import config, models, session
-from cxrscale.archives import phantom
+from cxrscale import config
+from cxrscale.cluster import ray_session
 from cxrscale.config import Pack, Recipe
+from cxrscale.models.networks import build_model
 from cxrscale.shards import build, manifest
+from cxrscale.sources.synthetic import archive
 from tests.benchmarks import scaling_probe, scaling_projection, scaling_start
 from tests.benchmarks.scaling_projection import Cluster, Cost, Job, Point
 from tests.benchmarks.scaling_start import Way
@@ -38,14 +40,14 @@ STEP_MS, STEP_PICTURES = 278.353, 256
 """Of DenseNet-121 at 224 pixels with AMP and channels_last on an RTX 3090, as timm published it:
 results/benchmark-train-amp-nhwc-pt112-cu113-rtx3090.csv."""
 FIXED_MS = 20.0
-"""Assumed: what its some thousand kernels and the optimizer take however few the pictures, without CUDA graphs."""
+"""Assumed: what its some thousand kernels and the optimizer take however few the images, without CUDA graphs."""
 SETTINGS = ("recipe", "job", "workers", "rounds", "steps", "warm_up", "probes", "batch", "size")
 HERE, GIVEN = "workers as measured here", "GPUs as given"
 
 
 def shards(folder: Path) -> str:
-    """A small phantom archive as shards, which the jobs train on."""
-    drawn = phantom.write(str(folder / "archive"), images=160, size=96)
+    """A small synthetic archive as shards, which the jobs train on."""
+    drawn = archive.write(str(folder / "archive"), images=160, size=96)
     out = str(folder / "shards")
     build.build("nih", str(drawn.nih), Pack(size=96, samples_per_shard=40), out, local=True)
     return out
@@ -56,13 +58,13 @@ def overrides(given: argparse.Namespace, source: str, root: Path) -> list[str]:
     return [
         f"data.shards=[{source}]",
         "data.allow_leaks=true",
-        f"tracking.root={root}",
+        f"tracking.runs_dir={root}",
         "tracking.log_steps=1",
         "tracking.wandb=disabled",
         "model.weights=none",
         f"augment.size={given.size}",
-        f"plan.batch={given.batch}",
-        f"plan.steps_per_epoch={given.steps}",
+        f"sampler.batch_size={given.batch}",
+        f"sampler.steps_per_epoch={given.steps}",
         "train.epochs=1",
     ]
 
@@ -114,9 +116,9 @@ def ratios(rounds: Mapping[str, Sequence[Mapping[str, float]]], workers: int) ->
 def probes(given: argparse.Namespace, recipe: Recipe, folder: Path) -> dict[str, Any]:
     """The costs of a step inside groups of 1 and of more Ray Train workers."""
     os.environ[scaling_start.NICENESS] = "0"
-    session.connect()
+    ray_session.connect()
     counts = list(dict.fromkeys((1, given.workers)))
-    raw = [scaling_probe.on_ray(recipe, folder, count, given.probes, session.gpus() > 0) for count in counts]
+    raw = [scaling_probe.on_ray(recipe, folder, count, given.probes, ray_session.gpus() > 0) for count in counts]
     return {str(count): scaling_probe.summary(each) for count, each in zip(counts, raw, strict=True)}
 
 
@@ -139,9 +141,9 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def sent_bytes(recipe: Recipe) -> tuple[int, int]:
-    """Bytes of the net's gradients and of its buffers, counted without its memory."""
+    """Bytes of the model's gradients and of its buffers, counted without its memory."""
     with torch.device("meta"):
-        net = models.build(recipe.model.model_copy(update={"weights": "none"}), recipe.data)
+        net = build_model(recipe.model.model_copy(update={"weights": "none"}), recipe.data)
     gradients = sum(p.numel() * p.element_size() for p in net.parameters() if p.requires_grad)
     return gradients, sum(b.numel() * b.element_size() for b in net.buffers())
 
@@ -149,18 +151,18 @@ def sent_bytes(recipe: Recipe) -> tuple[int, int]:
 def costs(given: argparse.Namespace, found: Mapping[str, Any] | None) -> dict[str, Cost]:
     """The steps to project from: one worker's as measured, and a GPU's as given or published."""
     gradients, buffers = sent_bytes(config.load_recipe(given.recipe))
-    picture = (given.step_ms - given.fixed_ms) / given.step_pictures
-    if picture <= 0:
+    image = (given.step_ms - given.fixed_ms) / given.step_images
+    if image <= 0:
         raise SystemExit(f"--fixed-ms {given.fixed_ms} is no part of --step-ms {given.step_ms}; lower it")
-    result = {GIVEN: Cost(given.fixed_ms, picture, gradients, buffers)}
+    result = {GIVEN: Cost(given.fixed_ms, image, gradients, buffers)}
     if found:
         one = found["probe"]["1"]
         result[HERE] = Cost(one["fixed_ms"], one["picture_ms"], one["gradient_bytes"], one["buffer_bytes"])
     return result
 
 
-def picture_kb(root: str) -> float:
-    """Mean kB of a stored picture."""
+def image_kb(root: str) -> float:
+    """Mean kB of a stored image."""
     return float(manifest.load(root).column("image_length").mean()) / 1000
 
 
@@ -173,9 +175,9 @@ def projected(given: argparse.Namespace, found: Mapping[str, Any] | None) -> dic
     bases = costs(given, found)
     for base, cost in bases.items():
         for batch in given.plan_batch:
-            label = f"{base}, {batch} pictures a step"
+            label = f"{base}, {batch} images a step"
             tables[label] = scaling_projection.fixed_batch(batch, given.gpus, cost, cluster, job)
-        label = f"{base}, {given.share} pictures a GPU"
+        label = f"{base}, {given.share} images a GPU"
         tables[label] = scaling_projection.fixed_share(given.share, given.gpus, cost, cluster, job)
     return {
         "assumed": {
@@ -193,7 +195,7 @@ def show(label: str, points: Sequence[Point], counts: Sequence[int]) -> dict[str
     """Print a projection; returns where it stops."""
     print(f"\nprojected: {label}")
     heads = ("GPUs", "work", "gradients", "waited", "messages", "loader", "disk", "step ms")
-    print("".join(f"{head:>10}" for head in heads) + f"{'pictures/s':>12}{'eff.':>7}{'run h':>8}{'GPU h':>8}  bound by")
+    print("".join(f"{head:>10}" for head in heads) + f"{'images/s':>12}{'eff.':>7}{'run h':>8}{'GPU h':>8}  bound by")
     for p in points:
         times = (p.work_ms, p.gradients_ms, p.exposed_ms, p.messages_ms, p.loader_ms, p.disk_ms, p.step_ms)
         print(
@@ -220,8 +222,8 @@ def meanings(section: type[Cluster] | type[Job]) -> dict[str, tuple[float, str]]
 def arguments() -> argparse.Namespace:
     """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="jobs/chexnet14.yaml", help="whose net is probed and projected")
-    parser.add_argument("--shards", help="a shard set to train on and to take picture-kb from; else a phantom")
+    parser.add_argument("--recipe", default="jobs/chexnet14.yaml", help="whose model is probed and projected")
+    parser.add_argument("--shards", help="a dataset to train on and to take image-kb from; else a synthetic archive")
     jobs = parser.add_argument_group("measured")
     jobs.add_argument("--job", default="jobs/demo.yaml", help="what the started jobs train: small, so that Ray shows")
     jobs.add_argument("--workers", type=int, default=2, help="beside 1")
@@ -229,16 +231,16 @@ def arguments() -> argparse.Namespace:
     jobs.add_argument("--steps", type=int, default=30, help="optimizer steps of a job")
     jobs.add_argument("--warm-up", type=int, default=5, help="steps that do not count for its speed")
     jobs.add_argument("--probes", type=int, default=15, help="rounds of the probe inside the workers")
-    jobs.add_argument("--batch", type=int, default=16, help="pictures a step, over all workers")
+    jobs.add_argument("--batch", type=int, default=16, help="images a step, over all workers")
     jobs.add_argument("--size", type=int, default=64, help="input side in pixels")
     base = parser.add_argument_group("projected: the step of a GPU")
     base.add_argument("--project", action="store_true", help="measure nothing")
     base.add_argument("--measured", type=Path, metavar="JSON", help="take what is measured from an earlier --out")
     base.add_argument("--step-ms", type=float, default=STEP_MS, help="ms of a step of one GPU (default: timm's, 3090)")
-    base.add_argument("--step-pictures", type=int, default=STEP_PICTURES, help="pictures of that step")
-    base.add_argument("--fixed-ms", type=float, default=FIXED_MS, help="of it, however few the pictures; assumed")
-    base.add_argument("--plan-batch", type=int, nargs="+", default=[128, 2048], help="pictures a step, strong scaling")
-    base.add_argument("--share", type=int, default=64, help="pictures a GPU, weak scaling")
+    base.add_argument("--step-images", type=int, default=STEP_PICTURES, help="images of that step")
+    base.add_argument("--fixed-ms", type=float, default=FIXED_MS, help="of it, however few the images; assumed")
+    base.add_argument("--plan-batch", type=int, nargs="+", default=[128, 2048], help="images a step, strong scaling")
+    base.add_argument("--share", type=int, default=64, help="images a GPU, weak scaling")
     base.add_argument("--gpus", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64, 128, 256, 512])
     assumed = parser.add_argument_group("projected: assumptions")
     for kind in (Cluster, Job):
@@ -257,7 +259,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     given.gpus = sorted(set(given.gpus))
     if given.shards:
-        given.picture_kb = picture_kb(given.shards)
+        given.image_kb = image_kb(given.shards)
     found: dict[str, Any] = {
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "settings": {name: getattr(given, name) for name in SETTINGS},

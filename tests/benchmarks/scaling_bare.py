@@ -12,7 +12,8 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 
-from cxrscale import config, train
+from cxrscale import config
+from cxrscale.training import loop
 
 
 class Rank:
@@ -44,7 +45,7 @@ def main() -> None:
     _, path, run = sys.argv
     rank = Rank()
     try:
-        train.train(config.load_recipe(path), run, rank)
+        loop.train(config.load_recipe(path), run, rank)
     finally:
         dist.destroy_process_group()
 

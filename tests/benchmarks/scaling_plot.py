@@ -1,4 +1,4 @@
-"""The projection as a picture: speed and efficiency over the number of GPUs, each point marked by what binds it."""
+"""The projection as an image: speed and efficiency over the number of GPUs, each point marked by what binds it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MARKS = {
     projection.LOADER: "D",
     projection.DISK: "*",
 }
-COLOURS = ("#1f6feb", "#c2410c", "#15803d", "#7c3aed", "#b91c1c", "#0f766e")
+COLORS = ("#1f6feb", "#c2410c", "#15803d", "#7c3aed", "#b91c1c", "#0f766e")
 
 
 def draw(projected: Mapping[str, Any], path: Path) -> None:
@@ -33,13 +33,13 @@ def draw(projected: Mapping[str, Any], path: Path) -> None:
     panels = figure.subplots(len(kinds), 2, squeeze=False)
     for kind, (speed, share) in zip(kinds, panels, strict=True):
         curves = {label.removeprefix(f"{kind}, "): rows for label, rows in tables.items() if label.startswith(kind)}
-        for (label, rows), colour in zip(curves.items(), COLOURS, strict=False):
+        for (label, rows), color in zip(curves.items(), COLORS, strict=False):
             gpus = [row["gpus"] for row in rows]
             ideal = [rows[0]["per_second"] * n for n in gpus]
-            speed.plot(gpus, ideal, color=colour, linewidth=0.8, linestyle=":")
-            marked(speed, rows, gpus, [row["per_second"] for row in rows], colour, label)
-            marked(share, rows, gpus, [100 * row["efficiency"] for row in rows], colour, label)
-        speed.set(title=f"{kind}: projected", ylabel="pictures a second", yscale="log")
+            speed.plot(gpus, ideal, color=color, linewidth=0.8, linestyle=":")
+            marked(speed, rows, gpus, [row["per_second"] for row in rows], color, label)
+            marked(share, rows, gpus, [100 * row["efficiency"] for row in rows], color, label)
+        speed.set(title=f"{kind}: projected", ylabel="images a second", yscale="log")
         share.set(title="efficiency, %", ylim=(0, 105))
         for axes in (speed, share):
             axes.set(xscale="log", xlabel="GPUs")
@@ -49,7 +49,7 @@ def draw(projected: Mapping[str, Any], path: Path) -> None:
         speed.legend(fontsize=8)
     bounds = {row["bound"] for rows in tables.values() for row in rows}
     handles = [
-        Line2D([], [], color="grey", marker=mark, linestyle="", label=name)
+        Line2D([], [], color="gray", marker=mark, linestyle="", label=name)
         for name, mark in MARKS.items()
         if name in bounds
     ]
@@ -59,9 +59,9 @@ def draw(projected: Mapping[str, Any], path: Path) -> None:
 
 
 def marked(
-    axes: Axes, rows: list[dict[str, Any]], gpus: list[int], values: list[float], colour: str, label: str
+    axes: Axes, rows: list[dict[str, Any]], gpus: list[int], values: list[float], color: str, label: str
 ) -> None:
     """A line whose points have the mark of what binds them."""
-    axes.plot(gpus, values, color=colour, linewidth=1.4, label=label)
+    axes.plot(gpus, values, color=color, linewidth=1.4, label=label)
     for row, x, y in zip(rows, gpus, values, strict=True):
-        axes.plot([x], [y], color=colour, marker=MARKS[row["bound"]], markersize=6)
+        axes.plot([x], [y], color=color, marker=MARKS[row["bound"]], markersize=6)

@@ -1,7 +1,7 @@
 """Inside a group of workers: what a step computes, and what it costs to average its gradients.
 
 The same backward pass with DistributedDataParallel's averaging and without it (`no_sync`), an all-reduce of as many
-bytes alone, and the pass over half of the pictures, take turns, so that a machine whose speed wanders treats them
+bytes alone, and the pass over half of the images, take turns, so that a machine whose speed wanders treats them
 alike.
 """
 
@@ -17,23 +17,27 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cxrscale import config, losses, scoring, train
-from cxrscale.batches import feed, plan
+from cxrscale import config
 from cxrscale.config import Recipe
-from cxrscale.schema import Batch
+from cxrscale.loader import sampler
+from cxrscale.loader.loader import training_batches, training_epoch_length
+from cxrscale.models import losses
+from cxrscale.models.forward import autocast, model_input
 from cxrscale.shards import manifest
-from cxrscale.train import Loop
-from cxrscale.worker import RayWorker, Worker, without_averaging
+from cxrscale.training import loop
+from cxrscale.training.distributed import RayWorker, Worker, no_sync
+from cxrscale.training.loop import TrainContext
+from cxrscale.types import Batch
 
 WARM_UP = 2
 
 
-def passes(loop: Loop, batch: Batch, averaging: bool) -> None:
+def passes(context: TrainContext, batch: Batch, averaging: bool) -> None:
     """Forward and backward over a batch, as a step of `train` does them."""
-    with without_averaging(loop.net, not averaging):
-        with scoring.autocast(loop.recipe.train, loop.worker.device):
-            logits = loop.fast(scoring.images_for(batch, loop.recipe.train))
-        torch.autograd.backward(losses.terms(logits, batch, loop.recipe.loss, loop.weights).sum())
+    with no_sync(context.net, not averaging):
+        with autocast(context.recipe.train, context.worker.device):
+            logits = context.fast(model_input(batch, context.recipe.train))
+        torch.autograd.backward(losses.terms(logits, batch, context.recipe.loss, context.weights).sum())
 
 
 def timed(work: Callable[[], object], worker: Worker) -> float:
@@ -50,22 +54,24 @@ def timed(work: Callable[[], object], worker: Worker) -> float:
 def probe(recipe: Recipe, worker: Worker, rounds: int) -> dict[str, Any]:
     """Milliseconds of each kind of work, round by round, and the bytes that a step sends."""
     data = manifest.load(*recipe.data.shards)
-    learner = train.build(recipe, worker)
-    steps = plan.steps_per_epoch(feed.training_rows(data, recipe.data, recipe.plan), recipe.plan)
-    loop = train.make_loop(recipe, worker, data, learner, steps, None)
-    batches = feed.training(data, recipe.data, recipe.plan, recipe.augment, worker.rank, worker.world, worker.device)
+    learner = loop.build_state(recipe, worker)
+    steps = sampler.steps_per_epoch(training_epoch_length(data, recipe.data, recipe.sampler), recipe.sampler)
+    context = loop.make_context(recipe, worker, data, learner, steps, None)
+    batches = training_batches(
+        data, recipe.data, recipe.sampler, recipe.augment, worker.rank, worker.world, worker.device
+    )
     batch = next(batches)
     batches.close()
-    half = train.pieces(batch, 2)[0]
+    half = loop.microbatches(batch, 2)[0]
     gradients = [p for p in learner.net.parameters() if p.requires_grad]
     flat = torch.zeros(sum(p.numel() for p in gradients), device=worker.device)
     kinds: dict[str, Callable[[], object]] = {
-        "whole": lambda: passes(loop, batch, True),
-        "half": lambda: passes(loop, half, worker.world == 1),
+        "whole": lambda: passes(context, batch, True),
+        "half": lambda: passes(context, half, worker.world == 1),
         "update": learner.optimizer.step,
     }
     if worker.world > 1:
-        kinds |= {"unaveraged": lambda: passes(loop, batch, False), "all_reduce": lambda: dist.all_reduce(flat)}
+        kinds |= {"unaveraged": lambda: passes(context, batch, False), "all_reduce": lambda: dist.all_reduce(flat)}
     times: dict[str, list[float]] = {name: [] for name in kinds}
     for number in range(rounds + WARM_UP):
         for name, work in kinds.items():
@@ -111,17 +117,17 @@ def summary(found: dict[str, Any]) -> dict[str, float]:
     """Medians of a probe: the cost of a step, and the share of it that averaging takes.
 
     `fixed_ms` and `picture_ms` are the line through the whole and the half batch; where noise makes the line rise
-    towards nothing, all of it counts as the pictures'.
+    towards nothing, all of it counts as the images'.
     """
     ms = {name: statistics.median(times) for name, times in found["ms"].items()}
     whole = ms.get("unaveraged", ms["whole"])
-    picture = (whole - ms["half"]) / (found["rank_pictures"] - found["half_pictures"])
-    picture = min(picture, whole / found["rank_pictures"]) if picture > 0 else whole / found["rank_pictures"]
+    image = (whole - ms["half"]) / (found["rank_pictures"] - found["half_pictures"])
+    image = min(image, whole / found["rank_pictures"]) if image > 0 else whole / found["rank_pictures"]
     result = {
         "passes_ms": ms["whole"],
         "update_ms": ms["update"],
-        "picture_ms": picture,
-        "fixed_ms": whole - picture * found["rank_pictures"] + ms["update"],
+        "picture_ms": image,
+        "fixed_ms": whole - image * found["rank_pictures"] + ms["update"],
         "gradient_bytes": found["gradient_bytes"],
         "buffer_bytes": found["buffer_bytes"],
     }

@@ -1,7 +1,7 @@
 """What more GPUs would bring, as pure functions of measured costs and named assumptions; nothing here is measured.
 
 A step takes what its GPU work takes, plus what of the gradients' all-reduce the backward pass does not hide, plus the
-short messages that the loop waits for; or longer, where loader or disk deliver its pictures later than that.
+short messages that the loop waits for; or longer, where loader or disk deliver its images later than that.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GOOD = 0.9
 COMPUTE, FIXED, PADDING = "GPU work", "fixed cost of a step", "padding"
 NETWORK, LINK, MESSAGES = "network: gradients", "node link: gradients", "short messages"
 LOADER, DISK, START = "loader", "disk", "start and staging"
-BATCH = "plan.batch: a GPU needs a picture"
+BATCH = "sampler.batch_size: a GPU needs an image"
 
 
 def assumed(default: float, meaning: str) -> float:
@@ -37,9 +37,9 @@ class Cost:
     """What a step of one GPU costs."""
 
     fixed_ms: float
-    """However few pictures: launches, the optimizer."""
-    picture_ms: float
-    """For each of its pictures."""
+    """However few images: launches, the optimizer."""
+    image_ms: float
+    """For each of its images."""
     gradient_bytes: int
     buffer_bytes: int
     """Batch-norm statistics, which DistributedDataParallel sends from rank 0 before each forward pass."""
@@ -56,19 +56,19 @@ class Cluster:
     network_us: float = assumed(25.0, "microseconds of a message between nodes")
     backward: float = assumed(0.6, "share of the GPU work that is the backward pass")
     overlap: float = assumed(0.8, "share of the backward pass in which gradients already travel")
-    decode_ms: float = assumed(1.38, "core-milliseconds a picture of loader and decoder, from benchmarks.batches")
+    decode_ms: float = assumed(1.38, "core-milliseconds an image of loader and decoder, from benchmarks.batches")
     decode_cores: float = assumed(8.0, "cores for each GPU's loader")
     disk_gbs: float = assumed(2.0, "GB/s that a node reads from its shard cache")
     store_gbs: float = assumed(10.0, "GB/s that the shared store gives to all nodes together")
-    picture_kb: float = assumed(54.0, "kB of a stored picture")
+    image_kb: float = assumed(54.0, "kB of a stored image")
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """What a whole run does."""
 
-    train: int = field(default=75_312, metadata={"help": "training pictures"})
-    val: int = field(default=11_212, metadata={"help": "validation pictures"})
+    train: int = field(default=75_312, metadata={"help": "training images"})
+    val: int = field(default=11_212, metadata={"help": "validation images"})
     epochs: int = field(default=20, metadata={"help": "epochs"})
     start_s: float = assumed(60.0, "seconds from the command to the first step")
 
@@ -79,7 +79,7 @@ class Point:
 
     gpus: int
     batch: int
-    """Pictures a step over all GPUs."""
+    """Images a step over all GPUs."""
     work_ms: float
     gradients_ms: float
     """All-reduce of the gradients, were nothing hidden."""
@@ -90,7 +90,7 @@ class Point:
     disk_ms: float
     step_ms: float
     per_second: float
-    """Pictures a second over all GPUs."""
+    """Images a second over all GPUs."""
     efficiency: float
     """`per_second` over that of one GPU times `gpus`."""
     bound: str
@@ -168,27 +168,27 @@ def messages_ms(gpus: int, cost: Cost, cluster: Cluster) -> float:
 
 
 def staging_s(nodes: int, cluster: Cluster, job: Job) -> float:
-    """Seconds until every node has its own copy of all shards: each may be asked for any picture."""
-    whole_gb = (job.train + job.val) * cluster.picture_kb / 1e6
+    """Seconds until every node has its own copy of all shards: each may be asked for any image."""
+    whole_gb = (job.train + job.val) * cluster.image_kb / 1e6
     return whole_gb / min(cluster.network_gbs, cluster.store_gbs / nodes)
 
 
 def epoch_s(gpus: int, batch: int, step_ms: float, cost: Cost, cluster: Cluster, job: Job) -> float:
     """Seconds of an epoch: its steps, and validation, which is forward passes alone."""
-    forward_ms = max(cost.picture_ms * (1 - cluster.backward), cluster.decode_ms / cluster.decode_cores)
+    forward_ms = max(cost.image_ms * (1 - cluster.backward), cluster.decode_ms / cluster.decode_cores)
     return (math.ceil(job.train / batch) * step_ms + math.ceil(job.val / gpus) * forward_ms) / 1000
 
 
 def point(gpus: int, batch: int, alone: Point | None, cost: Cost, cluster: Cluster, job: Job) -> Point:
-    """A step of `batch` pictures on so many GPUs, held against `alone`, the point of one GPU (None: this is it)."""
+    """A step of `batch` images on so many GPUs, held against `alone`, the point of one GPU (None: this is it)."""
     share = math.ceil(batch / gpus)  # the plan pads the last ranks
-    work = cost.fixed_ms + share * cost.picture_ms
+    work = cost.fixed_ms + share * cost.image_ms
     gradients, _ = all_reduce_ms(gpus, cost.gradient_bytes, cluster, buckets(cost.gradient_bytes))
     exposed = max(0.0, gradients - hidden_ms(work, cluster))
     short = messages_ms(gpus, cost, cluster)
     nodes = math.ceil(gpus / cluster.node_gpus)
     loader = share * cluster.decode_ms / cluster.decode_cores
-    disk = batch * cluster.picture_kb / (nodes * cluster.disk_gbs * 1000)
+    disk = batch * cluster.image_kb / (nodes * cluster.disk_gbs * 1000)
     busy = work + exposed + short
     step = max(busy, loader, disk)
     speed = 1000 * batch / step
@@ -196,7 +196,7 @@ def point(gpus: int, batch: int, alone: Point | None, cost: Cost, cluster: Clust
     scale = batch / (alone.batch if alone else batch) / gpus
     lost = {
         FIXED: cost.fixed_ms * (1 - scale),
-        PADDING: cost.picture_ms * (share - batch / gpus),
+        PADDING: cost.image_ms * (share - batch / gpus),
         NETWORK if nodes > 1 else LINK: exposed,
         MESSAGES: short,
     }
@@ -224,13 +224,13 @@ def point(gpus: int, batch: int, alone: Point | None, cost: Cost, cluster: Clust
 
 
 def fixed_batch(batch: int, counts: Sequence[int], cost: Cost, cluster: Cluster, job: Job) -> list[Point]:
-    """Strong scaling, the plan's: the same pictures a step on 1 and each of `counts` GPUs, up to one picture each."""
+    """Strong scaling, the plan's: the same images a step on 1 and each of `counts` GPUs, up to one image each."""
     alone = point(1, batch, None, cost, cluster, job)
     return [alone, *(point(n, batch, alone, cost, cluster, job) for n in counts if 1 < n <= batch)]
 
 
 def fixed_share(share: int, counts: Sequence[int], cost: Cost, cluster: Cluster, job: Job) -> list[Point]:
-    """Weak scaling: the same pictures a GPU, so that the batch, and with it what is learned, grows with the GPUs."""
+    """Weak scaling: the same images a GPU, so that the batch, and with it what is learned, grows with the GPUs."""
     alone = point(1, share, None, cost, cluster, job)
     return [alone, *(point(n, n * share, alone, cost, cluster, job) for n in counts if n > 1)]
 
@@ -238,7 +238,7 @@ def fixed_share(share: int, counts: Sequence[int], cost: Cost, cluster: Cluster,
 def stop(points: Sequence[Point], counts: Sequence[int]) -> tuple[int, str] | None:
     """(GPUs up to which more are worth it, why not beyond); None where all of `counts` are.
 
-    More GPUs are worth it where `WORTH` of each added one arrives as pictures a second.
+    More GPUs are worth it where `WORTH` of each added one arrives as images a second.
     """
     for before, after in pairwise(points):
         if not _worth(before, after, after.per_second / before.per_second):

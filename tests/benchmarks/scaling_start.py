@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from cxrscale import tracking
+from cxrscale.training import tracking
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 540.0
@@ -27,7 +27,7 @@ STAGES = {
     "accepted": "the job server has taken the job",
     "checked": "Python up, inputs checked, run folder made",
     "trainer": "Ray joined or started, Train's controller up",
-    "built": "workers up, torch imported, manifest read, net built",
+    "built": "workers up, torch imported, manifest read, model built",
     "batch": "first batch",
     "step": "first optimizer step",
     "end": "command returned",
@@ -85,7 +85,7 @@ def started(way: Way, root: Path, name: str, environment: dict[str, str], warm_u
     marks = {
         "checked": run / "recipe.yaml",
         "trainer": run / "ray",
-        "built": run / tracking.METRICS,
+        "built": run / tracking.TRAIN_LOG,
         "batch": run / tracking.SAMPLES,
     }
     seen: dict[str, float] = {}
@@ -105,7 +105,7 @@ def started(way: Way, root: Path, name: str, environment: dict[str, str], warm_u
         if process.returncode:
             raise SystemExit(f"{way.name} failed:\n{_text(log)[-3000:]}")
         seen["end"] = time.time() - began
-    lines = [line for line in tracking.read(str(run)) if line["kind"] == "train"]
+    lines = [line for line in tracking.read_log(str(run)) if line["kind"] == "train"]
     seen["step"] = lines[0]["time"] - began
     return seen | {"steps_per_s": rate(lines, warm_up), "load": os.getloadavg()[0]}
 

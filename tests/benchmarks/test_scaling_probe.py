@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from cxrscale.worker import LocalWorker
+from cxrscale.training.distributed import LocalWorker
 from tests.benchmarks import scaling, scaling_probe, scaling_start
 from tests.conftest import tiny
 
 
 def test_the_line_through_a_whole_and_a_half_batch() -> None:
-    # 10 ms and 2 a picture: 42 for 16 pictures, 26 for 8; the update takes 3.
+    # 10 ms and 2 an image: 42 for 16 images, 26 for 8; the update takes 3.
     found = {"rank_pictures": 16, "half_pictures": 8, "gradient_bytes": 400, "buffer_bytes": 8}
     ms = {"whole": [42.0, 99.0, 42.0], "half": [26.0, 26.0, 90.0], "update": [3.0, 3.0, 3.0]}
     cost = scaling_probe.summary({**found, "ms": ms})
@@ -37,7 +37,7 @@ def test_shares_are_of_the_whole_step_within_a_round() -> None:
     cost = scaling_probe.summary({**found, "ms": ms})
     assert cost["averaging_share"] == pytest.approx(0.1)
     assert cost["all_reduce_share"] == pytest.approx(0.25)
-    # The cost of a picture is that of the work alone, without averaging.
+    # The cost of an image is that of the work alone, without averaging.
     assert cost["picture_ms"] == pytest.approx((120 - 60) / 4)
 
 
@@ -71,7 +71,7 @@ def test_the_probe_measures_a_real_net(nih_shards: str, tmp_path: Path) -> None:
     found = scaling_probe.probe(recipe, LocalWorker("cpu"), rounds=2)
     assert {name: len(times) for name, times in found["ms"].items()} == {"whole": 2, "half": 2, "update": 2}
     assert (found["rank_pictures"], found["half_pictures"]) == (8, 4)
-    # The same bytes as are counted without the net's memory.
+    # The same bytes as are counted without the model's memory.
     assert (found["gradient_bytes"], found["buffer_bytes"]) == scaling.sent_bytes(recipe)
     cost = scaling_probe.summary(found)
     assert cost["picture_ms"] > 0

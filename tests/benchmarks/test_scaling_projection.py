@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.benchmarks import scaling_projection as projection
 from tests.benchmarks.scaling_projection import Cluster, Cost, Job, Point
 
-COST = Cost(fixed_ms=10, picture_ms=1, gradient_bytes=28_000_000, buffer_bytes=0)
+COST = Cost(fixed_ms=10, image_ms=1, gradient_bytes=28_000_000, buffer_bytes=0)
 PLAIN = Cluster(
     node_gbs=200, node_us=5, network_gbs=12.5, network_us=25, backward=0.5, overlap=0.8, decode_ms=0, disk_gbs=1e9
 )
@@ -20,7 +20,7 @@ sizes = st.floats(1, 1e10)
 costs = st.builds(
     Cost,
     fixed_ms=st.floats(0, 100),
-    picture_ms=st.floats(0.01, 100),
+    image_ms=st.floats(0.01, 100),
     gradient_bytes=st.integers(4, 2_000_000_000),
     buffer_bytes=st.integers(0, 10_000_000),
 )
@@ -37,7 +37,7 @@ clusters = st.builds(
     decode_cores=st.floats(1, 64),
     disk_gbs=st.floats(0.01, 20),
     store_gbs=st.floats(0.01, 100),
-    picture_kb=st.floats(1, 2000),
+    image_kb=st.floats(1, 2000),
 )
 
 
@@ -86,7 +86,7 @@ def test_buckets_by_hand(size: int, count: int) -> None:
 
 
 def test_a_step_by_hand() -> None:
-    # 64 pictures on 16 GPUs: 4 each, 14 ms of work, 5.6 of which hide gradients.
+    # 64 images on 16 GPUs: 4 each, 14 ms of work, 5.6 of which hide gradients.
     points = projection.fixed_batch(64, POWERS, COST, PLAIN, Job())
     found = at(points, 16)
     gradients = 2 * 7 / 8 * 28 / 200 + 14 * 5e-3 * 3 + 2 / 2 * 28 / 12.5 + 2 * 25e-3 * 3
@@ -106,7 +106,7 @@ def test_what_the_backward_pass_does_not_hide_is_waited_for() -> None:
     assert found.exposed_ms == pytest.approx(found.gradients_ms - 14 * 0.5 * 0.8)
     assert found.bound == projection.NETWORK
     # In one node 1 GB and its 40 buckets take 11.55 ms, of which 18 x 0.4 = 7.2 are hidden from 18 ms of work.
-    light = replace(heavy, fixed_ms=0, picture_ms=2.25)
+    light = replace(heavy, fixed_ms=0, image_ms=2.25)
     inside = at(projection.fixed_batch(64, POWERS, light, PLAIN, Job()), 8)
     assert inside.exposed_ms == pytest.approx(2 * 7 / 8 * 5 + 14 * 5e-3 * 40 - 7.2)
     assert inside.bound == projection.LINK
@@ -115,9 +115,9 @@ def test_what_the_backward_pass_does_not_hide_is_waited_for() -> None:
 @pytest.mark.parametrize(
     ("change", "bound"),
     [
-        # 8 pictures of 100 core-ms on 4 cores: 200 ms.
+        # 8 images of 100 core-ms on 4 cores: 200 ms.
         ({"decode_ms": 100.0, "decode_cores": 4.0}, projection.LOADER),
-        # 64 pictures of 54 kB a node at 10 MB/s: 345.6 ms.
+        # 64 images of 54 kB a node at 10 MB/s: 345.6 ms.
         ({"disk_gbs": 0.01}, projection.DISK),
         ({"network_us": 20_000.0, "overlap": 1.0}, projection.MESSAGES),
     ],
@@ -132,7 +132,7 @@ def test_each_ceiling_is_named(change: dict[str, float], bound: str) -> None:
 
 
 def test_padding_costs_what_it_pads() -> None:
-    # 9 pictures on 8 GPUs: two each, of which 7 are padding.
+    # 9 images on 8 GPUs: two each, of which 7 are padding.
     cost = replace(COST, fixed_ms=0.0, gradient_bytes=4)
     found = at(projection.fixed_batch(9, (8,), cost, replace(PLAIN, node_us=0), Job()), 8)
     assert found.work_ms == 2
@@ -154,7 +154,7 @@ def test_a_run_by_hand() -> None:
     job = Job(train=6400, val=100, epochs=2, start_s=36)
     cluster = replace(PLAIN, store_gbs=1e9)
     found = at(projection.fixed_batch(64, POWERS, COST, cluster, job), 8)
-    # 100 steps of 18 ms and a bit, 13 pictures of 0.5 ms, twice; 6,500 pictures of 54 kB through 12.5 GB/s.
+    # 100 steps of 18 ms and a bit, 13 images of 0.5 ms, twice; 6,500 images of 54 kB through 12.5 GB/s.
     assert found.start_h == pytest.approx((36 + 0.351 / 12.5) / 3600)
     assert found.run_h == pytest.approx(found.start_h + 2 * (100 * found.step_ms + 13 * 0.5) / 1000 / 3600)
     # 74 ms on one GPU make 15 s of training beside 36 of start: no second GPU is worth it.

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.train [--steps 25] [--rounds 3] [--out tests/benchmarks/results/train.json]
     python -m tests.benchmarks.train --device cuda --arch densenet121 --size 224 --batch 64 --recipe jobs/*.yaml
 
-Without --shards a phantom archive is drawn. The contenders take turns, a stretch of steps each, so that a machine whose
+Without --shards a synthetic archive is drawn. The contenders take turns, a stretch of steps each, so that a machine whose
 speed wanders treats them alike; ratios are taken within a round and their median is shown. A stretch begins after its
 first log line: start-up, compilation and Ray's own start are not steps. CPU seconds are those of the processes that
 train; on a machine with other work they say more than the clock. On a GPU every knob of the fast path is then held
@@ -30,12 +30,15 @@ import psutil
 import torch
 from torch import nn
 
-from cxrscale import config, launch, models, optimizer, storage, tracking
-from cxrscale.archives import phantom
-from cxrscale.batches import feed
+from cxrscale import config
 from cxrscale.config import Pack, Recipe
-from cxrscale.schema import Batch
+from cxrscale.io import storage
+from cxrscale.loader.loader import Batches, training_batches
+from cxrscale.models.networks import build_model
 from cxrscale.shards import build, manifest
+from cxrscale.sources.synthetic import archive
+from cxrscale.training import launch, optim, tracking
+from cxrscale.types import Batch
 from tests.benchmarks import train_device
 
 LOG = 5
@@ -47,11 +50,11 @@ Stretch = dict[str, float]
 
 
 def bare(recipe: Recipe, device: torch.device, batches: Iterator[Batch], steps: int) -> Stretch:
-    """The plainest loop: same net, optimizer, loss and batches as ours, nothing around them."""
-    torch.manual_seed(recipe.plan.seed)
+    """The plainest loop: same model, optimizer, loss and batches as ours, nothing around them."""
+    torch.manual_seed(recipe.sampler.seed)
     layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
-    net = models.build(recipe.model, recipe.data).to(device).to(memory_format=layout).train()
-    made = optimizer.build(net, recipe.optim)
+    net = build_model(recipe.model, recipe.data).to(device).to(memory_format=layout).train()
+    made = optim.build_optimizer(net, recipe.optim)
     criterion = nn.BCEWithLogitsLoss()
     began = used = waited = 0.0
     for step in range(steps):
@@ -92,7 +95,7 @@ def ours(recipe: Recipe, workers: int) -> Stretch:
     number = {"num_workers": workers}
     recipe = recipe.model_copy(update={"scaling": recipe.scaling.model_copy(update=number)})
     run = launch.launch(recipe, f"benchmark-{time.time_ns()}", metered)
-    lines = [line for line in tracking.read(run) if line["kind"] == "train"]
+    lines = [line for line in tracking.read_log(run) if line["kind"] == "train"]
     first, last = lines[0], lines[-1]
     return {
         "wall": (last["time"] - first["time"]) / (last["step"] - first["step"]),
@@ -105,7 +108,7 @@ def _follow(run: str, workers: int, seen: list[tuple[int, float]], stop: threadi
     """Note the CPU time of the processes that train whenever a line has come: (step, seconds)."""
     training: list[psutil.Process] = []
     while not stop.wait(0.05):
-        lines = [line["step"] for line in tracking.read(run) if line["kind"] == "train"]
+        lines = [line["step"] for line in tracking.read_log(run) if line["kind"] == "train"]
         if not lines or (seen and seen[-1][0] == lines[-1]):
             continue
         training = training or (_train_workers() if workers else [psutil.Process()])
@@ -138,15 +141,15 @@ def loops(recipe: Recipe, device: torch.device, steps: int, rounds: int) -> dict
     """Every contender's stretches, round by round; the order turns, so that none always comes first."""
     data = manifest.load(*recipe.data.shards)
 
-    def fed() -> feed.Batches:
-        return feed.training(data, recipe.data, recipe.plan, recipe.augment, device=device)
+    def fed() -> Batches:
+        return training_batches(data, recipe.data, recipe.sampler, recipe.augment, device=device)
 
     stream = fed()
     ready = list(itertools.islice(stream, 4))
     stream.close()
     contenders: dict[str, Callable[[], Stretch]] = {
-        "bare loop, batches in memory": lambda: bare(recipe, device, itertools.cycle(ready), steps),
-        "bare loop, our batches": lambda: bare(recipe, device, fed(), steps),
+        "bare context, batches in memory": lambda: bare(recipe, device, itertools.cycle(ready), steps),
+        "bare context, our batches": lambda: bare(recipe, device, fed(), steps),
         "ours, this process": lambda: ours(recipe, 0),
         "ours, 1 Ray worker": lambda: ours(recipe, 1),
     }
@@ -163,7 +166,7 @@ def loops(recipe: Recipe, device: torch.device, steps: int, rounds: int) -> dict
 
 def summary(found: dict[str, list[Stretch]], batch: int) -> dict[str, dict[str, float]]:
     """Medians over the rounds, and the median of each round's ratio to the bare loop over our batches."""
-    reference = found["bare loop, our batches"]
+    reference = found["bare context, our batches"]
     table = {}
     for name, stretches in found.items():
         middle = {kind: statistics.median(each[kind] for each in stretches) for kind in ("wall", "cpu", "data_wait")}
@@ -180,10 +183,10 @@ def summary(found: dict[str, list[Stretch]], batch: int) -> dict[str, dict[str, 
 
 def phantom_shards(folder: Path, images: int, size: int) -> tuple[str, str]:
     """Shards of a drawn archive: NIH's side, and SIIM's side with masks."""
-    drawn = phantom.write(str(folder / "archive"), images=images, size=size, seed=0)
+    drawn = archive.write(str(folder / "archive"), images=images, size=size, seed=0)
     nih, siim = str(folder / "nih"), str(folder / "siim")
     build.build("nih", str(drawn.nih), Pack(size=size), nih, local=True)
-    build.build("siim", str(drawn.siim), Pack(size=size, masks=True), siim, twins_of=nih, local=True)
+    build.build("siim", str(drawn.siim), Pack(size=size, masks=True), siim, patients_from_dataset=nih, local=True)
     return nih, siim
 
 
@@ -191,18 +194,18 @@ def recipe_of(given: argparse.Namespace, shards: str, folder: Path) -> Recipe:
     """The recipe that the loops share."""
     overrides = [
         f"data.shards=[{shards}]",
-        f"data.threads={given.threads}",
+        f"loader.num_threads={given.threads}",
         f"augment.size={given.size}",
         "augment.preset=chexnet",
         f"model.arch={given.arch}",
         "model.weights=none",
-        f"plan.batch={given.batch}",
-        f"plan.steps_per_epoch={given.steps}",
+        f"sampler.batch_size={given.batch}",
+        f"sampler.steps_per_epoch={given.steps}",
         "train.epochs=1",
         "train.compile=never",
         "train.precision=fp32",
         f"tracking.log_steps={LOG}",
-        f"tracking.root={folder / 'runs'}",
+        f"tracking.runs_dir={folder / 'runs'}",
         f"scaling.cpus_per_worker={given.threads}",
         f"scaling.use_gpu={str(given.device == 'cuda').lower()}",
     ]
@@ -215,12 +218,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=25, help=f"steps of a stretch, the first {LOG} of them warm up")
     parser.add_argument("--rounds", type=int, default=3, help="stretches of each contender")
-    parser.add_argument("--arch", default="resnet18", help="timm's name of the net")
+    parser.add_argument("--arch", default="resnet18", help="timm's name of the model")
     parser.add_argument("--size", type=int, default=96, help="input side in pixels")
-    parser.add_argument("--batch", type=int, default=16, help="pictures a step")
+    parser.add_argument("--batch", type=int, default=16, help="images a step")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch and of DALI a worker")
-    parser.add_argument("--shards", help="a shard set with the findings of ChestX-ray14; default: a phantom")
-    parser.add_argument("--masks", help="a shard set with masks, for recipes that segment; default: a phantom")
+    parser.add_argument("--shards", help="a dataset with the findings of ChestX-ray14; default: a synthetic archive")
+    parser.add_argument("--masks", help="a dataset with masks, for recipes that segment; default: a synthetic archive")
     parser.add_argument("--recipe", nargs="*", default=[], help="recipes whose loader and step to time")
     parser.add_argument("--no-loops", action="store_true", help="leave the loops out: knobs and recipes alone")
     parser.add_argument("--peak-tflops", type=float, help="the device's peak for bf16 where its name is not known")
@@ -277,7 +280,7 @@ def _print_loops(table: dict[str, dict[str, float]], device: str) -> None:
     if device == "cpu":
         held = {kind: row[f"{kind}_to_bare"] <= LIMIT for kind in ("wall", "cpu")}
         print(
-            f"ours + Ray at most {LIMIT - 1:.0%} over the bare loop: by the clock {held['wall']}, by CPU {held['cpu']}"
+            f"ours + Ray at most {LIMIT - 1:.0%} over the bare context: by the clock {held['wall']}, by CPU {held['cpu']}"
         )
 
 

@@ -16,16 +16,18 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from cxrscale import config, models, tracking, train
-from cxrscale.batches import feed
-from cxrscale.batches.source import ShardSource
-from cxrscale.checkpoint import Progress
+from cxrscale import config
 from cxrscale.config import Recipe
-from cxrscale.schema import Batch
+from cxrscale.loader.loader import training_batches, usable_rows
+from cxrscale.loader.reader import ShardReader
+from cxrscale.models.networks import build_model, train_mode
 from cxrscale.shards import manifest
 from cxrscale.shards.manifest import Manifest
-from cxrscale.tracking import Tracker
-from cxrscale.worker import LocalWorker
+from cxrscale.training import loop, tracking
+from cxrscale.training.checkpoint import Progress
+from cxrscale.training.distributed import LocalWorker
+from cxrscale.training.tracking import Tracker
+from cxrscale.types import Batch
 
 PEAK_TFLOPS = {
     "H200": 989.0,
@@ -61,15 +63,15 @@ def stepper(
 ) -> Steps:
     """Our loop over one batch that already lies on the device."""
     worker = LocalWorker(str(device))
-    learner = train.build(recipe, worker)
+    learner = loop.build_state(recipe, worker)
     if not fused:
         trained = [each for each in learner.net.parameters() if each.requires_grad]
         learner.optimizer = torch.optim.Adam(trained, recipe.optim.lr, foreach=False, fused=False)
-    loop = train.make_loop(recipe, worker, data, learner, steps, None)
+    context = loop.make_context(recipe, worker, data, learner, steps, None)
 
     def run() -> None:
         learner.progress = Progress()
-        for _ in train.epoch(loop, learner, itertools.repeat(batch)):
+        for _ in loop.train_epoch(context, learner, itertools.repeat(batch)):
             pass
 
     return run
@@ -103,7 +105,7 @@ def knobs(recipe: Recipe, device: torch.device, steps: int, rounds: int, peak: f
             torch.cuda.synchronize(device)
             if number:
                 seconds[knob].append((time.perf_counter() - began) / steps)
-            # The other contenders' nets lie there too: what this one adds, and its own weights and moments.
+            # The other contenders' models lie there too: what this one adds, and its own weights and moments.
             memory[knob] = torch.cuda.max_memory_allocated(device) - before + own[knob]
     _tf32(True)
     found: dict[str, Any] = {"gflop_a_step": work / 1e9, "peak_tflops": peak, "knobs": {}}
@@ -112,7 +114,7 @@ def knobs(recipe: Recipe, device: torch.device, steps: int, rounds: int, peak: f
         middle = statistics.median(times)
         row = {
             "ms_a_step": 1000 * middle,
-            "images_per_second": recipe.plan.batch / middle,
+            "images_per_second": recipe.sampler.batch_size / middle,
             "speed_up": slowest / middle,
             "memory_gb": memory[knob] / 1e9,
             "flops_utilisation": None if peak is None else work / middle / (peak * 1e12),
@@ -133,7 +135,7 @@ def _tf32(on: bool) -> None:
 
 def flops(recipe: Recipe, batch: Batch, device: torch.device) -> int:
     """Floating-point operations of a step's forward and backward pass."""
-    net = models.build(recipe.model, recipe.data).to(device)
+    net = build_model(recipe.model, recipe.data).to(device)
     with FlopCounterMode(display=False) as counter:
         net(batch.image_BCHW.float()).square().mean().backward()
     return int(counter.get_total_flops())
@@ -141,19 +143,19 @@ def flops(recipe: Recipe, batch: Batch, device: torch.device) -> int:
 
 def first_batch(recipe: Recipe, data: Manifest, device: torch.device) -> Batch:
     """A batch of the recipe's own feed."""
-    batches = feed.training(data, recipe.data, recipe.plan, recipe.augment, device=device)
+    batches = training_batches(data, recipe.data, recipe.sampler, recipe.augment, device=device)
     batch = next(batches)
     batches.close()
     return batch
 
 
-class Pictures(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """The usual data set: PIL decodes, torchvision resizes, normalises and flips, a picture at a time."""
+class Images(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """The usual data set: PIL decodes, torchvision resizes, normalizes and flips, an image at a time."""
 
     def __init__(self, data: Manifest, recipe: Recipe) -> None:
-        rows = feed.usable_rows(data, recipe.data.train_split, recipe.data)
+        rows = usable_rows(data, recipe.data.train_split, recipe.data)
         segment = recipe.data.task == "segment"
-        encoded = ShardSource(data).read(rows, segment)
+        encoded = ShardReader(data).read(rows, segment)
         self.images = [image.tobytes() for image in encoded.images]
         self.masks = [mask.tobytes() for mask in encoded.masks] if encoded.masks else []
         self.label_NF = torch.from_numpy(np.nan_to_num(data.labels(recipe.data.findings)[rows]))
@@ -167,8 +169,8 @@ class Pictures(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         from torchvision.transforms import functional
 
         def opened(content: bytes) -> torch.Tensor:
-            picture = Image.open(io.BytesIO(content)).convert("L")
-            tensor: torch.Tensor = functional.to_tensor(functional.resize(picture, [self.augment.size] * 2))
+            loaded = Image.open(io.BytesIO(content)).convert("L")
+            tensor: torch.Tensor = functional.to_tensor(functional.resize(loaded, [self.augment.size] * 2))
             return tensor
 
         image = (opened(self.images[index]) - self.augment.mean) / self.augment.std
@@ -180,14 +182,14 @@ class Pictures(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 
 def peer(data: Manifest, recipe: Recipe, device: torch.device, steps: int) -> Steps:
-    """The plain way: a DataLoader over `Pictures`, fp32, eager, plain Adam."""
-    net = models.build(recipe.model, recipe.data).to(device)
-    models.train_mode(net)
+    """The plain way: a DataLoader over `Images`, fp32, eager, plain Adam."""
+    net = build_model(recipe.model, recipe.data).to(device)
+    train_mode(net)
     made = torch.optim.Adam([each for each in net.parameters() if each.requires_grad], recipe.optim.lr)
     criterion = nn.BCEWithLogitsLoss()
     loader = DataLoader(
-        Pictures(data, recipe),
-        recipe.plan.batch,
+        Images(data, recipe),
+        recipe.sampler.batch_size,
         shuffle=True,
         drop_last=True,
         num_workers=max(1, torch.get_num_threads()),
@@ -212,30 +214,35 @@ def recipe_alone(path: str, shards: tuple[str, str], device: torch.device, steps
     tree = config.load_recipe(path)
     chosen = shards[1] if tree.data.task == "segment" else shards[0]
     data = manifest.load(chosen)
-    available = len(feed.usable_rows(data, tree.data.train_split, tree.data))
+    available = len(usable_rows(data, tree.data.train_split, tree.data))
     changes: dict[str, dict[str, Any]] = {
         "data": {"shards": (chosen,)},
         # Neither needs another run's files; a small phantom must fill a batch of the plain way, which drops the rest.
-        "model": {"weights": "none", "new_head": False},
-        "plan": {"sampling": "all", "hard_scores": None, "mix": (), "batch": min(tree.plan.batch, available)},
+        "model": {"weights": "none", "reset_head": False},
+        "sampler": {
+            "sampling": "all",
+            "hard_predictions": None,
+            "dataset_weights": (),
+            "batch_size": min(tree.sampler.batch_size, available),
+        },
         "tracking": {"log_steps": steps, "wandb": "disabled"},
     }
     recipe = tree.model_copy(
         update={section: getattr(tree, section).model_copy(update=fields) for section, fields in changes.items()}
     )
-    batches = feed.training(data, recipe.data, recipe.plan, recipe.augment, device=device)
+    batches = training_batches(data, recipe.data, recipe.sampler, recipe.augment, device=device)
     worker = LocalWorker(str(device))
-    learner = train.build(recipe, worker)
+    learner = loop.build_state(recipe, worker)
     waits: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         tracker = Tracker(folder, recipe.tracking, {}, 0)
-        loop = train.make_loop(recipe, worker, data, learner, steps, tracker)
+        context = loop.make_context(recipe, worker, data, learner, steps, tracker)
 
         def both() -> None:
             learner.progress = Progress()
-            for _ in train.epoch(loop, learner, batches):
+            for _ in loop.train_epoch(context, learner, batches):
                 pass
-            waits.append(tracking.read(folder)[-1]["data_wait"])
+            waits.append(tracking.read_log(folder)[-1]["data_wait"])
 
         def loader() -> None:
             for _ in range(steps):
@@ -258,7 +265,7 @@ def recipe_alone(path: str, shards: tuple[str, str], device: torch.device, steps
                     seconds[name].append((time.perf_counter() - began) / steps)
         tracker.close()
     batches.close()
-    found = {name: recipe.plan.batch / statistics.median(times) for name, times in seconds.items()}
+    found = {name: recipe.sampler.batch_size / statistics.median(times) for name, times in seconds.items()}
     found["data_wait"] = statistics.median(waits[1:])
     if device.type == "cuda":
         found["memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9

@@ -28,9 +28,9 @@ from typing import Any
 
 import numpy as np
 
-from cxrscale import pictures
-from cxrscale.archives import nih, rsna, siim
-from cxrscale.schema import InputError, Unreadable
+from cxrscale.io.images import load_image
+from cxrscale.sources import nih, rsna, siim
+from cxrscale.types import UnreadableImageError, UserError
 from tests.fuzz.mutations import KINDS, mutated
 
 SAME, OTHER, REFUSED = "same", "other", "refused"
@@ -39,7 +39,7 @@ WARNED, CRASH, DEATH, HANG = "warned", "crash", "death", "hang"
 STATUSES = (SAME, OTHER, REFUSED, WARNED, CRASH, DEATH, HANG)
 PICTURES = ("png", "png-resealed", "jpeg", "dicom")
 CHECKED = ("png",)
-"""Kinds with checksums that are looked at: to read one as another picture is a fault there; elsewhere nothing tells."""
+"""Kinds with checksums that are looked at: to read one as another image is a fault there; elsewhere nothing tells."""
 CPU_SECONDS = 2.0
 """What one input may take."""
 WALL = 30.0
@@ -86,7 +86,7 @@ def read_damaged(kind: str, seed: int, number: int, folder: Path) -> Outcome:
             warnings.simplefilter("error")
             found = _read(kind, data, folder)
         status, told = (SAME if _equal(found, whole) else OTHER), ""
-    except (Unreadable, InputError) as reason:
+    except (UnreadableImageError, UserError) as reason:
         status, told = REFUSED, str(reason)
         if not told.strip() or "\n" in told or "\r" in told:
             status, told = CRASH, f"no reason of one line: {told[:200]!r}"
@@ -110,7 +110,7 @@ def _whole(kind: str, which: int, folder: Path) -> Any:
 def _read(kind: str, data: bytes, folder: Path) -> Any:
     if kind in PICTURES:
         # Under .dcm a file with a damaged preamble is read too, and that is where damage must not hurt either.
-        return pictures.load(data, name="picture.dcm" if kind == "dicom" else "picture").grey_HW
+        return load_image(data, name="image.dcm" if kind == "dicom" else "image").image_HW
     path = folder / "table.csv"
     path.write_bytes(data)
     readers = {

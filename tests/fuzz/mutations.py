@@ -17,8 +17,8 @@ import simplejpeg
 from PIL import Image
 from pydicom import uid
 
-from cxrscale import pictures
-from tests.dicom_files import dicom_file, encoded, picture
+from cxrscale.io.images import encode_jpeg, encode_mask, encode_png
+from tests.dicom_files import dicom_file, encoded, gray_image
 
 Rng = np.random.Generator
 PNG_MAGIC = 8
@@ -42,28 +42,28 @@ class Part:
 
 @cache
 def png_files() -> tuple[bytes, ...]:
-    """Grey of 8, 16 and 1 bits, grey in colour with alpha, interlaced with comments; several IDATs where large."""
-    grey = picture(150, 130)
-    deep = cv2.imencode(".png", picture(60, 50, dtype="u2"))[1].tobytes()
-    rgba = cv2.imencode(".png", cv2.cvtColor(grey, cv2.COLOR_GRAY2BGRA))[1].tobytes()
+    """Gray of 8, 16 and 1 bits, gray in color with alpha, interlaced with comments; several IDATs where large."""
+    gray = gray_image(150, 130)
+    deep = cv2.imencode(".png", gray_image(60, 50, dtype="u2"))[1].tobytes()
+    rgba = cv2.imencode(".png", cv2.cvtColor(gray, cv2.COLOR_GRAY2BGRA))[1].tobytes()
     palette = io.BytesIO()
-    Image.fromarray(grey[:40]).convert("P").save(palette, "PNG", dpi=(72, 72))
-    return pictures.encode_png(grey), deep, rgba, palette.getvalue(), pictures.encode_mask(grey > 99)
+    Image.fromarray(gray[:40]).convert("P").save(palette, "PNG", dpi=(72, 72))
+    return encode_png(gray), deep, rgba, palette.getvalue(), encode_mask(gray > 99)
 
 
 @cache
 def jpeg_files() -> tuple[bytes, ...]:
-    """Baseline grey, neutral colour, progressive, with restart markers, and turned by EXIF."""
-    grey = picture(90, 110)
-    colour = cv2.cvtColor(grey, cv2.COLOR_GRAY2BGR)
+    """Baseline gray, neutral color, progressive, with restart markers, and turned by EXIF."""
+    gray = gray_image(90, 110)
+    color = cv2.cvtColor(gray, cv2.COLOR_GRAY2BGR)
     turned, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(grey).save(turned, "JPEG", exif=exif, quality=90)
+    Image.fromarray(gray).save(turned, "JPEG", exif=exif, quality=90)
     return (
-        pictures.encode_jpeg(grey),
-        simplejpeg.encode_jpeg(colour, 85, "BGR"),
-        cv2.imencode(".jpg", grey, [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])[1].tobytes(),
-        cv2.imencode(".jpg", grey, [cv2.IMWRITE_JPEG_RST_INTERVAL, 3])[1].tobytes(),
+        encode_jpeg(gray),
+        simplejpeg.encode_jpeg(color, 85, "BGR"),
+        cv2.imencode(".jpg", gray, [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])[1].tobytes(),
+        cv2.imencode(".jpg", gray, [cv2.IMWRITE_JPEG_RST_INTERVAL, 3])[1].tobytes(),
         turned.getvalue(),
     )
 
@@ -71,7 +71,7 @@ def jpeg_files() -> tuple[bytes, ...]:
 @cache
 def dicom_files() -> tuple[bytes, ...]:
     """Every way of storing pixels, with and without windows, and the tags that reading looks at."""
-    small, deep = picture(64, 48), picture(64, 48, dtype="u2", bits=12)
+    small, deep = gray_image(64, 48), gray_image(64, 48, dtype="u2", bits=12)
     about: dict[str, Any] = {"PatientSex": "F", "PatientAge": "051Y", "ViewPosition": "PA", "PatientID": "someone"}
     window: dict[str, Any] = {"WindowCenter": [2048, 1000], "WindowWidth": [4096, 900], "BitsStored": 12}
     slope: dict[str, Any] = {"RescaleSlope": "1.5", "RescaleIntercept": "-100", "BitsStored": 12}

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from cxrscale import tracking, train
-from cxrscale.batches import feed
 from cxrscale.config import Recipe
+from cxrscale.loader.loader import training_batches
 from cxrscale.shards import manifest
-from cxrscale.worker import LocalWorker
+from cxrscale.training import loop, tracking
+from cxrscale.training.distributed import LocalWorker
 from tests.conftest import TINY_CLASSIFIER, TINY_SEGMENTER, tiny
 
 pytestmark = [
@@ -33,14 +33,14 @@ def run(recipe: Recipe, strict: bool) -> int:
     Returns how many steps were watched.
     """
     worker = LocalWorker("cuda")
-    data, learner = manifest.load(*recipe.data.shards), train.build(recipe, worker)
-    batches = feed.training(data, recipe.data, recipe.plan, recipe.augment, device=worker.device)
-    steps = recipe.plan.steps_per_epoch
+    data, learner = manifest.load(*recipe.data.shards), loop.build_state(recipe, worker)
+    batches = training_batches(data, recipe.data, recipe.sampler, recipe.augment, device=worker.device)
+    steps = recipe.sampler.steps_per_epoch
     assert steps is not None
-    loop = train.make_loop(recipe, worker, data, learner, steps, None)
+    context = loop.make_context(recipe, worker, data, learner, steps, None)
     watched = 0
     try:
-        for done in train.epoch(loop, learner, batches):
+        for done in loop.train_epoch(context, learner, batches):
             # The first two stretches choose algorithms, compile, record CUDA graphs and fill the memory pools.
             quiet = done >= 2 * LOG and (done + 1) % LOG != 0 and done + 1 < steps
             watched += quiet
@@ -56,7 +56,7 @@ def run(recipe: Recipe, strict: bool) -> int:
     [
         PLAIN,
         (),
-        ("optim.accumulate=2", "optim.clip_norm=1", "optim.ema=0.99", "train.compile=never"),
+        ("optim.grad_accum_steps=2", "optim.max_grad_norm=1", "optim.ema_decay=0.99", "train.compile=never"),
         ("train.compile=reduce-overhead",),
         ("optim.name=sgd", "optim.schedule=cosine", "optim.warmup_steps=3", "train.compile=never"),
     ],
@@ -65,28 +65,28 @@ def run(recipe: Recipe, strict: bool) -> int:
 def test_no_step_between_two_log_lines_waits_for_the_gpu(
     knobs: tuple[str, ...], nih_shards: str, tmp_path: Path
 ) -> None:
-    more = (f"tracking.log_steps={LOG}", f"plan.steps_per_epoch={5 * LOG}", *AUGMENTED, *knobs)
+    more = (f"tracking.log_steps={LOG}", f"sampler.steps_per_epoch={5 * LOG}", *AUGMENTED, *knobs)
     assert run(tiny(nih_shards, tmp_path, *more), strict=True) >= 3 * (LOG - 1) - 1
 
 
 @pytest.mark.parametrize("terms", [("loss.dice=1",), ("loss.focal=1", "loss.lovasz=1")], ids=["dice", "lovasz"])
 def test_nor_does_segmentation(terms: tuple[str, ...], siim_shards: str, tmp_path: Path) -> None:
-    more = (f"tracking.log_steps={LOG}", f"plan.steps_per_epoch={4 * LOG}", *terms)
+    more = (f"tracking.log_steps={LOG}", f"sampler.steps_per_epoch={4 * LOG}", *terms)
     assert run(tiny(siim_shards, tmp_path, *more, base=TINY_SEGMENTER), strict=True) > LOG
 
 
 def test_a_step_that_logs_does_wait(nih_shards: str, tmp_path: Path) -> None:
     # Or else the tests above could not fail.
-    recipe = tiny(nih_shards, tmp_path, *PLAIN, "tracking.log_steps=1", f"plan.steps_per_epoch={4 * LOG}")
+    recipe = tiny(nih_shards, tmp_path, *PLAIN, "tracking.log_steps=1", f"sampler.steps_per_epoch={4 * LOG}")
     with pytest.raises(RuntimeError, match="synchronizing CUDA operation"):
         run(recipe, strict=True)
 
 
 def losses_of(shards: str, root: Path, *knobs: str, base: tuple[str, ...]) -> list[float]:
     """The training losses of a few steps of a run."""
-    more = ("train.epochs=1", "plan.steps_per_epoch=5", "optim.name=sgd", "optim.lr=0.01", *PLAIN, *knobs)
-    train.train(tiny(shards, root, *more, base=base), str(root), LocalWorker("cuda"))
-    return [line["loss"] for line in tracking.read(str(root)) if line["kind"] == "train"]
+    more = ("train.epochs=1", "sampler.steps_per_epoch=5", "optim.name=sgd", "optim.lr=0.01", *PLAIN, *knobs)
+    loop.train(tiny(shards, root, *more, base=base), str(root), LocalWorker("cuda"))
+    return [line["loss"] for line in tracking.read_log(str(root)) if line["kind"] == "train"]
 
 
 @pytest.mark.parametrize("segment", [False, True], ids=["classify", "segment"])
@@ -108,12 +108,12 @@ def test_a_knob_changes_speed_and_not_what_is_learnt(
 
 
 def test_pieces_add_up_under_cuda_graphs(nih_shards: str, tmp_path: Path) -> None:
-    plain = losses_of(nih_shards, tmp_path / "plain", "optim.accumulate=2", base=TINY_CLASSIFIER)
-    graphs = ("optim.accumulate=2", "train.compile=reduce-overhead")
+    plain = losses_of(nih_shards, tmp_path / "plain", "optim.grad_accum_steps=2", base=TINY_CLASSIFIER)
+    graphs = ("optim.grad_accum_steps=2", "train.compile=reduce-overhead")
     assert losses_of(nih_shards, tmp_path / "graphs", *graphs, base=TINY_CLASSIFIER) == pytest.approx(plain, rel=0.01)
 
 
 def test_the_gpu_is_named_and_its_memory_logged(nih_shards: str, tmp_path: Path) -> None:
     losses_of(nih_shards, tmp_path / "run", base=TINY_CLASSIFIER)
-    lines = [line for line in tracking.read(str(tmp_path / "run")) if line["kind"] == "train"]
+    lines = [line for line in tracking.read_log(str(tmp_path / "run")) if line["kind"] == "train"]
     assert all(0 < line["gpu_memory_gb"] < torch.cuda.get_device_properties(0).total_memory / 1e9 for line in lines)

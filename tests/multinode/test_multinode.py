@@ -5,12 +5,13 @@ import json
 import fsspec
 import pytest
 
-from cxrscale import account, checkpoint, storage, tracking
-from cxrscale.archives.phantom import PhantomPaths
-from cxrscale.tune import sweep
+from cxrscale.io import storage
+from cxrscale.sources.synthetic.archive import SyntheticPaths
+from cxrscale.training import checkpoint, run_info, tracking
+from cxrscale.tuning import sweep
 from tests.conftest import TINY_CLASSIFIER
 from tests.multinode.conftest import HEAD, PATIENCE_S, WORKERS, Cluster, Store
-from tests.test_survival import assert_equal
+from tests.training.test_survival import assert_equal
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -20,14 +21,14 @@ RECIPE = (
     *TINY_CLASSIFIER,
     "tracking.wandb=disabled",
     "scaling.num_workers=2",
-    f"plan.steps_per_epoch={STEPS}",
+    f"sampler.steps_per_epoch={STEPS}",
     "train.epochs=2",
     "train.checkpoint_steps=4",
 )
 
 
 @pytest.fixture(scope="module")
-def shards(cluster: Cluster, store: Store, drawn: PhantomPaths, s3: str) -> str:
+def shards(cluster: Cluster, store: Store, drawn: SyntheticPaths, s3: str) -> str:
     """An archive in the bucket, sharded into the bucket by a job."""
     fsspec.filesystem("s3").put(str(drawn.nih), f"{s3}/site/archive", recursive=True)
     out = f"{s3}/site/shards"
@@ -45,7 +46,7 @@ def newest(run: str) -> int:
 def test_a_run_that_loses_a_machine_ends_like_one_that_does_not(
     cluster: Cluster, store: Store, shards: str, s3: str
 ) -> None:
-    words = ["train", *RECIPE, f"data.shards=[{shards}]", f"tracking.root={s3}/site/runs"]
+    words = ["train", *RECIPE, f"data.shards=[{shards}]", f"tracking.runs_dir={s3}/site/runs"]
     whole, hurt = f"{s3}/site/runs/whole", f"{s3}/site/runs/hurt"
     assert cluster.run(*words, "tracking.name=whole").splitlines()[-1] == whole
 
@@ -65,7 +66,7 @@ def test_a_run_that_loses_a_machine_ends_like_one_that_does_not(
     assert job.returncode == 0, out
     assert out.splitlines()[-1] == hurt
     assert_equal(hurt, whole)
-    assert account.read(hurt)["finished"]
+    assert run_info.read_run_info(hurt)["finished"]
     # Nothing was left of its cache of shards.
     assert writer in store.who("GET", ".tar", told)
 
@@ -75,8 +76,13 @@ def test_an_elastic_run_goes_on_without_the_machine_that_nobody_hears_of(
 ) -> None:
     """Its cable is pulled: no connection closes. One worker trains until it is back, then two again."""
     run = f"{s3}/site/runs/elastic"
-    words = ["train", *RECIPE, f"data.shards=[{shards}]", f"tracking.root={s3}/site/runs", "tracking.name=elastic"]
-    long = ("scaling.num_workers=[1, 2]", "scaling.regrow_seconds=2", "plan.steps_per_epoch=20000", "train.epochs=1")
+    words = ["train", *RECIPE, f"data.shards=[{shards}]", f"tracking.runs_dir={s3}/site/runs", "tracking.name=elastic"]
+    long = (
+        "scaling.num_workers=[1, 2]",
+        "scaling.elastic_check_seconds=2",
+        "sampler.steps_per_epoch=20000",
+        "train.epochs=1",
+    )
     job = cluster.start("--name", "elastic", *words, *long)
     cluster.until(lambda: newest(run) >= 12, job)
     before = cluster.training()
@@ -94,15 +100,20 @@ def test_an_elastic_run_goes_on_without_the_machine_that_nobody_hears_of(
     cluster.stop("elastic")
     out, _ = job.communicate(timeout=PATIENCE_S)
     assert "stopped with a checkpoint; go on with tracking.name=elastic" in out
-    assert [line["step"] for line in tracking.read(run)] == list(range(1, newest(run) + 1))
+    assert [line["step"] for line in tracking.read_log(run)] == list(range(1, newest(run) + 1))
 
 
 def test_a_search_that_loses_a_machine_ends(cluster: Cluster, shards: str, s3: str) -> None:
     """Four trials of two workers each on two slots; the machine in the middle of the first is lost and comes back."""
     run = f"{s3}/site/runs/search"
-    words = ["tune", *RECIPE, f"data.shards=[{shards}]", f"tracking.root={s3}/site/runs", "tracking.name=search"]
-    space = ("tune.space={optim.lr: 'loguniform(1e-4, 1e-2)'}", "tune.method=random", "tune.trials=4", "tune.seeds=0")
-    job = cluster.start(*words, *space, "tune.workers=2", "plan.steps_per_epoch=12")
+    words = ["tune", *RECIPE, f"data.shards=[{shards}]", f"tracking.runs_dir={s3}/site/runs", "tracking.name=search"]
+    space = (
+        "tune.space={optim.lr: 'loguniform(1e-4, 1e-2)'}",
+        "tune.method=random",
+        "tune.trials=4",
+        "tune.baseline_seeds=0",
+    )
+    job = cluster.start(*words, *space, "tune.workers=2", "sampler.steps_per_epoch=12")
     cluster.until(lambda: newest(f"{run}/trials/trial-001") >= 4, job)
     left, away = WORKERS
     before = cluster.training()
@@ -111,9 +122,9 @@ def test_a_search_that_loses_a_machine_ends(cluster: Cluster, shards: str, s3: s
     cluster.up(away)
     out, _ = job.communicate(timeout=PATIENCE_S)
     assert job.returncode == 0, out
-    assert json.loads(storage.read(f"{run}/{sweep.ABOUT}"))["finished"]
+    assert json.loads(storage.read(f"{run}/{sweep.SEARCH_INFO}"))["finished"]
     for number in range(4):
         trial = f"{run}/trials/trial-{number:03d}"
         assert newest(trial) == 24
-        assert account.read(trial)["finished"]
+        assert run_info.read_run_info(trial)["finished"]
     assert storage.exists(f"{run}/best.yaml")

@@ -1,4 +1,4 @@
-"""From archives to splits: every policy, patients' names, twins and repeats."""
+"""From archives to splits: every policy, patients' names, duplicates and repeats."""
 
 import shutil
 from pathlib import Path
@@ -6,23 +6,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cxrscale import archives
-from cxrscale.archives.phantom import PhantomPaths
+from cxrscale import sources
 from cxrscale.config import Pack
-from cxrscale.schema import ImageRecord, InputError
 from cxrscale.shards import build, manifest
-from cxrscale.splits import crossing
+from cxrscale.shards.splits import overlapping_patients
+from cxrscale.sources.synthetic.archive import SyntheticPaths
+from cxrscale.types import ImageRecord, UserError
 
 
 @pytest.fixture(scope="module")
-def records(drawn: PhantomPaths) -> list[ImageRecord]:
-    return archives.read("nih", str(drawn.nih))
+def records(drawn: SyntheticPaths) -> list[ImageRecord]:
+    return sources.read("nih", str(drawn.nih))
 
 
 @pytest.mark.parametrize("policy", ["official", "random", "chexnet", "kfold"])
 def test_no_policy_parts_a_patient(policy: str, records: list[ImageRecord]) -> None:
     split = build.assign(records, Pack.model_validate({"split": policy, "folds": 4}))
-    assert crossing([record.patient for record in records], split) == []
+    assert overlapping_patients([record.patient for record in records], split) == []
     expected = {f"fold{n}" for n in range(4)} if policy == "kfold" else {"train", "val", "test"}
     assert set(split) == expected
 
@@ -39,27 +39,27 @@ def test_lists_of_ones_own(records: list[ImageRecord], tmp_path: Path) -> None:
     lists = {name: str(tmp_path / f"{name}.txt") for name in ("train", "val")}
     split = build.assign(records, Pack(split="lists", split_lists=lists))
     assert split == ["train"] * 50 + ["val"] * 10 + ["unlisted"] * 20
-    with pytest.raises(InputError, match=r"pack\.split=lists needs pack\.split_lists"):
+    with pytest.raises(UserError, match=r"pack\.split=lists needs pack\.split_lists"):
         build.assign(records, Pack(split="lists"))
 
 
-def test_pictures_without_a_label_are_set_apart(drawn: PhantomPaths) -> None:
-    siim = archives.read("siim", str(drawn.siim))
+def test_images_without_a_label_are_set_apart(drawn: SyntheticPaths) -> None:
+    siim = sources.read("siim", str(drawn.siim))
     split = build.assign(siim, Pack(masks=True))
-    assert [name == build.UNLABELLED for name in split] == [record.rles is None for record in siim]
-    assert build.UNLABELLED in split
+    assert [name == build.UNLABELED for name in split] == [record.rles is None for record in siim]
+    assert build.UNLABELED in split
 
 
 def test_patients_are_hashed_by_a_key_of_ones_own(records: list[ImageRecord], monkeypatch: pytest.MonkeyPatch) -> None:
     record = records[0]
-    plain = build.patient_name(record, Pack())
+    plain = build.hash_patient_id(record, Pack())
     assert record.patient not in plain
-    assert build.patient_name(record, Pack(patients="original")) == record.patient
+    assert build.hash_patient_id(record, Pack(patient_ids="original")) == record.patient
     monkeypatch.setenv(build.PATIENT_KEY, "secret")
-    assert build.patient_name(record, Pack()) != plain
+    assert build.hash_patient_id(record, Pack()) != plain
 
 
-def test_no_original_name_reaches_a_shard(drawn: PhantomPaths, siim_shards: str) -> None:
+def test_no_original_name_reaches_a_shard(drawn: SyntheticPaths, siim_shards: str) -> None:
     import pydicom
 
     told = set()
@@ -72,30 +72,30 @@ def test_no_original_name_reaches_a_shard(drawn: PhantomPaths, siim_shards: str)
     assert [name for name in told if name in content] == []
 
 
-def test_siim_takes_patient_and_split_from_its_nih_twins(nih_shards: str, siim_shards: str) -> None:
+def test_siim_takes_patient_and_split_from_its_nih_duplicates(nih_shards: str, siim_shards: str) -> None:
     nih, siim = manifest.load(nih_shards), manifest.load(siim_shards)
     assert siim.about[0]["patients_from"] == "nih"
     home = dict(zip(nih.patient.tolist(), nih.split.tolist(), strict=True))
     for who, split in zip(siim.patient.tolist(), siim.split.tolist(), strict=True):
-        assert split in (home[who], build.UNLABELLED)
+        assert split in (home[who], build.UNLABELED)
 
 
-def test_twins_of_the_wrong_set_are_refused(drawn: PhantomPaths, tmp_path: Path) -> None:
+def test_patients_from_dataset_the_wrong_set_are_refused(drawn: SyntheticPaths, tmp_path: Path) -> None:
     siim = Path(shutil.copytree(drawn.siim, tmp_path / "siim"))
     for path in sorted(siim.rglob("*.dcm"))[1:]:
         path.unlink()
     one, out = str(tmp_path / "one"), str(tmp_path / "out")
     build.build("nih", str(drawn.nih), Pack(size=64, limit=1), one, local=True)
-    with pytest.raises(InputError, match=r"--twins .*none of these \d+ pictures is there"):
-        build.build("siim", str(siim), Pack(size=64), out, twins_of=one, local=True)
+    with pytest.raises(UserError, match=r"--patients-from .*none of these \d+ images is there"):
+        build.build("siim", str(siim), Pack(size=64), out, patients_from_dataset=one, local=True)
 
 
-def test_a_picture_that_occurs_twice_unites_its_patients(drawn: PhantomPaths, tmp_path: Path) -> None:
+def test_a_image_that_occurs_twice_unites_its_patients(drawn: SyntheticPaths, tmp_path: Path) -> None:
     nih = Path(shutil.copytree(drawn.nih, tmp_path / "nih"))
     first, *_, last = sorted(nih.rglob("*.png"))
     shutil.copy(first, last)
-    records = archives.read("nih", str(nih))
-    united = build.unite(records, Pack(), local=True)
+    records = sources.read("nih", str(nih))
+    united = build.merge_duplicates(records, Pack(), local=True)
     who = {record.image_id: record.patient for record in united}
     assert who[first.name] == who[last.name]
     before = {record.image_id: record.patient for record in records}

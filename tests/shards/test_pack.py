@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 import webdataset
 
-from cxrscale import archives
-from cxrscale.archives.phantom import PhantomPaths
+from cxrscale import sources
 from cxrscale.config import Pack
-from cxrscale.schema import ImageRecord, InputError
 from cxrscale.shards import build, manifest, pack
 from cxrscale.shards.verify import verify
+from cxrscale.sources.synthetic.archive import SyntheticPaths
+from cxrscale.types import ImageRecord, UserError
 
 SETTINGS = Pack(size=64, samples_per_shard=20)
 
@@ -31,7 +31,7 @@ def contents(root: str | Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(Path(root).iterdir()) if path.is_file()}
 
 
-def test_a_second_run_does_nothing(drawn: PhantomPaths, nih_shards: str) -> None:
+def test_a_second_run_does_nothing(drawn: SyntheticPaths, nih_shards: str) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in Path(nih_shards).iterdir()}
     again = build.build("nih", str(drawn.nih), SETTINGS, nih_shards, local=True)
     assert not again.fresh
@@ -39,18 +39,18 @@ def test_a_second_run_does_nothing(drawn: PhantomPaths, nih_shards: str) -> None
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_ray_tasks_write_the_same_bytes(drawn: PhantomPaths, nih_shards: str, tmp_path: Path) -> None:
+def test_ray_tasks_write_the_same_bytes(drawn: SyntheticPaths, nih_shards: str, tmp_path: Path) -> None:
     build.build("nih", str(drawn.nih), SETTINGS, str(tmp_path / "out"))
     assert contents(tmp_path / "out") == contents(nih_shards)
 
 
-def test_other_settings_do_not_overwrite(drawn: PhantomPaths, nih_shards: str) -> None:
-    with pytest.raises(InputError, match="holds shards of another archive or other settings"):
+def test_other_settings_do_not_overwrite(drawn: SyntheticPaths, nih_shards: str) -> None:
+    with pytest.raises(UserError, match="holds shards of another archive or other settings"):
         build.build("nih", str(drawn.nih), Pack(size=48, samples_per_shard=20), nih_shards, local=True)
 
 
 def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(
-    drawn: PhantomPaths, nih_shards: str, tmp_path: Path
+    drawn: SyntheticPaths, nih_shards: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     script = (
@@ -73,17 +73,17 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(
     assert len(kept) == 1, "the shard that was finished before the kill is kept"
 
 
-def test_a_corrupt_picture_is_quarantined_and_the_run_goes_on(drawn: PhantomPaths, tmp_path: Path) -> None:
+def test_a_corrupt_image_is_quarantined_and_the_run_goes_on(drawn: SyntheticPaths, tmp_path: Path) -> None:
     shutil.copytree(drawn.nih, tmp_path / "nih")
-    pictures = sorted((tmp_path / "nih").rglob("*.png"))
-    damaged = bytearray(pictures[3].read_bytes())
+    image_list = sorted((tmp_path / "nih").rglob("*.png"))
+    damaged = bytearray(image_list[3].read_bytes())
     damaged[len(damaged) // 2] ^= 1
-    pictures[3].write_bytes(damaged)
-    pictures[5].write_bytes(b"")
+    image_list[3].write_bytes(damaged)
+    image_list[5].write_bytes(b"")
     packed = build.build("nih", str(tmp_path / "nih"), SETTINGS, str(tmp_path / "out"), local=True)
     listed = [json.loads(line) for line in (tmp_path / "out" / pack.QUARANTINE).read_text().splitlines()]
     assert (packed.images, packed.quarantined) == (78, 2)
-    assert {line["image_id"] for line in listed} == {pictures[3].name, pictures[5].name}
+    assert {line["image_id"] for line in listed} == {image_list[3].name, image_list[5].name}
     assert all(line["reason"] for line in listed)
     assert verify(str(tmp_path / "out")) == []
 
@@ -114,7 +114,7 @@ def test_masks_cover_what_was_drawn(siim_shards: str) -> None:
     assert positive.sum() > 3
     assert (pixels[positive] > 0).all()
     assert (pixels[data.labels(("Pneumothorax",))[:, 0] == 0] == 0).all()
-    assert np.isnan(pixels[data.split == build.UNLABELLED].astype(float)).all()
+    assert np.isnan(pixels[data.split == build.UNLABELED].astype(float)).all()
 
 
 def test_webdataset_reads_our_shards(siim_shards: str) -> None:
@@ -129,8 +129,8 @@ def test_webdataset_reads_our_shards(siim_shards: str) -> None:
     assert all("." not in sample["__key__"] for sample in samples)
 
 
-def test_the_source_codec_keeps_the_archives_bytes(drawn: PhantomPaths, tmp_path: Path) -> None:
-    records = {record.image_id: record for record in archives.read("nih", str(drawn.nih))}
+def test_the_source_codec_keeps_the_archives_bytes(drawn: SyntheticPaths, tmp_path: Path) -> None:
+    records = {record.image_id: record for record in sources.read("nih", str(drawn.nih))}
     build.build("nih", str(drawn.nih), Pack(codec="source", limit=5), str(tmp_path / "out"), local=True)
     for path in (tmp_path / "out").glob("*.tar"):
         with tarfile.open(path) as tar:
@@ -164,7 +164,7 @@ def test_the_plan_does_not_depend_on_the_order_of_the_archive() -> None:
 
 def test_an_id_that_stands_twice_is_refused() -> None:
     twice = [ImageRecord(image_id="a.png", source="nih", path=path, patient="p") for path in ("x", "y")]
-    with pytest.raises(InputError, match=r"a\.png stands twice"):
+    with pytest.raises(UserError, match=r"a\.png stands twice"):
         pack.plan_shards(twice, ["train", "train"], Pack())
 
 
@@ -174,14 +174,14 @@ def test_ids_that_differ_in_dots_alone_get_keys_of_their_own() -> None:
     assert not any("." in key for key in keys.values())
 
 
-def test_an_unwritable_target_is_one_line(drawn: PhantomPaths, tmp_path: Path) -> None:
+def test_an_unwritable_target_is_one_line(drawn: SyntheticPaths, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InputError, match="a part of this path is a file"):
+    with pytest.raises(UserError, match="a part of this path is a file"):
         build.build("nih", str(drawn.nih), SETTINGS, str(tmp_path / "file" / "out"), local=True)
 
 
 def test_no_space_left_is_one_line_and_the_same_command_goes_on(
-    drawn: PhantomPaths, nih_shards: str, tmp_path: Path
+    drawn: SyntheticPaths, nih_shards: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     limited = (

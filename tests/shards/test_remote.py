@@ -5,10 +5,10 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from cxrscale.archives.phantom import PhantomPaths
-from cxrscale.schema import InputError
 from cxrscale.shards import build, manifest
 from cxrscale.shards.verify import verify
+from cxrscale.sources.synthetic.archive import SyntheticPaths
+from cxrscale.types import UserError
 from tests.shards.test_pack import SETTINGS, contents
 
 
@@ -19,7 +19,7 @@ def remote_contents(address: str) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def archive(drawn: PhantomPaths, s3: str) -> str:
+def archive(drawn: SyntheticPaths, s3: str) -> str:
     files, root = fsspec.core.url_to_fs(f"{s3}/archive")
     files.put(f"{drawn.nih}/", f"{root}/", recursive=True)
     return f"{s3}/archive"
@@ -37,7 +37,7 @@ def test_from_s3_to_s3_the_same_bytes(archive: str, s3: str, nih_shards: str, lo
     assert not build.build("nih", archive, SETTINGS, out, local=local).fresh
 
 
-def test_a_flipped_byte_in_s3_is_found(drawn: PhantomPaths, s3: str) -> None:
+def test_a_flipped_byte_in_s3_is_found(drawn: SyntheticPaths, s3: str) -> None:
     out = f"{s3}/damaged"
     build.build("nih", str(drawn.nih), SETTINGS, out, local=True)
     files, root = fsspec.core.url_to_fs(f"{out}/test-00000.tar")
@@ -47,11 +47,11 @@ def test_a_flipped_byte_in_s3_is_found(drawn: PhantomPaths, s3: str) -> None:
     assert [fault.split(":")[0] for fault in verify(out)] == ["test-00000.tar"]
 
 
-def test_file_addresses_are_local(drawn: PhantomPaths, nih_shards: str, tmp_path: Path) -> None:
+def test_file_addresses_are_local(drawn: SyntheticPaths, nih_shards: str, tmp_path: Path) -> None:
     build.build("nih", f"file://{drawn.nih}", SETTINGS, f"file://{tmp_path}/out", local=True)
     assert contents(tmp_path / "out") == contents(nih_shards)
 
 
-def test_a_bucket_that_is_not_there_is_one_line(drawn: PhantomPaths, s3: str) -> None:
-    with pytest.raises(InputError, match="s3://nobucket"):
+def test_a_bucket_that_is_not_there_is_one_line(drawn: SyntheticPaths, s3: str) -> None:
+    with pytest.raises(UserError, match="s3://nobucket"):
         build.build("nih", str(drawn.nih), SETTINGS, f"{s3.replace('cxr', 'nobucket')}/x", local=True)

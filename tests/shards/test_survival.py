@@ -1,6 +1,6 @@
 """Real kills in mid-shard: whatever dies, the set ends in the same bytes.
 
-One picture of the archive is a named pipe: whoever packs its shard waits there until the test lets go.
+One image of the archive is a named pipe: whoever packs its shard waits there until the test lets go.
 """
 
 from __future__ import annotations
@@ -18,37 +18,37 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cxrscale.archives.phantom import PhantomPaths
 from cxrscale.shards import build, manifest, pack
+from cxrscale.sources.synthetic.archive import SyntheticPaths
 from tests.shards.test_pack import SETTINGS, contents
 
 
 class Trap:
-    """An archive with one picture that keeps its reader waiting."""
+    """An archive with one image that keeps its reader waiting."""
 
     def __init__(self, archive: Path) -> None:
         self.archive = archive
-        self.picture = sorted(archive.rglob("*.png"))[40]
-        self.content = self.picture.read_bytes()
-        self.picture.unlink()
-        os.mkfifo(self.picture)
+        self.image = sorted(archive.rglob("*.png"))[40]
+        self.content = self.image.read_bytes()
+        self.image.unlink()
+        os.mkfifo(self.image)
         self._pipe = -1
 
     def caught(self) -> None:
-        """Return once somebody waits for the picture."""
+        """Return once somebody waits for the image."""
         for _ in range(600):
             try:
-                self._pipe = os.open(self.picture, os.O_WRONLY | os.O_NONBLOCK)
+                self._pipe = os.open(self.image, os.O_WRONLY | os.O_NONBLOCK)
                 return
             except OSError:  # ENXIO: no reader yet
                 time.sleep(0.1)
-        raise AssertionError("nobody came to read the picture")
+        raise AssertionError("nobody came to read the image")
 
     def mend(self) -> None:
-        """Put the real picture where the pipe was; who still waits at the pipe gets it too."""
-        whole = self.picture.with_suffix(".whole")
+        """Put the real image where the pipe was; who still waits at the pipe gets it too."""
+        whole = self.image.with_suffix(".whole")
         whole.write_bytes(self.content)
-        whole.replace(self.picture)
+        whole.replace(self.image)
         with suppress(BrokenPipeError):
             os.write(self._pipe, self.content)
         os.close(self._pipe)
@@ -60,7 +60,7 @@ def parts(out: Path) -> list[str]:
 
 
 @pytest.fixture
-def trap(drawn: PhantomPaths, tmp_path: Path) -> Trap:
+def trap(drawn: SyntheticPaths, tmp_path: Path) -> Trap:
     return Trap(Path(shutil.copytree(drawn.nih, tmp_path / "nih")))
 
 
@@ -145,7 +145,7 @@ def test_ctrl_c_leaves_nothing_half_done(trap: Trap, nih_shards: str, tmp_path: 
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("workers", [1, 4])
 def test_any_number_of_workers_writes_the_same_bytes(
-    workers: int, drawn: PhantomPaths, nih_shards: str, tmp_path: Path
+    workers: int, drawn: SyntheticPaths, nih_shards: str, tmp_path: Path
 ) -> None:
     settings = SETTINGS.model_copy(update={"workers": workers})
     build.build("nih", str(drawn.nih), settings, str(tmp_path / "out"))

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cxrscale.schema import InputError
 from cxrscale.shards import manifest
 from cxrscale.shards.verify import verify
+from cxrscale.types import UserError
 
 
 @pytest.fixture
@@ -48,5 +48,5 @@ def test_a_missing_an_extra_and_a_short_tar_are_found(copy: Path) -> None:
 
 
 def test_no_manifest_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=rf"{manifest.NAME} does not exist; make the shards"):
+    with pytest.raises(UserError, match=rf"{manifest.NAME} does not exist; make the shards"):
         verify(str(tmp_path))

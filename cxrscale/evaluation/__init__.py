@@ -1,0 +1,5 @@
+"""Scores -> thresholds, calibration, metrics with confidence intervals, comparisons. Pure: arrays in, plain data out."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,146 @@
+"""How well scores rank images with a finding above those without: AUROC, AUPRC, their resamples and curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+from sklearn.metrics import roc_curve as every_roc_point
+
+from cxrscale.evaluation.metrics.bootstrap import (
+    Estimate,
+    Floats,
+    absent_class,
+    blocks,
+    divide,
+    interval,
+    known,
+    undefined,
+)
+
+
+def auroc(score_N: npt.ArrayLike, label_N: npt.ArrayLike) -> Estimate:
+    """Area under the ROC curve; NaN with the reason where a class is absent. NaN labels are left out."""
+    score, label = known(score_N, label_N)
+    reason = absent_class(label)
+    return undefined(reason) if reason else Estimate(float(roc_auc_score(label, score)))
+
+
+def auprc(score_N: npt.ArrayLike, label_N: npt.ArrayLike) -> Estimate:
+    """Average precision; NaN with the reason where a class is absent."""
+    score, label = known(score_N, label_N)
+    reason = absent_class(label)
+    return undefined(reason) if reason else Estimate(float(average_precision_score(label, score)))
+
+
+def macro_auroc(score_NF: npt.NDArray[np.float32], label_NF: npt.NDArray[np.float32]) -> float:
+    """Mean AUROC over the findings that have both classes; NaN where none has."""
+    values = [auroc(score_NF[:, f], label_NF[:, f]).value for f in range(score_NF.shape[1])]
+    return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
+
+
+def macro(value_F: Sequence[float] | Floats, resampled_FR: Floats) -> Estimate:
+    """Mean over the findings whose value is defined, with the interval of that same mean.
+
+    A resample that leaves one of these findings undefined is left out whole: a mean over fewer findings is another
+    quantity.
+    """
+    value = np.asarray(value_F, dtype=np.float64)
+    defined = np.isfinite(value)
+    if not defined.any():
+        return undefined("no finding has both classes")
+    return interval(float(value[defined].mean()), np.asarray(resampled_FR)[defined].mean(axis=0))
+
+
+def bootstrap_auroc(score_N: npt.ArrayLike, label_N: npt.ArrayLike, draws_RN: npt.NDArray[np.integer]) -> Floats:
+    """(R,) AUROC of each resample by the rank-sum identity with weights; ties count one half. NaN: a class absent.
+
+    One sort serves all resamples: each positive beats the drawn negatives below it and half of those beside it, which
+    are two places in the running sum over the sorted negatives.
+    """
+    score, label = np.asarray(score_N, dtype=np.float64), np.asarray(label_N, dtype=np.float64)
+    positive, negative = np.flatnonzero(label == 1), np.flatnonzero(label == 0)
+    result = np.full(len(draws_RN), np.nan)
+    if not len(positive) or not len(negative):
+        return result
+    negative = negative[np.argsort(score[negative], kind="stable")]
+    below = np.searchsorted(score[negative], score[positive], side="left")
+    beside = np.searchsorted(score[negative], score[positive], side="right")
+    for part in blocks(draws_RN):
+        drawn = draws_RN[part]
+        running = _running(drawn, negative)
+        up = drawn[:, positive]
+        wins = np.einsum("rp,rp->r", running[:, below] + running[:, beside], up, dtype=np.float64) / 2
+        result[part] = divide(wins, up.sum(axis=1, dtype=np.float64) * running[:, -1])
+    return result
+
+
+def bootstrap_auprc(score_N: npt.ArrayLike, label_N: npt.ArrayLike, draws_RN: npt.NDArray[np.integer]) -> Floats:
+    """(R,) average precision of each resample: the precision at each drawn positive's score, averaged over them.
+
+    NaN: a class absent. Equal scores share one cut, as in scikit-learn.
+    """
+    score, label = np.asarray(score_N, dtype=np.float64), np.asarray(label_N, dtype=np.float64)
+    positive, everything = np.flatnonzero(label == 1), np.flatnonzero(~np.isnan(label))
+    result = np.full(len(draws_RN), np.nan)
+    if not len(positive) or len(positive) == len(everything):
+        return result
+    everything = everything[np.argsort(-score[everything], kind="stable")]
+    positive = positive[np.argsort(-score[positive], kind="stable")]
+    called = np.searchsorted(-score[everything], -score[positive], side="right")
+    hit = np.searchsorted(-score[positive], -score[positive], side="right")
+    for part in blocks(draws_RN):
+        drawn = draws_RN[part]
+        calls, hits = _running(drawn, everything), _running(drawn, positive)
+        precision = np.nan_to_num(divide(hits[:, hit], calls[:, called]))
+        mean = divide(np.einsum("rp,rp->r", precision, drawn[:, positive], dtype=np.float64), hits[:, -1])
+        result[part] = np.where(hits[:, -1] < calls[:, -1], mean, np.nan)
+    return result
+
+
+def _running(draws_RN: npt.NDArray[np.integer], order_K: npt.NDArray[np.intp]) -> npt.NDArray[np.int32]:
+    """(R, K + 1) drawn images among the first k of an order."""
+    running = np.zeros((len(draws_RN), len(order_K) + 1), dtype=np.int32)
+    np.cumsum(draws_RN[:, order_K], axis=1, dtype=np.int32, out=running[:, 1:])
+    return running
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Points of a curve, few enough to plot; none, with the reason, where a class is absent."""
+
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    cut: tuple[float, ...]
+    """The threshold of each point: what scores at least this is called present. Infinity calls nothing."""
+    reason: str = ""
+
+
+def roc_curve(score_N: npt.ArrayLike, label_N: npt.ArrayLike, points: int = 200) -> Curve:
+    """False positive rate (x) and recall (y) over all thresholds, from the highest down."""
+    score, label = known(score_N, label_N)
+    reason = absent_class(label)
+    if reason:
+        return Curve((), (), (), reason)
+    x, y, cut = every_roc_point(label, score)
+    return _thin(x, y, cut, points)
+
+
+def pr_curve(score_N: npt.ArrayLike, label_N: npt.ArrayLike, points: int = 200) -> Curve:
+    """Recall (x) and precision (y) over all thresholds, from the highest down; begins at recall 0, precision 1."""
+    score, label = known(score_N, label_N)
+    reason = absent_class(label)
+    if reason:
+        return Curve((), (), (), reason)
+    y, x, cut = precision_recall_curve(label, score)
+    return _thin(x[::-1], y[::-1], np.r_[np.inf, cut[::-1]], points)
+
+
+def _thin(x: Floats, y: Floats, cut: Floats, points: int) -> Curve:
+    """At most `points` of the curve's own points, evenly along its length, both ends among them."""
+    length = np.r_[0.0, np.cumsum(np.abs(np.diff(x)) + np.abs(np.diff(y)))]
+    kept = np.unique(np.searchsorted(length, np.linspace(0.0, length[-1], points)))
+    return Curve(tuple(x[kept].tolist()), tuple(y[kept].tolist()), tuple(cut[kept].tolist()))

@@ -1,0 +1,5 @@
+"""Trained models on images: a predictor that loads once, and predictions of splits and of files."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,13 @@
+from . import dicom as dicom
+from . import images as images
+from . import rle_masks as rle_masks
+from . import storage as storage
+from .images import LoadedImage as LoadedImage
+from .images import decode_mask as decode_mask
+from .images import encode_jpeg as encode_jpeg
+from .images import encode_mask as encode_mask
+from .images import encode_png as encode_png
+from .images import load_image as load_image
+from .images import resize_image as resize_image
+from .images import resize_mask as resize_mask
+from .rle_masks import encode as encode

@@ -1,0 +1,196 @@
+"""Stored values of a DICOM file -> gray values (PS3.3 C.11).
+
+The way of a value: modality LUT or rescale, then VOI LUT or window, then the inversion that MONOCHROME1 asks for, then
+8 bits. A stored value has at most 16 bits, so the whole way is computed once for every value there can be, in float64,
+and the image is one look-up in that table: the standard's formulas to half a gray level, whatever the image's size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cxrscale.io.dicom import tags
+from cxrscale.io.dicom.pixels import Layout
+from cxrscale.types import GrayImage
+
+
+@dataclass(frozen=True, slots=True)
+class _Lut:
+    """A look-up table (PS3.3 C.11.1.1, C.11.2.1.1): input `first + i` becomes `entries[i]`, of 0..top."""
+
+    first: int
+    entries: npt.NDArray[np.uint16]
+    top: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """A window (PS3.3 C.11.2.1.2), in units of the modality's output."""
+
+    center: float
+    width: float
+    function: str
+    """LINEAR, LINEAR_EXACT or SIGMOID."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tone:
+    """The way from a stored value to a gray one."""
+
+    modality: _Lut | tuple[float, float]
+    """A table, or rescale: (slope, intercept)."""
+    voi: _Lut | _Window | None
+    invert: bool
+    padding: int | None
+    """The stored value of pixels outside the image, where the file names one."""
+
+
+def of(ds: Any, *, signed: bool, big_endian: bool) -> Tone:
+    """The modality LUT, VOI LUT and presentation of a file (PS3.3 C.11.1, C.11.2, C.11.6).
+
+    Args:
+        ds: the file's dataset.
+        signed: whether stored values are.
+        big_endian: whether the file's words are.
+
+    Raises:
+        UnreadableImageError: a tag of the three is malformed or leaves no grays apart.
+    """
+    modality: _Lut | tuple[float, float]
+    negative = False
+    if tags.value(ds, "ModalityLUTSequence") is not None:
+        modality = _lut(ds, "ModalityLUTSequence", signed=signed, big_endian=big_endian)
+    else:
+        slope, intercept = modality = tags.number(ds, "RescaleSlope", 1), tags.number(ds, "RescaleIntercept", 0)
+        negative = signed or slope < 0 or intercept < 0
+    voi: _Lut | _Window | None = None
+    if tags.value(ds, "VOILUTSequence") is not None:
+        voi = _lut(ds, "VOILUTSequence", signed=negative, big_endian=big_endian)
+    elif tags.value(ds, "WindowCenter") is not None or tags.value(ds, "WindowWidth") is not None:
+        voi = _window(ds)
+    shape = tags.text(ds, "PresentationLUTShape")
+    return Tone(
+        modality,
+        voi,
+        # Two tags for one thing; the shape is the later step of the standard's pipeline.
+        invert=shape == "INVERSE" if shape else tags.text(ds, "PhotometricInterpretation") == "MONOCHROME1",
+        padding=None if tags.value(ds, "PixelPaddingValue") is None else int(tags.number(ds, "PixelPaddingValue")),
+    )
+
+
+def _window(ds: Any) -> _Window:
+    center, width = tags.number(ds, "WindowCenter"), tags.number(ds, "WindowWidth")
+    function = tags.text(ds, "VOILUTFunction") or "LINEAR"
+    if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
+        raise tags.wrong("VOILUTFunction", f"is {function[:40]!r}, not LINEAR, LINEAR_EXACT or SIGMOID")
+    if width <= 0 or (function == "LINEAR" and width < 1):
+        least = "at least 1" if function == "LINEAR" else "above 0"
+        raise tags.wrong("WindowWidth", f"is {width:g}, not {least} as {function} needs")
+    return _Window(center, width, function)
+
+
+def _lut(ds: Any, keyword: str, *, signed: bool, big_endian: bool) -> _Lut:
+    """The first table of a LUT sequence. `signed`: inputs may be negative, whatever the VR of the descriptor says."""
+    try:
+        item = tags.value(ds, keyword)[0]
+        count, first, bits = (int(value) for value in item.LUTDescriptor)
+        count = count or 1 << 16  # which has no place in the descriptor's 16 bits
+        data = item.LUTData
+        if not isinstance(data, bytes):
+            data = np.atleast_1d(np.asarray(data, dtype="<u2")).tobytes()
+        elif big_endian:
+            data = np.frombuffer(data, dtype=">u2").astype("<u2").tobytes()
+        # Entries of 8 bits stand one or two in a word of 16.
+        packed = bits == 8 and len(data) == count + count % 2
+        entries = np.frombuffer(data, dtype=np.uint8 if packed else "<u2").astype(np.uint16)
+        if packed:
+            entries = entries[:count]
+        if len(entries) != count or not 8 <= bits <= 16:
+            raise ValueError(f"{len(data)} bytes for {count} entries of {bits} bits")
+    except Exception as error:  # damaged bytes make nearly any of these lines raise
+        raise tags.wrong(keyword, f"is malformed: {tags.one_line(error)}") from error
+    if bits == 16:  # often claimed and not used, as for the stored values themselves
+        bits = max(8, int(entries.max()).bit_length())
+    return _Lut(first - (1 << 16) if signed and first >= 1 << 15 else first, entries, (1 << bits) - 1)
+
+
+def gray_table(stored_HW: npt.NDArray[Any], layout: Layout, tone: Tone) -> GrayImage:
+    """The gray value of each of the C = 256 or 65,536 codes that the bits of a stored value can form.
+
+    Args:
+        stored_HW: (H, W) uint8, int8, uint16 or int16. Its values count only where neither window nor VOI LUT is given;
+            `read` tells how.
+        layout: how they are stored.
+        tone: what the file says of them.
+
+    Returns:
+        (C,) uint8, to be indexed by stored values taken as unsigned: 0 black, bone bright.
+
+    Raises:
+        UnreadableImageError: a rescale slope that leaves no grays apart.
+    """
+    codes = 1 << 8 * stored_HW.itemsize
+    value_C = np.arange(codes, dtype=np.float64)
+    if layout.pixel_representation:
+        value_C[codes // 2 :] -= codes
+    with np.errstate(over="ignore", invalid="ignore"):  # absurd slopes and widths; what is not finite is refused
+        if isinstance(tone.modality, _Lut):
+            value_C = _looked_up(value_C, tone.modality)
+        else:
+            value_C = value_C * tone.modality[0] + tone.modality[1]
+            if not np.isfinite(value_C).all() or value_C[0] == value_C[1]:
+                raise tags.wrong("RescaleSlope", f"is {tone.modality[0]:g}, which leaves no grays apart")
+        if isinstance(tone.voi, _Lut):
+            unit_C = _looked_up(value_C, tone.voi) / tone.voi.top
+        elif isinstance(tone.voi, _Window):
+            unit_C = _windowed(value_C, tone.voi)
+        else:
+            low, high = _output_range(stored_HW, layout, tone)
+            unit_C = (value_C - low) / (high - low)
+    unit_C = np.clip(unit_C, 0, 1)
+    return np.rint(255 * (1 - unit_C if tone.invert else unit_C)).astype(np.uint8)
+
+
+def _output_range(stored_HW: npt.NDArray[Any], layout: Layout, tone: Tone) -> tuple[float, float]:
+    """The least and the greatest value that the modality's step can put out."""
+    if isinstance(tone.modality, _Lut):
+        return 0, tone.modality.top
+    slope, intercept = tone.modality
+    ends = [end * slope + intercept for end in _stored_range(stored_HW, layout, tone.padding)]
+    return min(ends), max(ends)
+
+
+def _stored_range(stored_HW: npt.NDArray[Any], layout: Layout, padding: int | None) -> tuple[int, int]:
+    """The least and the greatest value that the stored bits can hold; `read` tells why 16 bits are not believed."""
+    bits, signed = layout.bits_stored, layout.pixel_representation == 1
+    if bits == 16:
+        inside = stored_HW if padding is None else stored_HW[stored_HW != padding]
+        low, high = (int(inside.min()), int(inside.max())) if inside.size else (0, 0)
+        signed = low < 0
+        bits = max(8, high.bit_length() + signed, (-low - 1).bit_length() + 1 if signed else 0)
+    return (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
+
+
+def _looked_up(value_C: npt.NDArray[np.float64], lut: _Lut) -> npt.NDArray[np.float64]:
+    """What lies beyond a table's ends takes its first or last entry (PS3.3 C.11.1.1)."""
+    place_C = np.clip(np.rint(value_C) - lut.first, 0, len(lut.entries) - 1).astype(np.int64)
+    entry_C: npt.NDArray[np.float64] = lut.entries[place_C].astype(np.float64)
+    return entry_C
+
+
+def _windowed(value_C: npt.NDArray[np.float64], window: _Window) -> npt.NDArray[np.float64]:
+    """PS3.3 C.11.2.1.2.1 (LINEAR), C.11.2.1.3.1 (SIGMOID), C.11.2.1.3.2 (LINEAR_EXACT); 0..1 inside the window."""
+    center, width = window.center, window.width
+    if window.function == "SIGMOID":
+        # Clipped where exp would overflow; the result is 0 or 1 to the last bit long before.
+        unit_C: npt.NDArray[np.float64] = 1 / (1 + np.exp(np.clip(-4 * (value_C - center) / width, -700, 700)))
+        return unit_C
+    if window.function == "LINEAR":
+        center, width = center - 0.5, width - 1
+    if width == 0:  # LINEAR of width 1 is a step
+        return np.where(value_C > center, 1.0, 0.0)
+    return (value_C - center) / width + 0.5

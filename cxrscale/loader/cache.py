@@ -1,0 +1,197 @@
+"""Remote shards -> whole local copies in a cache that all processes of a machine share.
+
+A copy is named by the BLAKE3 that the manifest states, so that sets with the same shard share it, and it appears under
+that name only when it is whole and its digest is right. A lock a shard lets one process download while the others
+wait. The folder is CXRSCALE_CACHE, or ~/.cache/cxrscale; it holds at most CXRSCALE_CACHE_GB gigabytes (default 200),
+with what is being downloaded counted at its full size from the start.
+
+A copy is locked for as long as anyone has it mapped, and only copies that nobody has are removed to make room: a
+removed file that is still mapped would go on filling the disk.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import fsspec
+
+from cxrscale.config import CACHE_FOLDER, CACHE_GIGABYTES
+from cxrscale.io import storage
+from cxrscale.types import UserError
+
+_log = logging.getLogger("cxrscale")
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteShard:
+    """A remote tar, and what the manifest says of it; None where it says nothing."""
+
+    address: str
+    blake3: str | None
+    size: int | None
+    """Bytes."""
+
+
+def staged_copy(shard: RemoteShard) -> BinaryIO:
+    """The local copy of a remote shard, downloaded if need be, open for reading.
+
+    It is not removed to make room while this file, or a map of it, is open in any process.
+
+    Raises:
+        UserError: it is not there, differs from what the manifest says, or does not fit into the cache.
+    """
+    folder = Path(os.environ.get(CACHE_FOLDER) or "~/.cache/cxrscale").expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}; point {CACHE_FOLDER} to a folder with room") from None
+    name = shard.blake3 or storage.digest(shard.address.encode())
+    final = folder / f"{name}.tar"
+    try:
+        with _locked(folder / f"{name}.lock"):
+            if not _whole(final, shard):
+                _download(shard, final)
+            os.utime(final)
+            file = final.open("rb")
+            # Taken before the name's lock is given back, so that nobody can remove the copy in between. A map
+            # duplicates the descriptor and with it the lock, which therefore lasts as long as the map.
+            fcntl.flock(file, fcntl.LOCK_SH)
+    except PermissionError as error:
+        raise UserError(f"{error.filename}: {error.strerror}; point {CACHE_FOLDER} to a folder of your own") from None
+    return file
+
+
+def _whole(path: Path, shard: RemoteShard) -> bool:
+    # The digest was compared before the copy got its name; its size tells whether someone has cut it since.
+    return path.exists() and (shard.size is None or path.stat().st_size == shard.size)
+
+
+def _download(shard: RemoteShard, final: Path) -> None:
+    """Copy the shard, within the bound; the caller holds the lock of its name."""
+    size = _remote_size(shard)
+    part, room = final.with_suffix(".part"), final.with_suffix(".room")
+    files, path = fsspec.core.url_to_fs(shard.address)
+    try:
+        with _locked(final.parent / "cache.lock"):
+            # A copy of another size is none, and whoever left the others is dead: the name's lock is ours.
+            for stale in (final, part, room):
+                stale.unlink(missing_ok=True)
+            _make_room(shard, size, final.parent)
+            room.write_text(str(size))
+        _log.info("copying %s to %s", shard.address, final)
+        files.get_file(path, str(part))
+        if shard.blake3 is not None and storage.file_digest(part) != shard.blake3:
+            raise UserError(f"{shard.address} differs from its manifest's digest; run `cxrscale verify`")
+        part.replace(final)
+    except PermissionError:
+        raise
+    except OSError as error:
+        raise UserError(f"{shard.address} cannot be copied to {final.parent} ({error}); free space there") from None
+    finally:
+        part.unlink(missing_ok=True)
+        room.unlink(missing_ok=True)
+
+
+def _remote_size(shard: RemoteShard) -> int:
+    files, path = fsspec.core.url_to_fs(shard.address)
+    try:
+        size = int(files.size(path))
+    except FileNotFoundError:
+        raise UserError(f"{shard.address} is missing; run `cxrscale verify`, then shard again") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{shard.address} cannot be read ({error}); check network and credentials") from None
+    if shard.size is not None and size != shard.size:
+        raise UserError(f"{shard.address} has {size} bytes, its manifest says {shard.size}; run `cxrscale verify`")
+    return size
+
+
+def _make_room(shard: RemoteShard, size: int, folder: Path) -> None:
+    """Remove the copies that were asked for longest ago, until `size` more bytes fit; and what killed processes left.
+
+    The caller holds the cache's lock: two processes that counted at once would both find the same room.
+    """
+    limit = _limit()
+    if size > limit:
+        raise UserError(
+            f"{shard.address} alone has {size / 1e9:.3g} GB, more than {CACHE_GIGABYTES}={limit / 1e9:g}; raise {CACHE_GIGABYTES}"
+        )
+    for suffix in ("part", "room"):
+        for stray in folder.glob(f"*.{suffix}"):
+            _remove_if_free(stray)
+    # First what is under way, then what is whole: a download that ends in between is then seen twice, and counted once.
+    taken = {path.stem: bytes_ for path in folder.glob("*.room") if (bytes_ := _promised(path)) is not None}
+    copies = sorted(seen for path in folder.glob("*.tar") if (seen := _seen(path)) is not None)
+    taken |= {path.stem: bytes_ for _, bytes_, path in copies}
+    for _, _, path in copies:
+        if sum(taken.values()) + size > limit and _remove_if_free(path):
+            del taken[path.stem]
+    held = sum(taken.values())
+    if held + size > limit:
+        raise UserError(
+            f"{folder} would hold {(held + size) / 1e9:.3g} GB, more than {CACHE_GIGABYTES}={limit / 1e9:g}, and all of it "
+            f"is in use at once; raise {CACHE_GIGABYTES} or copy the shards to a local disk"
+        )
+
+
+def _limit() -> float:
+    """Bytes that the cache may hold."""
+    text = os.environ.get(CACHE_GIGABYTES, "200")
+    try:
+        limit = float(text) * 1e9
+    except ValueError:
+        limit = math.nan
+    if not limit > 0:
+        raise UserError(f"{CACHE_GIGABYTES}={text!r} is not a number of gigabytes; give one above 0")
+    return limit
+
+
+def _promised(room: Path) -> int | None:
+    """Bytes that a download under way will take; None where it has just ended."""
+    try:
+        return int(room.read_text())
+    except FileNotFoundError:
+        return None
+
+
+def _seen(path: Path) -> tuple[float, int, Path] | None:
+    """(last asked for, bytes, path) of a copy; None where it has just been removed."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_mtime, status.st_size, path
+
+
+def _remove_if_free(path: Path) -> bool:
+    """Remove a file of the cache unless someone is staging or reading it; whether it is gone."""
+    try:
+        with _locked(path.with_suffix(".lock"), wait=False):
+            if path.suffix == ".tar":
+                with path.open("r+b") as copy:
+                    fcntl.flock(copy, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+    except (BlockingIOError, PermissionError):
+        return False
+    except FileNotFoundError:
+        return True
+    return True
+
+
+@contextmanager
+def _locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold a lock that ends with the process that holds it, however that ends.
+
+    Raises:
+        BlockingIOError: another holds it and this one will not wait.
+    """
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield

@@ -1,0 +1,274 @@
+"""Rows of the manifest -> encoded bytes, checked before any decoder sees them."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, BinaryIO, Protocol
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from cxrscale.io import storage
+from cxrscale.loader.cache import RemoteShard, staged_copy
+from cxrscale.loader.hashing import Rows
+from cxrscale.shards import Manifest
+from cxrscale.types import UserError
+
+EncodedBytes = npt.NDArray[np.uint8]
+
+UNDECODABLE = "is no image that can be decoded, though its bytes are those that were packed"
+
+_log = logging.getLogger("cxrscale")
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedBatch:
+    """The files of B images, (length,) uint8 each; a bad one is replaced by a small gray image."""
+
+    images: list[EncodedBytes]
+    masks: list[EncodedBytes] | None
+    """None unless asked for."""
+    ok_B: npt.NDArray[np.bool_]
+    """False where an image or its mask was bad."""
+
+
+@dataclass(frozen=True, slots=True)
+class BadSample:
+    """A row that cannot be used, and why."""
+
+    row: int
+    reason: str
+
+
+class Reader(Protocol):
+    """Where the readers take bytes from."""
+
+    bad: list[BadSample]
+    """Rows found bad so far, each once."""
+
+    def read(self, row_B: Rows, masks: bool) -> EncodedBatch:
+        """The rows' files; the arrays may be views of mapped files: do not write to them."""
+
+    def sizes(self, row_B: Rows) -> tuple[Rows, Rows]:
+        """(height_B, width_B) of the stored images in pixels."""
+
+    def reject(self, row: int, reason: str) -> None:
+        """From now on deliver this row as bad: a reader could make nothing of its bytes."""
+
+
+class ShardReader:
+    """Slices of memory-mapped shards, each compared with its CRC-32.
+
+    A row whose bytes are bad, or that a reader rejects, is logged and listed in `bad` once, and delivered as a gray
+    image with ok False.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self.bad: list[BadSample] = []
+        self._shard_N, self._shards = _shards(manifest)
+        self._image_N3 = _places(manifest, "image")
+        self._mask_N3 = _places(manifest, "mask")
+        self._height_N, self._width_N = _stored_sizes(manifest)
+        self._maps: dict[int, EncodedBytes] = {}
+        self._rejected: set[int] = set()
+
+    def sizes(self, row_B: Rows) -> tuple[Rows, Rows]:
+        """(height_B, width_B) of the stored images in pixels."""
+        return self._height_N[row_B], self._width_N[row_B]
+
+    def read(self, row_B: Rows, masks: bool) -> EncodedBatch:
+        """The rows' files; with masks, a row without one counts as bad.
+
+        Raises:
+            UserError: a shard is missing or shorter than the manifest says.
+        """
+        images, mask_files, ok_B = [], [], np.ones(len(row_B), np.bool_)
+        for place, row in enumerate(row_B.tolist()):
+            try:
+                if row in self._rejected:
+                    raise _Damaged("was rejected")
+                image = self._member(row, self._image_N3, "image")
+                mask = self._member(row, self._mask_N3, "mask") if masks else None
+            except _Damaged as damage:
+                self._record(row, str(damage), "run `cxrscale verify`")
+                image, mask, ok_B[place] = placeholder(), placeholder(), False
+            images.append(image)
+            if mask is not None:
+                mask_files.append(mask)
+        return EncodedBatch(images, mask_files if masks else None, ok_B)
+
+    def reject(self, row: int, reason: str) -> None:
+        """From now on deliver this row as bad: a reader could make nothing of its bytes."""
+        self._rejected.add(row)
+        self._record(row, reason, "shard it again from its archive")
+
+    def _member(self, row: int, place_N3: Rows, what: str) -> EncodedBytes:
+        offset, length, crc = place_N3[row].tolist()
+        if offset < 0:
+            raise _Damaged(f"has no {what}")
+        number = int(self._shard_N[row])
+        if number not in self._maps:
+            self._maps[number] = self._mapped(self._shards[number])
+        data = self._maps[number][offset : offset + length]
+        if len(data) < length:
+            address = self._shards[number].address
+            raise UserError(f"{address} is shorter than its manifest says; run `cxrscale verify` and shard again")
+        if zlib.crc32(data.data) != crc:
+            raise _Damaged(f"the {what}'s bytes do not match their CRC-32")
+        return data
+
+    def _mapped(self, shard: RemoteShard) -> EncodedBytes:
+        if storage.is_remote(shard.address):
+            with staged_copy(shard) as file:
+                return _mapped(file)
+        try:
+            with storage.local_path(shard.address).open("rb") as file:
+                return _mapped(file)
+        except FileNotFoundError:
+            raise UserError(f"{shard.address} is missing; run `cxrscale verify`, then shard again") from None
+        except OSError as error:
+            raise UserError(
+                f"{shard.address} cannot be read ({error.strerror}); check the disk and its permissions"
+            ) from None
+
+    def _record(self, row: int, reason: str, remedy: str) -> None:
+        if any(sample.row == row for sample in self.bad):
+            return
+        self.bad.append(BadSample(row, reason))
+        name, shard = self.manifest.image_id[row], self._shards[int(self._shard_N[row])].address
+        _log.warning("%s in %s: %s; left out, %s", name, shard, reason, remedy)
+
+
+class MemoryReader:
+    """Files that are in memory already, for prediction; row i is the i-th of them.
+
+    Args:
+        images: the files' bytes.
+        masks: the masks' files, each on its image's own grid.
+        sizes: (height, width) of each; None: read from the files' headers.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[bytes],
+        masks: Sequence[bytes] | None = None,
+        sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
+        self.bad: list[BadSample] = []
+        self._images = [_plain(np.frombuffer(image, np.uint8)) for image in images]
+        self._masks = None if masks is None else [np.frombuffer(mask, np.uint8) for mask in masks]
+        found = [_decoded_size(image) for image in self._images] if sizes is None else list(sizes)
+        self._ok = [size is not None for size in found]
+        self._size_N2 = np.array([size or (1, 1) for size in found], np.int64).reshape(-1, 2)
+
+    def sizes(self, row_B: Rows) -> tuple[Rows, Rows]:
+        """(height_B, width_B) in pixels; 1 x 1 where a file is no image."""
+        return self._size_N2[row_B, 0], self._size_N2[row_B, 1]
+
+    def read(self, row_B: Rows, masks: bool) -> EncodedBatch:
+        """The rows' files; what is no image is delivered as a gray one with ok False."""
+        rows = row_B.tolist()
+        ok_B = np.array([self._ok[row] for row in rows], np.bool_)
+        for row in rows:
+            if not self._ok[row]:
+                self.reject(row, "is no image that can be decoded")
+        images = [self._images[row] if self._ok[row] else placeholder() for row in rows]
+        if not masks:
+            return EncodedBatch(images, None, ok_B)
+        if self._masks is None:
+            raise UserError("data.task=segment wants masks and these images have none; set data.task=classify")
+        return EncodedBatch(images, [self._masks[row] if self._ok[row] else placeholder() for row in rows], ok_B)
+
+    def reject(self, row: int, reason: str) -> None:
+        """From now on deliver this file as bad."""
+        self._ok[row] = False
+        if all(sample.row != row for sample in self.bad):
+            self.bad.append(BadSample(row, reason))
+            _log.warning("file %d %s; left out", row, reason)
+
+
+def find_undecodable(encoded: EncodedBatch) -> Rows:
+    """The places in the batch whose image or mask OpenCV cannot decode."""
+    flags = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION
+    files = zip(encoded.images, encoded.masks or encoded.images, strict=True)
+    ok = [all(len(file) and cv2.imdecode(file, flags) is not None for file in pair) for pair in files]
+    return np.flatnonzero(~np.array(ok, np.bool_)).astype(np.int64)
+
+
+@lru_cache(maxsize=1)
+def placeholder() -> EncodedBytes:
+    """The file of a small gray image: what a decoder gets in place of bytes that are bad."""
+    data: EncodedBytes = cv2.imencode(".jpg", np.full((8, 8), 128, np.uint8))[1].ravel()
+    return data
+
+
+class _Damaged(Exception):
+    """One member's bytes are bad; the message says how."""
+
+
+def _places(manifest: Manifest, member: str) -> Rows:
+    """(N, 3) offset, length and CRC-32 of a member; -1 where there is none."""
+    columns = [manifest.table[f"{member}_{name}"].fill_null(0) for name in ("offset", "length", "crc")]
+    place_N3 = np.stack([column.to_numpy().astype(np.int64) for column in columns], axis=1)
+    place_N3[manifest.table[f"{member}_offset"].is_null().to_numpy()] = -1
+    return place_N3
+
+
+def _about(manifest: Manifest) -> dict[str, Mapping[str, Any]]:
+    """What each dataset's manifest says of it, by the root of the set."""
+    # `load` joins the sets in the order of `about`, so the n-th new root is the n-th set.
+    roots = dict.fromkeys(manifest.column("root").tolist())
+    return dict(zip(roots, manifest.about, strict=True))
+
+
+def _shards(manifest: Manifest) -> tuple[Rows, list[RemoteShard]]:
+    """(N,) the number of each row's shard, and the shards."""
+    about = _about(manifest)
+    pairs = list(zip(manifest.column("root").tolist(), manifest.column("shard").tolist(), strict=True))
+    numbers = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
+    shards = []
+    for root, name in numbers:
+        stated = about[root].get("shards", {}).get(name, {})
+        shards.append(RemoteShard(storage.join(root, name), stated.get("blake3"), stated.get("bytes")))
+    return np.array([numbers[pair] for pair in pairs], np.int64), shards
+
+
+def _stored_sizes(manifest: Manifest) -> tuple[Rows, Rows]:
+    """(height_N, width_N): shards hold squares of pack.size, or, with the codec `source`, the archive's own sizes."""
+    roots = manifest.column("root")
+    height_N = manifest.table["height"].fill_null(0).to_numpy().astype(np.int64)
+    width_N = manifest.table["width"].fill_null(0).to_numpy().astype(np.int64)
+    for root, about in _about(manifest).items():
+        if about["pack"]["codec"] != "source":
+            height_N[roots == root] = width_N[roots == root] = about["pack"]["size"]
+    return height_N, width_N
+
+
+def _mapped(file: BinaryIO) -> EncodedBytes:
+    """A local shard as an array over its mapped file, which stays mapped for as long as the array lives."""
+    try:
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    except ValueError:
+        raise UserError(f"{file.name} is empty; run `cxrscale verify`, then shard again") from None
+
+
+def _plain(image: EncodedBytes) -> EncodedBytes:
+    """A JPEG or PNG as it is; any other image, which not every reader decodes, as a PNG."""
+    if bytes(image[:3]) == b"\xff\xd8\xff" or bytes(image[:4]) == b"\x89PNG" or not len(image):
+        return image
+    loaded = cv2.imdecode(image, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION)
+    return image if loaded is None else np.asarray(cv2.imencode(".png", loaded)[1], np.uint8).ravel()
+
+
+def _decoded_size(image: EncodedBytes) -> tuple[int, int] | None:
+    """(height, width), or None where the bytes are no image. Decodes it: nothing less proves that it decodes."""
+    flags = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION
+    loaded = cv2.imdecode(image, flags) if len(image) else None
+    return None if loaded is None else (int(loaded.shape[0]), int(loaded.shape[1]))

@@ -1,0 +1,12 @@
+from . import audit as audit
+from . import build as build
+from . import leakage as leakage
+from . import manifest as manifest
+from . import splits as splits
+from . import verify as verify
+from .audit import stored_pixels as stored_pixels
+from .build import UNLABELED as UNLABELED
+from .leakage import JoinedDatasets as JoinedDatasets
+from .manifest import Manifest as Manifest
+from .splits import TRAIN as TRAIN
+from .splits import refuse_leaks as refuse_leaks

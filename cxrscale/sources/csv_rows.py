@@ -1,0 +1,25 @@
+"""Rows of an archive's CSV tables, with the line that an error must name."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+
+from cxrscale.io import storage
+from cxrscale.types import UserError
+
+
+def read_rows(path: str) -> Iterator[tuple[int, list[str]]]:
+    """(line number, values) of the header and every row that holds any.
+
+    Raises:
+        UserError: it does not exist, or is no CSV table in UTF-8.
+    """
+    try:
+        table = csv.reader(io.StringIO(storage.read(path).decode("utf-8-sig"), newline=""), strict=True)
+        for row in table:
+            if any(map(str.strip, row)):
+                yield table.line_num, row
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a readable CSV table ({error}); copy it again") from None

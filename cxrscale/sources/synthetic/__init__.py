@@ -1,0 +1,5 @@
+"""Synthetic chest X-rays: drawn thoraxes with planted findings, on disk exactly as NIH and SIIM publish theirs."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

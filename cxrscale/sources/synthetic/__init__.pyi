@@ -1,0 +1,2 @@
+from . import archive as archive
+from .archive import SyntheticPaths as SyntheticPaths

@@ -1,1 +1,0 @@
-"""A search over a recipe: the space, the trials on Ray Tune, the table, the page."""

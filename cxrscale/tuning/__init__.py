@@ -1,0 +1,5 @@
+"""Searches over a recipe's fields on Ray Tune: the space, the trials, their results."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

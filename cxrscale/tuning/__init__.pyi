@@ -1,0 +1,12 @@
+from . import results as results
+from . import search_space as search_space
+from . import sweep as sweep
+from .results import FINISHED as FINISHED
+from .results import STOPPED as STOPPED
+from .results import TrialRow as TrialRow
+from .results import Verdict as Verdict
+from .results import direction as direction
+from .results import judge as judge
+from .results import totals as totals
+from .search_space import Domain as Domain
+from .search_space import Space as Space

@@ -1,0 +1,129 @@
+"""The command line as a user meets it: artifacts last, mistakes in one line."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cxrscale.cli import app
+from cxrscale.sources.synthetic.archive import SyntheticPaths
+from tests.conftest import TINY_CLASSIFIER
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, list[str], str]:
+    """Exit code, lines of stdout, stderr of `cxrscale words...` in this process."""
+    before, sys.argv = sys.argv, ["cxrscale", *words]
+    try:
+        app.main()
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    finally:
+        sys.argv = before
+    captured = capsys.readouterr()
+    return code, captured.out.splitlines(), captured.err
+
+
+def test_the_whole_way_by_verbs(drawn: SyntheticPaths, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text("train: {epochs: 1}\n")
+    shards = str(tmp_path / "nih")
+    code, out, _ = run(capsys, "shard", "nih", str(drawn.nih), "pack.size=64", "--out", shards, "--local")
+    assert (code, out[-1]) == (0, shards)
+    code, out, _ = run(capsys, "verify", shards)
+    assert (code, out[-1]) == (0, shards)
+    code, out, _ = run(capsys, "audit", shards, "--out", str(tmp_path / "audit.html"))
+    assert (code, out[-1]) == (0, str(tmp_path / "audit.html"))
+    assert "No leak found: no patient and no image stands in two splits." in out
+    assert json.loads((tmp_path / "audit.json").read_text())["patients_in_two_splits"] == []
+    overrides = [*TINY_CLASSIFIER, f"data.shards=[{shards}]", f"tracking.runs_dir={tmp_path}", "tracking.name=small"]
+    code, out, _ = run(capsys, "train", str(recipe), *overrides, "--local")
+    assert (code, out[-1]) == (0, str(tmp_path / "small"))
+    code, out, _ = run(capsys, "evaluate", out[-1])
+    assert code == 2
+    code, out, _ = run(capsys, "threshold", str(tmp_path / "small"), "threshold.goal=youden", "--resamples", "20")
+    assert (code, out[-1]) == (0, str(tmp_path / "small" / "thresholds.json"))
+    code, out, _ = run(capsys, "evaluate", str(tmp_path / "small"), "--resamples", "20")
+    assert out[-2:] == [str(tmp_path / "small" / name) for name in ("metrics.json", "report.html")]
+    found = json.loads(Path(out[-2]).read_text())
+    assert found["recipe"]["data"]["shards"] == [shards]
+    assert {"manifest", "checkpoint"} <= found.keys()
+    image = str(next(drawn.nih.rglob("*.png")))
+    dicom = str(next(drawn.siim.rglob("*.dcm")))
+    made = tmp_path / "predictions.json"
+    code, out, _ = run(capsys, "predict", image, dicom, __file__, "--run", str(tmp_path / "small"), "--out", str(made))
+    lines = json.loads(made.read_text())["predictions"]
+    assert (code, out[-1]) == (0, str(made))
+    assert [len(line.get("scores", {})) for line in lines] == [3, 3, 0]
+    assert lines[2]["error"]
+
+
+def test_config_resolves_and_explains(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "config", "optim.lr=3e-4")
+    assert code == 0
+    assert "  lr: 0.0003" in out
+    code, out, _ = run(capsys, "config", "--help-fields")
+    assert "optim.lr" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "fragments"),
+    [
+        (["shard", "nih", "/nowhere", "--out", "{tmp}/o"], ["/nowhere"]),
+        (["shard", "mri", "{nih}", "--out", "{tmp}/o"], ["mri", "nih", "siim"]),
+        (["shard", "nih", "{nih}", "pack.sise=3", "--out", "{tmp}/o"], ["unknown field pack.sise", "pack.size"]),
+        (["shard", "nih", "{broken}", "--out", "{tmp}/o"], ["Data_Entry_2017", "Finding Labels"]),
+        (["train", "jobs/nothing.yaml"], ["jobs/nothing.yaml does not exist"]),
+        (["threshold", "{tmp}"], ["best.pt does not exist", "cxrscale train"]),
+        (["predict", "x.dcm", "--run", "{tmp}"], ["best.pt does not exist"]),
+        (["verify", "{tmp}"], ["manifest.parquet does not exist"]),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(
+    words: list[str],
+    fragments: list[str],
+    drawn: SyntheticPaths,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(drawn.nih, broken)
+    table = next(broken.glob("Data_Entry*.csv"))
+    table.write_text(table.read_text().replace("Finding Labels", "Labels", 1))
+    places = {"tmp": str(tmp_path), "nih": str(drawn.nih), "broken": str(broken)}
+    code, _, err = run(
+        capsys, *(word.format(**places) for word in words), *(["--local"] if words[0] == "shard" else [])
+    )
+    assert code == 2
+    assert err.count("\n") == 1
+    assert err.startswith("error: ")
+    for fragment in fragments:
+        assert fragment in err
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}, 'endpoint URL: "http://127.0.0.1:1/nowhere/x'),
+        ({"AWS_EC2_METADATA_DISABLED": "true"}, "Unable to locate credentials"),
+    ],
+)
+def test_a_bucket_that_cannot_be_reached_is_one_line(keys: dict[str, str], said: str, tmp_path: Path) -> None:
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    given = {"AWS_ENDPOINT_URL": "http://127.0.0.1:1", "AWS_MAX_ATTEMPTS": "1", "HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "cxrscale", "verify", "s3://nowhere/x"]
+    ran = subprocess.run(command, env=alone | given | keys, capture_output=True, text=True, timeout=120)
+    (line,) = ran.stderr.splitlines()
+    assert ran.returncode == 2
+    assert said in line
+    assert line.endswith("check the network, AWS_ENDPOINT_URL and the credentials")
+
+
+def test_help_teaches() -> None:
+    shown = subprocess.run([sys.executable, "-m", "cxrscale", "--help"], capture_output=True, text=True, check=True)
+    for verb in ("demo", "shard", "verify", "audit", "train", "threshold", "evaluate", "predict", "config"):
+        assert verb in shown.stdout

@@ -1,0 +1,509 @@
+"""cluster/: what validates each file in the field, and rules of our own where that is not at hand."""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from cxrscale import config
+from tests.conftest import REAL
+
+ROOT = Path(__file__).resolve().parents[2]
+CLUSTER = ROOT / "cluster"
+PIN = next(
+    line.split("==")[1].split()[0]
+    for line in (ROOT / "constraints.txt").read_text().splitlines()
+    if line[:5] == "ray=="
+)
+"""The Ray version that everything in cluster/ has to be of."""
+KUBERAY = {"kuberay-raycluster.yaml": "ray.io_rayclusters.yaml", "kuberay-rayjob.yaml": "ray.io_rayjobs.yaml"}
+"""Our file -> the CRD of KubeRay that it is an instance of."""
+SECRET = re.compile(r"(key|token|password|secret)$", re.IGNORECASE)
+
+
+def load(name: str) -> Any:
+    return yaml.safe_load((CLUSTER / name).read_text())
+
+
+def tool(name: str) -> str:
+    """A linter of the development environment."""
+    beside = Path(sys.executable).with_name(name)
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        pytest.skip(f"{name} is not installed (it has no wheel for this platform)")
+    return found
+
+
+def dicts(tree: Any) -> Iterator[dict[str, Any]]:
+    """Every mapping in a YAML tree."""
+    if isinstance(tree, dict):
+        yield tree
+    for child in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
+        yield from dicts(child)
+
+
+# Ray's cluster launcher
+
+
+@pytest.fixture(scope="module")
+def launcher() -> dict[str, Any]:
+    """aws.yaml as `ray up` completes and validates it."""
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    prepared: dict[str, Any] = prepare_config(load("aws.yaml"))
+    validate_config(prepared)
+    return prepared
+
+
+def test_ray_up_refuses_what_its_schema_does_not_know() -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    with pytest.raises(jsonschema.ValidationError, match="idle_minutes"):
+        validate_config(prepare_config(load("aws.yaml") | {"idle_minutes": 5}))
+
+
+def test_aws_installs_nothing_on_a_node(launcher: dict[str, Any]) -> None:
+    assert [*launcher["head_setup_commands"], *launcher["worker_setup_commands"]] == []
+
+
+def test_aws_head_takes_no_work_and_workers_come_and_go(launcher: dict[str, Any]) -> None:
+    kinds = dict(launcher["available_node_types"])
+    head = kinds.pop(launcher["head_node_type"])
+    assert head["resources"] == {"CPU": 0}
+    assert "--num-cpus=0 " in launcher["head_start_ray_commands"][-1]
+    assert {kind["min_workers"] for kind in kinds.values()} == {0}
+    spot = {name: "InstanceMarketOptions" in kind["node_config"] for name, kind in kinds.items()}
+    assert spot == {"gpu-spot": True, "gpu-on-demand": False}
+    assert kinds["gpu-spot"]["priority"] > kinds["gpu-on-demand"]["priority"]
+    assert kinds["gpu-spot"]["max_workers"] == launcher["max_workers"]
+
+
+def test_aws_shared_memory_holds_the_object_store(launcher: dict[str, Any]) -> None:
+    for options, command in (
+        (launcher["docker"]["head_run_options"], launcher["head_start_ray_commands"][-1]),
+        (launcher["docker"]["worker_run_options"], launcher["worker_start_ray_commands"][-1]),
+    ):
+        shm = next(int(o.removeprefix("--shm-size=")[:-1]) * 2**30 for o in options if o.startswith("--shm-size="))
+        store = int(re.findall(r"--object-store-memory=(\d+)", command)[0])
+        assert store < shm
+
+
+@pytest.fixture
+def amazon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """EC2, IAM and CloudFormation on this machine, and a home folder that may be written to."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=free_port(), verbose=False)
+    server.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".ssh").mkdir()
+    yield
+    server.stop()
+
+
+@pytest.mark.usefixtures("amazon")
+def test_ray_up_starts_head_and_workers_with_the_profiles_that_cloudformation_made(launcher: dict[str, Any]) -> None:
+    import boto3
+    from ray.autoscaler._private.aws.config import bootstrap_aws
+    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+
+    stacks = boto3.client("cloudformation", region_name="us-east-1")
+    stacks.create_stack(
+        StackName="cxrscale",
+        TemplateBody=(CLUSTER / "aws-bucket.yaml").read_text(),
+        Parameters=[{"ParameterKey": "Bucket", "ParameterValue": "my-bucket"}],
+        Capabilities=["CAPABILITY_NAMED_IAM"],
+    )
+    assert "my-bucket" in [bucket["Name"] for bucket in boto3.client("s3").list_buckets()["Buckets"]]
+
+    ready = bootstrap_aws(launcher)  # type: ignore[no-untyped-call]
+    machines = AWSNodeProvider(ready["provider"], ready["cluster_name"])  # type: ignore[no-untyped-call]
+    images = boto3.client("ec2", region_name="us-east-1").describe_images(Owners=["amazon"])["Images"]
+    started: dict[str, str] = {}
+    for name, kind in ready["available_node_types"].items():
+        # The name is looked up by Amazon itself, which the stand-in does not do.
+        assert kind["node_config"]["ImageId"].startswith("resolve:ssm:/aws/service/deeplearning/ami/")
+        node = kind["node_config"] | {"ImageId": images[0]["ImageId"]}
+        started |= dict.fromkeys(machines.create_node(node, {}, 1), name)
+    profiles = {
+        started[machine["InstanceId"]]: machine["IamInstanceProfile"]["Arn"].rsplit("/")[-1]
+        for group in boto3.client("ec2", region_name="us-east-1").describe_instances()["Reservations"]
+        for machine in group["Instances"]
+    }
+    assert profiles == {"head": "cxrscale-head", "gpu-spot": "cxrscale-worker", "gpu-on-demand": "cxrscale-worker"}
+
+
+def test_cloudformation_template_passes_cfn_lint() -> None:
+    done = subprocess.run([tool("cfn-lint"), CLUSTER / "aws-bucket.yaml"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# KubeRay
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_kuberay_file_passes_the_schema_of_the_operator(name: str) -> None:
+    folder = Path(os.environ.get("CXRSCALE_KUBERAY_CRDS", REAL.parent / "kuberay"))
+    path = folder / KUBERAY[name]
+    if not path.is_file():
+        pytest.skip(f"no {path}: set CXRSCALE_KUBERAY_CRDS to helm-chart/kuberay-operator/crds of KubeRay")
+    crd = yaml.load(path.read_text(), yaml.CSafeLoader)
+    version = next(v for v in crd["spec"]["versions"] if v["name"] == "v1")
+    schema = version["schema"]["openAPIV3Schema"]
+    document = load(name)
+    assert crd["spec"]["names"]["kind"] == document["kind"]
+    jsonschema.Draft202012Validator(schema).validate(document)
+    assert list(unknown(schema, document)) == []
+
+
+def unknown(schema: dict[str, Any], value: Any, path: str = "") -> Iterator[str]:
+    """Fields that the schema does not have, which `kubectl apply` refuses; a CRD cannot say so in JSON Schema."""
+    if isinstance(value, list):
+        for i, child in enumerate(value):
+            yield from unknown(schema.get("items", {}), child, f"{path}[{i}]")
+    elif isinstance(value, dict) and path != ".metadata" and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        for name, child in value.items():
+            inner = schema.get("properties", {}).get(name, schema.get("additionalProperties"))
+            if inner is None:
+                yield f"{path}.{name}"
+            else:
+                yield from unknown(inner, child, f"{path}.{name}")
+
+
+def test_unknown_field_is_found() -> None:
+    schema = {"properties": {"a": {"items": {"properties": {"b": {}}}}, "c": {"additionalProperties": {}}}}
+    document = {"a": [{"b": 1}, {"bb": 1}], "c": {"anything": 1}, "metadata": {"labels": {}}}
+    assert list(unknown(schema | {"properties": {**schema["properties"], "metadata": {}}}, document)) == [".a[1].bb"]
+
+
+@pytest.fixture(params=KUBERAY)
+def kube(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """A KubeRay document of ours."""
+    document: dict[str, Any] = load(request.param)
+    return document
+
+
+def cluster_of(document: dict[str, Any]) -> dict[str, Any]:
+    spec = document["spec"]
+    cluster: dict[str, Any] = spec.get("rayClusterSpec", spec)
+    return cluster
+
+
+def groups(document: dict[str, Any]) -> list[dict[str, Any]]:
+    cluster = cluster_of(document)
+    return [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+
+
+def container(group: dict[str, Any]) -> dict[str, Any]:
+    only: dict[str, Any]
+    (only,) = group["template"]["spec"]["containers"]
+    return only
+
+
+def gib(quantity: str) -> float:
+    number, unit = re.fullmatch(r"(\d+)(Gi|Mi)", quantity).groups()  # type: ignore[union-attr]
+    return int(number) / (1 if unit == "Gi" else 1024)
+
+
+def test_kube_is_of_the_pinned_ray(kube: dict[str, Any]) -> None:
+    assert kube["apiVersion"] == "ray.io/v1"
+    assert cluster_of(kube)["rayVersion"] == PIN
+    assert {container(group)["image"].rsplit(":")[-1] for group in groups(kube)} == {PIN}
+
+
+def test_kube_asks_for_what_it_gets(kube: dict[str, Any]) -> None:
+    # Requests below limits make pods that are evicted first; a GPU's have to be equal.
+    for group in groups(kube):
+        resources = container(group)["resources"]
+        assert resources["requests"] == resources["limits"]
+    gpus = {g.get("groupName", "head"): container(g)["resources"]["limits"].get("nvidia.com/gpu") for g in groups(kube)}
+    assert gpus == {"head": None, "driver": None, "gpu": 1}
+
+
+def test_kube_work_runs_on_gpu_workers_alone(kube: dict[str, Any]) -> None:
+    for group in groups(kube):
+        cpus = group["rayStartParams"].get("num-cpus")
+        assert cpus == (None if group.get("groupName") == "gpu" else "0")
+
+
+def test_kube_shared_memory_holds_the_object_store_and_fits_the_container(kube: dict[str, Any]) -> None:
+    for group in groups(kube):
+        pod = group["template"]["spec"]
+        mounted = {mount["mountPath"]: mount["name"] for mount in container(group)["volumeMounts"]}
+        (shm,) = [v["emptyDir"] for v in pod["volumes"] if v["name"] == mounted["/dev/shm"]]
+        assert shm["medium"] == "Memory"
+        store = int(group["rayStartParams"]["object-store-memory"]) / 2**30
+        assert store < gib(shm["sizeLimit"]) < gib(container(group)["resources"]["limits"]["memory"])
+
+
+def test_kube_shard_cache_stays_below_its_volume(kube: dict[str, Any]) -> None:
+    (group,) = [g for g in groups(kube) if g.get("groupName") == "gpu"]
+    env = {item["name"]: item.get("value") for item in container(group)["env"]}
+    mounted = {mount["mountPath"]: mount["name"] for mount in container(group)["volumeMounts"]}
+    volumes = {v["name"]: v["emptyDir"] for v in group["template"]["spec"]["volumes"]}
+    limit = gib(volumes[mounted[env["CXRSCALE_CACHE"]]]["sizeLimit"])
+    assert int(env["CXRSCALE_CACHE_GB"]) * 1e9 < limit * 2**30
+    assert limit < gib(container(group)["resources"]["limits"]["ephemeral-storage"])
+
+
+def test_kube_names_its_queue_and_survives_its_head(kube: dict[str, Any]) -> None:
+    assert set(kube["metadata"]["labels"]) & {"volcano.sh/queue-name", "kueue.x-k8s.io/queue-name"}
+    redis = cluster_of(kube)["gcsFaultToleranceOptions"]
+    services = {d["metadata"]["name"]: d for d in yaml.safe_load_all((CLUSTER / "kuberay-once.yaml").read_text())}
+    name, port = redis["redisAddress"].split(":")
+    assert int(port) in [p["port"] for p in services[name].get("spec", {}).get("ports", [])] or name in services
+    accounts = {group["template"]["spec"]["serviceAccountName"] for group in groups(kube)}
+    assert accounts <= set(services)
+
+
+def test_kube_pods_are_not_root(kube: dict[str, Any]) -> None:
+    user = re.findall(r"^USER (\d+)$", (CLUSTER / "Dockerfile").read_text(), re.MULTILINE)
+    for group in groups(kube):
+        security = group["template"]["spec"]["securityContext"]
+        assert security["runAsNonRoot"]
+        assert [str(security["runAsUser"])] == user
+
+
+def test_rayjob_runs_a_real_command_of_cxrscale() -> None:
+    spec = load("kuberay-rayjob.yaml")["spec"]
+    command = shlex.split(spec["entrypoint"])
+    assert command[:4] == ["python", "-m", "cxrscale", "train"]
+    recipe = config.load_recipe(ROOT / command[4], command[5:])
+    (gpu,) = [g for g in spec["rayClusterSpec"]["workerGroupSpecs"] if g["groupName"] == "gpu"]
+    assert recipe.scaling.num_workers == gpu["replicas"]
+    assert recipe.scaling.cpus_per_worker <= int(container(gpu)["resources"]["limits"]["cpu"])
+    assert all(address.startswith("s3://") for address in (*recipe.data.shards, recipe.tracking.runs_dir))
+    # Without a name each attempt would be another run, and start over.
+    assert recipe.tracking.name
+    assert spec["backoffLimit"] >= 1
+    assert spec["shutdownAfterJobFinishes"]
+
+
+def test_rayjob_gives_a_stopped_job_time_for_a_checkpoint() -> None:
+    spec = load("kuberay-rayjob.yaml")["spec"]
+    assert int(yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) >= 60
+
+
+def test_driver_pods_have_what_the_entrypoint_asks_for() -> None:
+    import json
+
+    spec = load("kuberay-rayjob.yaml")["spec"]
+    asked = json.loads(spec["entrypointResources"])
+    for document in (load("kuberay-rayjob.yaml"), load("kuberay-raycluster.yaml")):
+        (driver,) = [g for g in groups(document) if g.get("groupName") == "driver"]
+        # KubeRay puts the string into a shell's command line as it is.
+        had = json.loads(shlex.split(f"x={driver['rayStartParams']['resources']}")[0].removeprefix("x="))
+        assert all(had[name] >= amount for name, amount in asked.items())
+
+
+def test_what_a_namespace_needs_passes_kubernetes_own_schema() -> None:
+    validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
+    documents = list(yaml.safe_load_all((CLUSTER / "kuberay-once.yaml").read_text()))
+    assert documents
+    for document in documents:
+        validate.validate(document, "1.32", strict=True)
+        with pytest.raises(validate.ValidationError):
+            validate.validate({**document, "nonsense": 1}, "1.32", strict=True)
+
+
+# All of them
+
+
+@pytest.mark.parametrize("name", ["aws.yaml", "aws-bucket.yaml", "kuberay-once.yaml", *KUBERAY])
+def test_no_secret_in_plain_text(name: str) -> None:
+    loader = yaml.BaseLoader if name == "aws-bucket.yaml" else yaml.SafeLoader
+    for document in yaml.load_all((CLUSTER / name).read_text(), loader):
+        for mapping in dicts(document):
+            if SECRET.search(str(mapping.get("name", ""))) and {"value", "valueFrom"} & set(mapping):
+                assert set(mapping) == {"name", "valueFrom"}, mapping
+            if mapping.get("kind") == "Secret":
+                pytest.fail(f"{name} holds a Secret; say how to make it instead")
+    for _, value in re.findall(r"([A-Z_]*(?:KEY|TOKEN|PASSWORD))=(\S+)", yaml.dump(load_plain(name))):
+        assert value.startswith(("/", "$", '"$')), f"{name}: {value}"
+
+
+def load_plain(name: str) -> list[Any]:
+    """A YAML file without its comments, every value a string."""
+    return list(yaml.load_all((CLUSTER / name).read_text(), yaml.BaseLoader))
+
+
+def test_authentication_is_set_everywhere(launcher: dict[str, Any]) -> None:
+    assert "--env RAY_AUTH_MODE=token" in launcher["docker"]["run_options"]
+    assert re.search(r"^ +RAY_AUTH_MODE=token \\$", (CLUSTER / "Dockerfile").read_text(), re.MULTILINE)
+    assert "export RAY_AUTH_MODE" in (CLUSTER / "local.sh").read_text()
+    for name in KUBERAY:
+        assert cluster_of(load(name))["authOptions"] == {"mode": "token"}
+        for group in groups(load(name)):
+            assert {"name": "RAY_AUTH_MODE", "value": "token"} in container(group)["env"]
+
+
+def test_one_image_for_every_node(launcher: dict[str, Any]) -> None:
+    names = {container(group)["image"] for name in KUBERAY for group in groups(load(name))}
+    assert names == {launcher["docker"]["image"]}
+    assert not {"head_image", "worker_image"} & set(launcher["docker"])
+    text = (CLUSTER / "Dockerfile").read_text()
+    assert f"-t {launcher['docker']['image']} ." in text
+    assert launcher["docker"]["image"].endswith(f":{PIN}")
+    assert re.search(rf"^ray=={re.escape(PIN)}$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+
+
+def test_dockerfile_copies_only_what_the_context_lets_in() -> None:
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    copied = set()
+    for line in re.findall(r"^COPY (?:--\S+ )*(.+)$", (CLUSTER / "Dockerfile").read_text(), re.MULTILINE):
+        copied |= set(line.split()[:-1])
+    assert copied == allowed
+    assert all((ROOT / name).exists() for name in copied)
+
+
+def test_dockerfile_passes_hadolint() -> None:
+    done = subprocess.run([tool("hadolint"), CLUSTER / "Dockerfile"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_readme_counts_the_images_that_the_recipe_trains_on(launcher: dict[str, Any]) -> None:
+    text = (ROOT / "README.md").read_text()
+    train, val, test = 75_312, 11_212, 25_596
+    epochs = config.load_recipe(ROOT / "jobs" / "chexnet14.yaml").train.epochs
+    images = epochs * (train + val) + val + test
+    assert f"in each of {epochs} epochs" in text
+    assert f"{images:,} in all" in text
+    assert f"{images / 3600:.0f} / R" in text
+    assert f"and {launcher['idle_timeout_minutes'] * 60:.0f} in which it is found idle" in text
+
+
+# local.sh
+
+
+def test_local_passes_shellcheck() -> None:
+    done = subprocess.run([tool("shellcheck"), CLUSTER / "local.sh"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def free_port() -> int:
+    """A port that is free, and the next one too."""
+    while True:
+        with socket.socket() as one, socket.socket() as next_one:
+            one.bind(("127.0.0.1", 0))
+            port = int(one.getsockname()[1])
+            try:
+                next_one.bind(("127.0.0.1", port + 1))
+            except (OSError, OverflowError):
+                continue
+            return port
+
+
+@pytest.fixture
+def local() -> Iterator[dict[str, str]]:
+    """The environment of a local cluster on ports of its own, which is ended afterwards."""
+    port = free_port()
+    given = {"CXR_PORT": str(port), "CXR_DASHBOARD_PORT": str(free_port()), "CXR_OBJECT_STORE_MB": "128"}
+    env = {**os.environ, **given, "CXR_DIR": f"/tmp/cxrscale-test-{port}"}
+    yield env
+    subprocess.run([CLUSTER / "local.sh", "down"], env=env, timeout=60, check=True, capture_output=True)
+    shutil.rmtree(env["CXR_DIR"])
+
+
+def say(env: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([CLUSTER / "local.sh", *arguments], env=env, capture_output=True, text=True, timeout=150)
+
+
+def marked(env: dict[str, str]) -> list[int]:
+    """Processes that carry the cluster's mark."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            variables = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if f"CXRSCALE_LOCAL_CLUSTER={env['CXR_DIR']}".encode() in variables:
+            found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="local.sh finds its processes in /proc")
+def test_local_cluster_comes_up_runs_a_job_and_goes_away(local: dict[str, str]) -> None:
+    from ray.job_submission import JobSubmissionClient
+
+    up = say(local, "up", "1")
+    assert up.returncode == 0, up.stderr
+    exports = dict(item.split("=", 1) for item in re.findall(r"\b\w+=\S+", up.stdout))
+    assert exports["RAY_AUTH_MODE"] == "token"
+    before = sorted(marked(local))
+    assert say(local, "up", "1").returncode == 0
+    assert set(before) <= set(marked(local)), "a second `up` restarted something"
+    nodes = say(local, "status")
+    assert nodes.returncode == 0, nodes.stderr
+    assert "workers: 1," in nodes.stdout
+
+    code = "import os, ray; ray.init(); print(ray.get(ray.remote(lambda: 42).remote()), len(ray.nodes()), os.getcwd())"
+    token = Path(exports["RAY_AUTH_TOKEN_PATH"])
+    assert token.stat().st_mode & 0o077 == 0
+    client = JobSubmissionClient(
+        exports["RAY_API_SERVER_ADDRESS"], headers={"Authorization": f"Bearer {token.read_text()}"}
+    )
+    job = client.submit_job(entrypoint=f"python -c {shlex.quote(code)}")
+    until = time.monotonic() + 90
+    while not (status := client.get_job_status(job)).is_terminal() and time.monotonic() < until:
+        time.sleep(0.5)
+    assert status == "SUCCEEDED", client.get_job_logs(job)
+    assert f"42 2 {ROOT}" in client.get_job_logs(job)
+
+    # A job that runs on has a session of its own, and must go as well.
+    client.submit_job(entrypoint="sleep 600")
+    down = say(local, "down")
+    assert down.returncode == 0, down.stderr
+    assert marked(local) == []
+    assert say(local, "down").returncode == 0
+    assert say(local, "status").returncode == 2
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="local.sh finds its processes in /proc")
+def test_local_cluster_interrupted_as_it_starts_leaves_nothing(local: dict[str, str]) -> None:
+    starting = subprocess.Popen([CLUSTER / "local.sh", "up"], env=local, stdout=subprocess.DEVNULL)
+    until = time.monotonic() + 30
+    while not marked(local) and time.monotonic() < until:
+        time.sleep(0.1)
+    starting.send_signal(signal.SIGINT)
+    assert starting.wait(60) == 130
+    assert marked(local) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given", "said"),
+    [
+        (("up", "0"), {}, "whole number from 1"),
+        (("up", "1"), {"CXR_DIR": "/tmp/" + "x" * 40}, "longer than 40 characters"),
+        (("up", "1"), {"CXR_AUTH": "none"}, "neither token nor disabled"),
+        (("status",), {}, "no cluster at"),
+    ],
+)
+def test_local_says_what_is_wrong(
+    local: dict[str, str], arguments: tuple[str, ...], given: dict[str, str], said: str
+) -> None:
+    answer = say({**local, **given}, *arguments)
+    assert answer.returncode == 2
+    assert len(answer.stderr.splitlines()) == 1
+    assert said in answer.stderr
+
+
+def test_local_refuses_a_port_that_is_taken(local: dict[str, str]) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        answer = say({**local, "CXR_DASHBOARD_PORT": str(other.getsockname()[1])}, "up", "1")
+    assert answer.returncode == 2
+    assert "taken by something else; give another CXR_DASHBOARD_PORT" in answer.stderr

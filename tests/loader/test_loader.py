@@ -1,0 +1,403 @@
+"""Manifest and recipe to batches: the same bits however they are read, and early refusals with a remedy."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+import zlib
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from cxrscale import config
+from cxrscale.config import Augment, Data, Recipe, Sampler
+from cxrscale.inference import predictions
+from cxrscale.loader import sampler
+from cxrscale.loader.loader import (
+    evaluation_batches,
+    file_batches,
+    open_training_stream,
+    training_batches,
+    training_epoch_length,
+    usable_rows,
+)
+from cxrscale.loader.reader import UNDECODABLE
+from cxrscale.shards import manifest as manifests
+from cxrscale.shards.manifest import Manifest
+from cxrscale.types import Batch, Scores, UserError
+from tests.loader.conftest import MakeShards, chest
+from tests.loader.test_reader import flip
+
+EVERYTHING: dict[str, Any] = {
+    "size": 48,
+    "hflip": 0.5,
+    "rotation": 10.0,
+    "noise": 0.05,
+    "blur": 0.5,
+    "brightness": 0.1,
+    "clahe": "random",
+    "probability": 0.8,
+}
+
+
+def train(
+    manifest: Manifest, count: int, *, batch: int = 8, rank: int = 0, world: int = 1, start: int = 0, **fields: Any
+) -> list[Batch]:
+    """The first `count` training batches after `start` steps."""
+    data = Data.model_validate({"findings": ("Effusion",), "task": "segment", **fields})
+    batches = training_batches(
+        manifest, data, Sampler(batch_size=batch), Augment.model_validate(EVERYTHING), rank, world, step=start
+    )
+    found = list(islice(batches, count))
+    batches.close()
+    return found
+
+
+def fields_of(batches: list[Batch]) -> list[torch.Tensor]:
+    """All tensors, with padding left out and the batches put end to end."""
+    names = ("image_BCHW", "label_BF", "mask_B1HW", "row_B")
+    return [torch.cat([getattr(batch, name)[batch.valid_B] for batch in batches]) for name in names]
+
+
+def same(ours: list[Batch], theirs: list[Batch]) -> bool:
+    """Bit-equal; NaN labels count as equal."""
+    return all(
+        torch.equal(torch.nan_to_num(a, -1), torch.nan_to_num(b, -1))
+        for a, b in zip(fields_of(ours), fields_of(theirs), strict=True)
+    )
+
+
+@pytest.mark.parametrize("reader", ["dali", "reference"])
+def test_the_same_call_gives_the_same_bits(shards: Manifest, reader: str) -> None:
+    assert same(train(shards, 4, reader=reader), train(shards, 4, reader=reader))
+
+
+@pytest.mark.parametrize("fields", [{"threads": 1}, {"threads": 4}, {"prefetch": 1}, {"prefetch": 5}])
+def test_threads_and_prefetching_change_nothing(shards: Manifest, fields: dict[str, int]) -> None:
+    assert same(train(shards, 5, **fields), train(shards, 5))
+
+
+@pytest.mark.parametrize("reader", ["dali", "reference"])
+@pytest.mark.parametrize("start", [1, 2, 3])
+def test_a_restart_goes_on_with_the_same_bits(shards: Manifest, reader: str, start: int) -> None:
+    assert same(train(shards, 5 - start, start=start, reader=reader), train(shards, 5, reader=reader)[start:])
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_any_number_of_workers_sees_the_same_bits(shards: Manifest, world: int) -> None:
+    ranks = [train(shards, 3, rank=rank, world=world) for rank in range(world)]
+    interleaved = [batch for step in zip(*ranks, strict=True) for batch in step]
+    assert same(interleaved, train(shards, 3))
+
+
+def test_a_batch_outlives_those_after_it(shards: Manifest) -> None:
+    data, augment = Data(findings=("Effusion",)), Augment(size=48)
+    batches = evaluation_batches(shards, ["train"], data, Sampler(eval_batch_size=2), augment)
+    held = [(batch, batch.image_BCHW.clone()) for batch in batches]
+    gc.collect()
+    assert len(held) == 8
+    assert all(torch.equal(batch.image_BCHW, copy) for batch, copy in held)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_evaluation_has_each_image_once(shards: Manifest, world: int) -> None:
+    data = Data(findings=("Effusion", "Mass"))
+    rows, images = [], {}
+    for rank in range(world):
+        for batch in evaluation_batches(
+            shards, ["val"], data, Sampler(eval_batch_size=3), Augment(size=48), rank, world
+        ):
+            assert batch.image_BCHW.shape == (3, 1, 48, 48)
+            for row, image, label in zip(
+                batch.row_B[batch.valid_B], batch.image_BCHW[batch.valid_B], batch.label_BF[batch.valid_B], strict=True
+            ):
+                rows.append(int(row))
+                images[int(row)] = image
+                assert np.array_equal(label.numpy(), shards.labels(data.findings)[int(row)], equal_nan=True)
+    assert sorted(rows) == shards.rows("val").tolist()
+    whole = next(evaluation_batches(shards, ["val"], data, Sampler(eval_batch_size=8), Augment(size=48)))
+    assert all(torch.equal(whole.image_BCHW[i], images[int(row)]) for i, row in enumerate(whole.row_B))
+
+
+def test_a_corrupt_byte_makes_one_row_invalid(make_shards: MakeShards) -> None:
+    manifest = make_shards()
+    clean = train(manifest, 4)
+    flip(manifest, 4)
+    found = train(manifest, 4)
+    for before, after in zip(clean, found, strict=True):
+        assert torch.equal(after.valid_B, before.row_B != 4)
+        kept = after.valid_B
+        assert torch.equal(before.image_BCHW[kept], after.image_BCHW[kept])
+        assert bool(torch.isfinite(after.image_BCHW).all())
+    assert sum(int((~batch.valid_B).sum()) for batch in found) == 2
+
+
+def spoil(manifest: Manifest, row: int, member: str = "image") -> Manifest:
+    """Garbage behind a member's first bytes, packed as if it were right: its CRC-32 is that of the garbage."""
+    root, place = Path(manifest.table["root"][0].as_py()), manifest.table[f"{member}_offset"][row].as_py()
+    path, length = root / manifest.table["shard"][row].as_py(), manifest.table[f"{member}_length"][row].as_py()
+    content = bytearray(path.read_bytes())
+    garbage = np.random.default_rng(0).integers(0, 256, length - 4).astype(np.uint8).tobytes()
+    content[place + 4 : place + length] = garbage
+    path.write_bytes(content)
+    crcs = manifest.table[f"{member}_crc"].to_pylist()
+    crcs[row] = zlib.crc32(content[place : place + length])
+    table = manifest.table.drop_columns(["root"])
+    at = table.column_names.index(f"{member}_crc")
+    manifests.write(
+        str(root / manifests.NAME),
+        table.set_column(at, f"{member}_crc", pa.array(crcs, pa.uint32())),
+        manifest.about[0],
+    )
+    return manifests.load(str(root))
+
+
+@pytest.mark.parametrize("fields", [{"prefetch": 1}, {"prefetch": 4}, {"reader": "reference"}])
+@pytest.mark.parametrize("member", ["image", "mask"])
+def test_what_cannot_be_decoded_makes_one_row_invalid(
+    make_shards: MakeShards, caplog: pytest.LogCaptureFixture, member: str, fields: dict[str, Any]
+) -> None:
+    manifest = make_shards()
+    clean = train(manifest, 6, **fields)
+    manifest = spoil(manifest, 4, member)
+    with caplog.at_level(logging.WARNING, "cxrscale"):
+        found = train(manifest, 6, **fields)
+    assert [record.getMessage().split(": ", 1)[1] for record in caplog.records] == [
+        f"{UNDECODABLE}; left out, shard it again from its archive"
+    ]
+    for before, after in zip(clean, found, strict=True):
+        assert torch.equal(before.row_B, after.row_B)
+        assert torch.equal(after.valid_B, before.row_B != 4)
+        assert torch.equal(before.image_BCHW[after.valid_B], after.image_BCHW[after.valid_B])
+        assert bool(torch.isfinite(after.image_BCHW).all())
+    assert same(train(manifest, 3, start=3, **fields), found[3:])
+    data = Data.model_validate({"findings": ("Effusion",), "task": "segment", "train_split": "train", **fields})
+    once = list(evaluation_batches(manifest, ["train", "val"], data, Sampler(eval_batch_size=5), Augment(size=48)))
+    rows = torch.cat([batch.row_B[batch.valid_B] for batch in once])
+    assert sorted(rows.tolist()) == [row for row in range(24) if row != 4]
+
+
+def test_dali_is_asked_what_opencv_swallows(make_shards: MakeShards, monkeypatch: pytest.MonkeyPatch) -> None:
+    clean = train(make_shards(), 4)
+    manifest = spoil(make_shards(), 4)
+    monkeypatch.setattr("cxrscale.loader.dali.find_undecodable", lambda _: np.zeros(0, np.int64))
+    found = train(manifest, 4)
+    assert [batch.valid_B.tolist() for batch in found] == [(batch.row_B != 4).tolist() for batch in clean]
+    monkeypatch.setattr("cxrscale.loader.dali._decodes", lambda *_: True)
+    with pytest.raises(RuntimeError, match=r"decoders.image"):
+        train(manifest, 4)
+
+
+def test_lossless_and_untouched_shards_read_alike(make_shards: MakeShards) -> None:
+    data, augment = Data(findings=("Effusion",)), Augment(size=48)
+    sets = [make_shards(codec, codec=codec) for codec in ("png", "source")]
+    first, second = (next(evaluation_batches(each, ["val"], data, Sampler(), augment)) for each in sets)
+    assert torch.equal(first.image_BCHW, second.image_BCHW)
+
+
+@pytest.mark.parametrize("reader", ["dali", "reference"])
+def test_files_in_memory(reader: str) -> None:
+    names = [".png", ".jpg", ".png"]
+    files = [cv2.imencode(name, chest(i, 60 + i))[1].tobytes() for i, name in enumerate(names)]
+    data = Data.model_validate({"findings": ("Effusion", "Mass"), "reader": reader})
+    batches = list(file_batches([*files, b"no image"], data, Sampler(eval_batch_size=3), Augment(size=48)))
+    assert [batch.valid_B.tolist() for batch in batches] == [[True] * 3, [False] * 3]
+    assert batches[0].row_B.tolist() == [0, 1, 2]
+    assert batches[0].label_BF.shape == (3, 2)
+    assert bool(batches[0].label_BF.isnan().all())
+    assert batches[0].mask_B1HW is None
+    assert list(file_batches([], data, Sampler(), Augment(size=48))) == []
+
+
+def test_the_length_of_an_epoch(shards: Manifest) -> None:
+    data = Data(findings=("Effusion",))
+    assert training_epoch_length(shards, data, Sampler()) == 16
+    assert training_epoch_length(shards, data, Sampler(sampling="positives")) == 8
+    assert sampler.steps_per_epoch(training_epoch_length(shards, data, Sampler()), Sampler(batch_size=5)) == 3
+
+
+def test_many_iterators_leave_no_threads_behind(shards: Manifest) -> None:
+    train(shards, 1)
+    gc.collect()
+    before, native = threading.active_count(), len(list(Path("/proc/self/task").iterdir()))
+    for _ in range(8):
+        train(shards, 1)
+        list(evaluation_batches(shards, ["val"], Data(findings=("Effusion",)), Sampler(), Augment(size=48)))
+    gc.collect()
+    assert threading.active_count() == before
+    assert len(list(Path("/proc/self/task").iterdir())) <= native + 1
+
+
+def predictions_file(path: Path, manifest: Manifest, score: dict[str, float], finding: str = "Effusion") -> str:
+    """A predictions file of the training split as a run writes it: 0.5 for all but the given ids."""
+    rows = manifest.rows("train")
+    ids = manifest.image_id[rows]
+    score_NF = np.array([[score.get(name, 0.5)] for name in ids], np.float32)
+    scores = Scores(ids, manifest.patient[rows], score_NF, manifest.labels([finding])[rows], (finding,))
+    predictions.write_predictions(path, scores, {})
+    return str(path)
+
+
+def drawn(manifest: Manifest, sampler: Sampler, steps: int = 40) -> Counter[int]:
+    """How often each row comes in the first steps."""
+    row_TG, _ = open_training_stream(manifest, Data(findings=("Effusion",)), sampler).take(0, steps)
+    return Counter(row_TG.ravel().tolist())
+
+
+def test_what_a_run_got_wrong_comes_again(shards: Manifest, tmp_path: Path) -> None:
+    # Rows 3k + 1 have the effusion; so 4 is badly missed and 6 badly overcalled.
+    path = predictions_file(tmp_path / "p.parquet", shards, {"4.png": 0.01, "6.png": 0.99, "7.png": 0.9})
+    sampler = Sampler(sampling="hard", hard_predictions=path, hard_share=0.125, hard_repeats=2, batch_size=4)
+    assert training_epoch_length(shards, Data(findings=("Effusion",)), sampler) == 16 + 2 * 2
+    assert drawn(shards, sampler, 5) == {row: 3 if row in (4, 6) else 1 for row in shards.rows("train").tolist()}
+
+
+def test_weights_follow_the_findings(shards: Manifest) -> None:
+    sampler = Sampler(sampling="weighted", weights={"Effusion": 3, "No Finding": 0}, batch_size=50)
+    count = drawn(shards, sampler)
+    label_NF = shards.labels(["Effusion", "Mass"])
+    rows = shards.rows("train")
+    # Where the mass is unlabeled not every finding is absent: neither named nor healthy, weight 1.
+    unnamed = [row for row in rows.tolist() if label_NF[row, 0] == 0 and np.isnan(label_NF[row, 1])]
+    ill = [row for row in rows.tolist() if label_NF[row, 0] == 1]
+    assert set(count) == {*unnamed, *ill}
+    share = sum(count[row] for row in ill) / sum(count.values())
+    expected = 3 * len(ill) / (3 * len(ill) + len(unnamed))
+    assert abs(share - expected) < 5 * (0.25 / sum(count.values())) ** 0.5
+
+
+def test_shard_sets_are_mixed(make_shards: MakeShards, monkeypatch: pytest.MonkeyPatch) -> None:
+    sets = [make_shards("a", count=6), make_shards("b", count=24)]
+    monkeypatch.setattr("cxrscale.shards.manifest._check_unique", lambda _: None)
+    joined = manifests.load(*(str(each.table["root"][0]) for each in sets))
+    data = Data(findings=("Effusion",))
+    rows, _ = open_training_stream(joined, data, Sampler(dataset_weights=(1, 3), batch_size=8)).take(0, 20)
+    assert ((rows < 6).sum(axis=1) == 2).all()
+    with pytest.raises(
+        UserError, match=r"sampler.dataset_weights=\[1.0\] has 1 shares for 2 data.shards; give one for each"
+    ):
+        training_epoch_length(joined, data, Sampler(dataset_weights=(1,)))
+
+
+def test_predictions_and_weights_that_do_not_fit(shards: Manifest, tmp_path: Path) -> None:
+    path = predictions_file(tmp_path / "p.parquet", shards, {})
+    table = pq.read_table(path)
+    changed = {
+        "others": table.set_column(0, "image_id", pa.array([f"x{i}" for i in range(len(table))])),
+        "unlabelled": table.set_column(2, "score.Effusion", pa.nulls(len(table), pa.float32())),
+        "nameless": table.drop_columns(["image_id"]),
+    }
+    for name, other in changed.items():
+        pq.write_table(other, tmp_path / f"{name}.parquet")
+    (tmp_path / "text.parquet").write_text("no table")
+    mass = predictions_file(tmp_path / "mass.parquet", shards, {}, "Mass")
+
+    def hard(name: str) -> Sampler:
+        return Sampler(sampling="hard", hard_predictions=str(tmp_path / name))
+
+    cases = [
+        (hard("others.parquet"), r"covers none of the 16 training images; .*predictions-train.parquet"),
+        (hard("unlabelled.parquet"), r"covers none of the 16 training images"),
+        (hard("nameless.parquet"), r"no image_id with a score for any of Effusion; give the predictions"),
+        (Sampler(sampling="hard", hard_predictions=mass), r"with a score for any of Effusion; give"),
+        (hard("text.parquet"), r"is no Parquet file; give"),
+        (hard("absent.parquet"), r"absent.parquet"),
+        (
+            Sampler(sampling="weighted", weights={"Hernia": 2}),
+            r"no label 'Hernia'; they have Effusion, Mass, No Finding",
+        ),
+    ]
+    for plan_, message in cases:
+        with pytest.raises(UserError, match=message) as error:
+            training_batches(shards, Data(findings=("Effusion",)), plan_, Augment(size=48))
+        assert "\n" not in str(error.value)
+    for override, message in (("hard", "predictions-train.parquet"), ("weighted", "sampler.weights={Hernia: 5}")):
+        with pytest.raises(UserError, match=message) as error:
+            config.parse(Recipe, {"sampler": {"sampling": override}}, where="test")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("sampling", ["ratio", "weighted", "hard"])
+def test_every_sampling_restarts_and_spreads_with_the_same_bits(
+    shards: Manifest, tmp_path: Path, sampling: str
+) -> None:
+    path = predictions_file(tmp_path / "p.parquet", shards, {"4.png": 0.01})
+    plan_ = Sampler.model_validate(
+        {"batch": 6, "sampling": sampling, "weights": {"Effusion": 2}, "hard_scores": path, "share_epochs": 2}
+    )
+    data, augment = Data(findings=("Effusion",), task="segment"), Augment.model_validate(EVERYTHING)
+
+    def some(count: int, rank: int = 0, world: int = 1, epoch: int = 0, step: int = 0) -> list[Batch]:
+        batches = training_batches(shards, data, plan_, augment, rank, world, "cpu", epoch, step)
+        found = list(islice(batches, count))
+        batches.close()
+        return found
+
+    steps = sampler.steps_per_epoch(training_epoch_length(shards, data, plan_), plan_)
+    whole = some(steps + 3)
+    assert same(some(2, epoch=1, step=1), whole[steps + 1 :])
+    ranks = [some(3, rank, 2) for rank in range(2)]
+    assert same([batch for step in zip(*ranks, strict=True) for batch in step], whole[:3])
+
+
+def test_refusals(shards: Manifest, make_shards: MakeShards) -> None:
+    unmasked = make_shards(masks=False)
+    fits = Augment(size=48)
+    segment = Data(findings=("Effusion",), task="segment")
+    cases = [
+        (unmasked, segment, Sampler(), fits, r"pack.masks=true"),
+        (shards, Data(findings=("Hernia",)), Sampler(), fits, r"no label 'Hernia'; they have Effusion, Mass"),
+        (shards, Data(findings=("Effusion",)), Sampler(), Augment(size=65), r"augment.size=65 .* 64 pixels"),
+        (shards, Data(findings=("Mass",)), Sampler(sampling="positives"), fits, r"no image has a finding present"),
+        (shards, Data(findings=("Mass",), train_split="x"), Sampler(), fits, r"'x' has no images; .*train \(16\)"),
+    ]
+    for manifest, data, planned, augment, message in cases:
+        with pytest.raises(UserError, match=message) as error:
+            training_batches(manifest, data, planned, augment)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"pack.masks=true"):
+        evaluation_batches(unmasked, ["val"], segment, Sampler(), fits)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("task", ["classify", "segment"])
+def test_negatives_without_any_finding(shards: Manifest, split: str, task: str) -> None:
+    # Effusion in a third of the images, Mass absent or, in every fifth, unlabeled.
+    table = shards.table.to_pylist()
+    data = Data.model_validate({"findings": ("Effusion",), "negatives": "no_finding", "task": task})
+    kept = set(usable_rows(shards, [split], data).tolist())
+    for row, image in enumerate(table):
+        healthy = image["label.Effusion"] == 0 and image["label.Mass"] == 0
+        assert (row in kept) == (image["split"] == split and (image["label.Effusion"] == 1 or healthy))
+    left_out = set(shards.rows(split).tolist()) - kept
+    assert kept
+    assert left_out
+    seen = [
+        int(row)
+        for batch in evaluation_batches(shards, [split], data, Sampler(eval_batch_size=4), Augment(size=48))
+        for row in batch.row_B[batch.valid_B]
+    ]
+    assert sorted(seen) == sorted(kept)
+    if split == "train":
+        assert training_epoch_length(shards, data, Sampler()) == len(kept)
+
+
+def test_negatives_of_another_finding_are_not_normal(shards: Manifest) -> None:
+    # No image shows a Mass, so all that are kept have every finding absent: those with an Effusion go.
+    data = Data(findings=("Mass",), negatives="no_finding")
+    label_NF = shards.labels(("Effusion", "Mass"))
+    assert (label_NF[usable_rows(shards, ["train"], data)] == 0).all()
+    present = pa.array([1] * shards.table.num_rows, pa.int8())
+    column = shards.table.column_names.index("label.Effusion")
+    sick = Manifest(shards.table.set_column(column, "label.Effusion", present), shards.digest, shards.about)
+    with pytest.raises(UserError, match=r"no_finding: split train has no image with Mass .*negatives=any"):
+        usable_rows(sick, ["train"], data)

@@ -1,0 +1,85 @@
+"""Two real Ray Train workers do what one process does."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cxrscale.cli.progress import watch_run
+from cxrscale.config import Pack
+from cxrscale.shards import build
+from cxrscale.sources.synthetic.archive import SyntheticPaths
+from cxrscale.training import launch
+from cxrscale.types import UserError
+from tests.conftest import tiny
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_two_ray_workers_train_and_validate_every_image_once(nih_shards: str, tmp_path: Path) -> None:
+    more = ("train.epochs=2", "sampler.steps_per_epoch=3", "tracking.wandb=offline")
+    run = Path(launch.launch(tiny(nih_shards, tmp_path / "two", *more, "scaling.num_workers=2"), "tiny", watch_run))
+    alone = Path(launch.launch(tiny(nih_shards, tmp_path / "one", *more), "tiny", watch_run, local=True))
+    for folder in (run, alone):
+        assert (folder / "best.pt").is_file()
+        assert list((folder / "wandb").glob("offline-run-*/*.wandb"))
+    two, one = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (run, alone)
+    )
+    # The same images in the same steps and the same start: the first loss differs only by batch normalization,
+    # which sees half the batch on each worker.
+    assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=0.1)
+    assert [line["step"] for line in two] == [line["step"] for line in one]
+    assert all(0 <= line["auroc"] <= 1 for line in two if line["kind"] == "val")
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_more_workers_than_the_cluster_has_is_one_line(nih_shards: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"scaling.num_workers=8\d* does not fit the cluster's \d+ CPUs"):
+        launch.launch(
+            tiny(nih_shards, tmp_path, "scaling.num_workers=800", "sampler.batch_size=800"), "tiny", watch_run
+        )
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_mistake_that_only_workers_find_is_one_line_too(nih_shards: str, tmp_path: Path) -> None:
+    recipe = tiny(nih_shards, tmp_path, "optim.lr=1e30", "train.epochs=1", "sampler.steps_per_epoch=6")
+    with pytest.raises(
+        UserError, match=r"^the loss is (nan|inf) at step \d: lower optim\.lr or set optim.max_grad_norm=1$"
+    ):
+        launch.launch(recipe, "tiny", watch_run)
+
+
+def test_sets_that_share_images_across_splits_are_refused(
+    drawn: SyntheticPaths, nih_shards: str, tmp_path: Path
+) -> None:
+    # Without its NIH duplicates, SIIM's patients are unknown and its random split tears NIH's patients apart.
+    siim = str(tmp_path / "siim")
+    build.build("siim", str(drawn.siim), Pack(size=64), siim, local=True)
+    both = f"{nih_shards}, {siim}"
+    more = ("data.findings=[Pneumothorax]", "train.epochs=1", "sampler.steps_per_epoch=1")
+    with pytest.raises(UserError, match=r"\d+ patients stand in more than one of train, val and test"):
+        launch.launch(tiny(both, tmp_path, *more), "tiny", watch_run, local=True)
+    allowed = tiny(both, tmp_path, *more, "data.allow_leaks=true")
+    assert Path(launch.launch(allowed, "tiny", watch_run, local=True)).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.findings=[Fracture]", "no label 'Fracture'; they have Atelectasis"),
+        ("augment.size=128", "augment.size=128"),
+        ("data.train_split=trian", "split 'trian' has no images; the manifest has test"),
+        ("model.arch=densnet121", "timm has no such model; it has"),
+        ("model.options={growth: 3}", "growth"),
+        ("model.weights=/nowhere/best.pt", "no such file"),
+        ("data.shards=[/nowhere]", "/nowhere/manifest.parquet does not exist"),
+    ],
+)
+def test_mistakes_are_found_before_anything_starts(
+    override: str, message: str, nih_shards: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as caught:
+        launch.launch(tiny(nih_shards, tmp_path / "runs", override), "tiny", watch_run, local=True)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,180 @@
+"""Runs on Ray that lose a worker, their driver or a node end in the weights of a run that lost nothing."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cxrscale import config
+from cxrscale.config import Recipe
+from cxrscale.io import storage
+from cxrscale.training import checkpoint, launch, run_info, tracking
+from tests.conftest import tiny
+
+MORE = (
+    "train.epochs=2",
+    "sampler.steps_per_epoch=30",
+    "train.checkpoint_steps=4",
+    "augment.hflip=0.5",
+    "scaling.num_workers=2",
+)
+"""Sixty steps of a few hundredths of a second, so that there is a middle to be killed in."""
+
+
+def final_state(run: str) -> dict[str, Any]:
+    name = storage.listing(storage.join(run, checkpoint.FOLDER), ".pt")[-1]
+    return checkpoint.read(storage.read(storage.join(run, checkpoint.FOLDER, name)), name)
+
+
+def assert_equal(run: str, other: str) -> None:
+    one, two = final_state(run), final_state(other)
+    for name, value in one["model"].items():
+        assert torch.equal(value, two["model"][name]), name
+    assert repr(one["progress"]) == repr(two["progress"])
+    steps = [[(line["kind"], line["step"]) for line in tracking.read_log(each)] for each in (run, other)]
+    assert steps[0] == steps[1]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    ray_cluster: Any,  # noqa: ARG001 - on the test session's cluster
+    nih_shards: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> str:
+    recipe = tiny(nih_shards, tmp_path_factory.mktemp("whole"), *MORE)
+    return launch.launch(recipe, "tiny", lambda *_: nullcontext())
+
+
+def when(run: str, step: int, act: Callable[[], None]) -> threading.Thread:
+    """Call `act` once so many steps are logged."""
+
+    def wait() -> None:
+        while max((line["step"] for line in tracking.read_log(run)), default=0) < step:
+            time.sleep(0.02)
+        act()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def worker_pids() -> list[int]:
+    """The processes of the training workers of this cluster."""
+    import ray._private.state
+
+    actors = ray._private.state.actors().values()
+    return [a["Pid"] for a in actors if a["State"] == "ALIVE" and "RayTrainWorker" in a["ActorClassName"]]
+
+
+def drive(recipe: Recipe, folder: Path, address: str) -> subprocess.Popen[str]:
+    """The driver as a process of its own, on the cluster of the test session."""
+    (folder / "recipe.yaml").write_text(config.to_yaml(recipe))
+    command = [sys.executable, "-W", "ignore", "-m", "cxrscale", "train", str(folder / "recipe.yaml")]
+    return subprocess.Popen(
+        command, env=os.environ | {"RAY_ADDRESS": address}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(
+    undisturbed: str, nih_shards: str, tmp_path: Path
+) -> None:
+    recipe = tiny(nih_shards, tmp_path, *MORE)
+    killed: list[int] = []
+
+    def kill() -> None:
+        killed.append(worker_pids()[-1])
+        os.kill(killed[0], signal.SIGKILL)
+
+    thread = when(str(tmp_path / "tiny"), 40, kill)
+    run = launch.launch(recipe, "tiny", lambda *_: nullcontext())
+    thread.join()
+    assert killed
+    assert_equal(run, undisturbed)
+    assert run_info.read_run_info(run)["finished"]
+
+
+def test_a_killed_driver_is_started_again_with_the_same_command(
+    ray_cluster: Any, undisturbed: str, nih_shards: str, tmp_path: Path
+) -> None:
+    recipe = tiny(nih_shards, tmp_path, *MORE)
+    driver = drive(recipe, tmp_path, ray_cluster.address)
+    when(str(tmp_path / "tiny"), 40, driver.kill).join(timeout=120)
+    assert driver.wait() == -signal.SIGKILL
+    driver.stdout.close() if driver.stdout else None
+    assert not run_info.read_run_info(str(tmp_path / "tiny"))["finished"]
+    run = launch.launch(recipe, "tiny", lambda *_: nullcontext())
+    assert_equal(run, undisturbed)
+    sessions = run_info.read_run_info(run)["sessions"]
+    assert len(sessions) == 2
+    assert sessions[0]["ended"] > sessions[0]["began"]
+
+
+def test_sigterm_writes_a_checkpoint_first_also_in_a_bucket(
+    ray_cluster: Any, undisturbed: str, nih_shards: str, s3: str, tmp_path: Path
+) -> None:
+    recipe = tiny(nih_shards, tmp_path, *MORE, "train.checkpoint_steps=null", f"tracking.runs_dir={s3}/runs")
+    run = f"{s3}/runs/tiny"
+    driver = drive(recipe, tmp_path, ray_cluster.address)
+    # In a bucket metrics.jsonl comes late; the first batch's images come with the first step.
+    while not storage.exists(storage.join(run, tracking.SAMPLES)):
+        assert driver.poll() is None
+        time.sleep(0.02)
+    driver.terminate()
+    out, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 0, out
+    assert "stopped with a checkpoint; go on with tracking.name=tiny" in out
+    assert 0 < max(checkpoint.steps(storage.join(run, checkpoint.FOLDER)).values()) < 60
+    assert not run_info.read_run_info(run)["finished"]
+    assert launch.launch(recipe, "tiny", lambda *_: nullcontext()) == run
+    assert_equal(run, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_lost_node_leaves_fewer_workers_and_comes_back(ray_cluster: Any, nih_shards: str, tmp_path: Path) -> None:
+    """One worker a node, [1, 2] of them: two, then one while the second node is gone, then two again.
+
+    No step is lost or done twice, and the stop at the end leaves a checkpoint as always.
+    """
+    more = ("train.epochs=2", "sampler.steps_per_epoch=400", "train.checkpoint_steps=10", "tracking.log_steps=5")
+    scaling = ("scaling.num_workers=[1, 2]", "scaling.cpus_per_worker=2", "scaling.elastic_check_seconds=2")
+    run = str(tmp_path / "tiny")
+    # Nodes come and go on the main thread: Ray sets signal handlers there.
+    second = ray_cluster.add_node(num_cpus=2)
+    driver = drive(tiny(nih_shards, tmp_path, *more, *scaling), tmp_path, ray_cluster.address)
+    wait_until(lambda: newest_step(run) >= 30, driver)
+    assert len(worker_pids()) == 2
+    ray_cluster.remove_node(second, allow_graceful=False)
+    before = newest_step(run)
+    wait_until(lambda: newest_step(run) > before + 20, driver)
+    assert len(worker_pids()) == 1
+    second = ray_cluster.add_node(num_cpus=2)
+    try:
+        wait_until(lambda: len(worker_pids()) == 2, driver)
+        grown = newest_step(run)
+        wait_until(lambda: newest_step(run) > grown, driver)
+        driver.terminate()
+        out, _ = driver.communicate(timeout=120)
+    finally:
+        ray_cluster.remove_node(second)
+    assert driver.returncode == 0, out
+    steps = [line["step"] for line in tracking.read_log(run) if line["kind"] == "train"]
+    assert steps == list(range(5, steps[-1] + 1, 5))
+
+
+def newest_step(run: str) -> int:
+    return max((line["step"] for line in tracking.read_log(run)), default=0)
+
+
+def wait_until(true: Callable[[], bool], driver: subprocess.Popen[str]) -> None:
+    while not true():
+        assert driver.poll() is None, driver.stdout.read() if driver.stdout else ""
+        time.sleep(0.1)

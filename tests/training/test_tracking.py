@@ -1,0 +1,104 @@
+"""metrics.jsonl survives kills and restarts."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from cxrscale.config import Tracking
+from cxrscale.training import tracking
+from cxrscale.training.tracking import Tracker
+
+
+def test_a_resumed_run_drops_the_lines_it_will_write_again(tmp_path: Path) -> None:
+    first = Tracker(str(tmp_path), Tracking(), {}, start_step=0)
+    for step in range(1, 6):
+        first.log("train", step, {"loss": step / 10})
+    first.close()
+    second = Tracker(str(tmp_path), Tracking(), {}, start_step=3)
+    second.log("train", 4, {"loss": 9.0})
+    second.close()
+    assert [(line["step"], line["loss"]) for line in tracking.read_log(str(tmp_path))] == [
+        (1, 0.1),
+        (2, 0.2),
+        (3, 0.3),
+        (4, 9.0),
+    ]
+
+
+def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "train", "step": 1}) + "\n" + '{"kind": "tra')
+    assert [line["step"] for line in tracking.read_log(str(tmp_path))] == [1]
+
+
+def test_an_undefined_metric_is_null(tmp_path: Path) -> None:
+    tracker = Tracker(str(tmp_path), Tracking(), {}, start_step=0)
+    tracker.log("val", 1, {"auroc": math.nan})
+    tracker.close()
+    assert tracking.read_log(str(tmp_path))[0]["auroc"] is None
+
+
+def test_wandb_offline_leaves_a_run_of_its_own(tmp_path: Path) -> None:
+    for start in (0, 2):
+        tracker = Tracker(str(tmp_path), Tracking(wandb="offline"), {"optim": {"lr": 0.1}}, start)
+        tracker.log("train", start + 1, {"loss": 1.0})
+        tracker.close()
+    runs = list((tmp_path / "wandb").glob("offline-run-*"))
+    assert runs
+    assert len({folder.name.split("-")[3] for folder in runs}) == 1, "a restart keeps the run's id"
+
+
+def test_wandb_gets_the_sample_images_and_metrics_jsonl_stays(tmp_path: Path) -> None:
+    image_BCHW = np.random.default_rng(0).normal(size=(5, 1, 8, 8)).astype(np.float32)
+    tracker = Tracker(str(tmp_path), Tracking(wandb="offline"), {}, 0)
+    tracker.samples(image_BCHW)
+    tracker.log("train", 1, {"loss": 1.0})
+    tracker.close()
+    logged = list((tmp_path / "wandb").glob("offline-run-*/files/media/images/samples*.png"))
+    assert len(logged) == 1
+    # Five images of 8 x 8 in three columns and two rows, the last place black.
+    mine, theirs = (cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) for path in (tmp_path / "samples.png", logged[0]))
+    assert mine is not None
+    assert theirs is not None
+    assert mine.shape == (16, 24)
+    assert np.array_equal(mine, theirs)
+    assert not mine[8:, 16:].any()
+    assert [line["step"] for line in tracking.read_log(str(tmp_path))] == [1]
+
+
+DYING = """
+import sys, psutil
+from cxrscale.config import Tracking
+from cxrscale.tracking import Tracker
+
+tracker = Tracker(sys.argv[1], Tracking(wandb="offline"), {}, 0)
+tracker.log("train", 1, {"loss": 1.0})
+(service,) = [each for each in psutil.Process().children(recursive=True) if "wandb-core" in each.name()]
+service.kill()
+service.wait(10)
+for step in (2, 3):
+    tracker.log("train", step, {"loss": 0.5})
+tracker.close()
+"""
+
+
+def test_wandb_that_dies_costs_its_copy_and_not_the_run(tmp_path: Path) -> None:
+    # By this variable a child would find the service of the tests before.
+    alone = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    command = [sys.executable, "-c", DYING, str(tmp_path)]
+    done = subprocess.run(command, env=alone, capture_output=True, text=True, timeout=120, check=True)
+    assert [line["step"] for line in tracking.read_log(str(tmp_path))] == [1, 2, 3]
+    assert done.stderr.count("wandb has stopped") == 1
+
+
+def test_wandb_disabled_leaves_nothing(tmp_path: Path) -> None:
+    tracker = Tracker(str(tmp_path), Tracking(wandb="disabled"), {}, 0)
+    tracker.samples(np.zeros((2, 1, 8, 8), np.float32))
+    tracker.log("train", 1, {"loss": 1.0})
+    tracker.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "samples.png"]

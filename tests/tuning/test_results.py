@@ -1,0 +1,197 @@
+"""Rows, the noise of the seeds, the best recipe and the page: from folders as trials leave them."""
+
+import io
+import json
+import math
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from cxrscale import config
+from cxrscale.config import Recipe
+from cxrscale.reporting import tuning_page
+from cxrscale.tuning import results, search_space
+from cxrscale.tuning.results import FINISHED, STOPPED, TrialRow
+from cxrscale.tuning.search_space import Space
+from cxrscale.types import UserError
+
+SPACE = {"optim.lr": "loguniform(1e-4, 1e-2)", "sampler.sampling": ["all", "balanced"], "loss.bce": "uniform(0.5, 2)"}
+
+
+def recipe(*overrides: str) -> Recipe:
+    tree = config.override({"tune": {"space": SPACE}}, overrides)
+    return config.parse(Recipe, tree, where="test")
+
+
+@pytest.fixture
+def domains() -> Space:
+    return search_space.parse_space(SPACE)
+
+
+def row(name: str, curve: list[float], status: str = FINISHED, lr: float = 1e-3, **more: object) -> TrialRow:
+    point = {"optim.lr": lr, "sampler.sampling": "all", "loss.bce": 1.0}
+    given: dict[str, Any] = {
+        "reason": "",
+        "own": 0.5,
+        "seconds": 60.0,
+        "worker_hours": 1 / 60,
+        "gpu_hours": 0.0,
+        "cost": None,
+    } | more
+    return TrialRow(
+        name, name.startswith("seed"), status, point=point, curve=tuple(curve), run=f"/runs/s/trials/{name}", **given
+    )
+
+
+SEEDS = [row("seed-0", [0.6, 0.70]), row("seed-1", [0.6, 0.72]), row("seed-2", [0.71, 0.68])]
+TRIALS = [
+    row("trial-000", [0.5, math.nan, 0.65]),
+    row("trial-001", [0.8, 0.9, 0.85], lr=3e-3),
+    row("trial-002", [0.4], STOPPED),
+]
+
+
+def test_the_gain_is_measured_in_the_seeds_standard_deviations() -> None:
+    found = results.judge([*SEEDS, *TRIALS], recipe())
+    assert found.best.name == "trial-001"
+    assert found.value == 0.9
+    assert found.mean == pytest.approx(statistics.mean([0.70, 0.72, 0.71]))
+    assert found.sd == pytest.approx(statistics.stdev([0.70, 0.72, 0.71]))
+    assert found.ratio == pytest.approx((0.9 - 0.71) / 0.01)
+    assert "it beats the default by 0.1900, 19.0 times the seed sd, more than the 0.8 sd" in found.sentence
+
+
+def test_where_less_is_better_the_least_wins() -> None:
+    found = results.judge([*SEEDS, *TRIALS], recipe("train.monitor=brier"))
+    assert (found.best.name, found.value) == ("trial-002", 0.4)
+    # The seeds' best epochs are now 0.6, 0.6 and 0.68.
+    assert found.gain == pytest.approx(1.88 / 3 - 0.4)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "said"),
+    [
+        ([], "was not trained beside it: tune.baseline_seeds=3"),
+        (SEEDS[:1], "with one seed: it beats the default by 0.2000"),
+        ([row("seed-0", [0.95]), row("seed-1", [0.93])], "no trial beats the default. Keep the recipe."),
+        ([row("seed-0", [0.5]), row("seed-1", [1.2])], "0.1 times the seed sd, no more than the 0.8 sd"),
+    ],
+)
+def test_noise_is_not_sold_as_a_gain(seeds: list[TrialRow], said: str) -> None:
+    assert said in results.judge([*seeds, *TRIALS], recipe()).sentence
+
+
+@pytest.mark.parametrize("count", [1, 2, 12, 100])
+def test_the_lead_by_chance_is_the_expected_largest_of_normal_draws(count: int) -> None:
+    largest = np.random.default_rng(0).standard_normal((20_000, count)).max(axis=1)
+    assert results.expected_lead(count) == pytest.approx(largest.mean(), abs=4 * largest.std() / 20_000**0.5)
+
+
+def test_no_trial_with_a_metric_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"^no trial has a auroc: the loss is nan$"):
+        results.judge([*SEEDS, row("trial-000", [], "failed", reason="the loss is nan")], recipe())
+
+
+def test_the_table_has_one_row_a_trial_and_a_column_a_field(domains: Space) -> None:
+    found = results.results_table([*SEEDS, *TRIALS], recipe(), domains).to_pylist()
+    assert [line["trial"] for line in found] == [each.name for each in (*SEEDS, *TRIALS)]
+    best = found[4]
+    assert (best["optim.lr"], best["sampler.sampling"], best["auroc"], best["last"]) == (3e-3, "all", 0.9, 0.85)
+    assert (best["epochs"], best["best_epoch"], best["stopped_early"]) == (3, 2, False)
+    assert best["curve"] == [0.8, 0.9, 0.85]
+    assert found[5]["stopped_early"] is True
+    assert best["f1_at_own_thresholds"] == 0.5
+    segment = recipe("data.task=segment", "data.findings=[Pneumothorax]", "train.monitor=dice")
+    assert "dice_at_own_thresholds" in results.results_table(TRIALS, segment, domains).column_names
+
+
+def test_the_best_trial_is_a_recipe_that_states_only_what_differs(domains: Space, tmp_path: Path) -> None:
+    base = recipe("augment.preset=chexnet", "train.epochs=3", "tracking.name=s")
+    text = results.best_recipe(results.judge([*SEEDS, *TRIALS], base), base, domains, "/runs/s")
+    (tmp_path / "best.yaml").write_text(text)
+    again = config.load_recipe(tmp_path / "best.yaml")
+    assert again.optim.lr == 3e-3
+    assert again.model_copy(update={"tune": base.tune, "tracking": base.tracking}) == search_space.apply_point(
+        base, {"optim.lr": 3e-3, "sampler.sampling": "all", "loss.bce": 1.0}
+    )
+    assert yaml.safe_load(text)["augment"] == {"preset": "chexnet"}
+    assert "cxrscale train /runs/s/best.yaml" in text
+    assert "Validation auroc: 0.9000" in text
+
+
+def test_costs_add_up() -> None:
+    rows = [row("trial-000", [0.5], gpu_hours=0.5, cost=1.0), row("trial-001", [0.5], gpu_hours=1.5, cost=3.0)]
+    assert results.totals(rows) == {"worker_hours": pytest.approx(2 / 60, abs=1e-3), "gpu_hours": 2.0, "cost": 4.0}
+    assert results.totals(TRIALS)["cost"] is None
+
+
+def many() -> list[TrialRow]:
+    """24 trials whose metric hangs on the rate alone."""
+    rng = np.random.default_rng(0)
+    found = []
+    for number, share in enumerate(rng.random(24)):
+        value = 0.6 + 0.3 * share + 0.01 * rng.standard_normal()
+        base = row(f"trial-{number:03d}", [value - 0.1, value], STOPPED if share < 0.3 else FINISHED)
+        point = {
+            "optim.lr": 1e-4 * 100**share,
+            "sampler.sampling": ["all", "balanced"][number % 2],
+            "loss.bce": 0.5 + rng.random(),
+        }
+        found.append(TrialRow(**{**{f: getattr(base, f) for f in TrialRow.__slots__}, "point": point}))
+    return found
+
+
+def test_importance_finds_the_field_that_matters(domains: Space) -> None:
+    found = tuning_page.importances([*SEEDS, *many()], recipe(), domains)
+    assert found is not None
+    assert found.fields[0] == "optim.lr"
+    assert found.mean[0] > 5 * max(found.mean[1:])
+    assert found.explained > 0.5
+    assert tuning_page.importances(TRIALS, recipe(), domains) is None
+
+
+def test_the_page_needs_no_network_and_shows_every_trial(domains: Space, tmp_path: Path) -> None:
+    rows = [*SEEDS, *many(), row("trial-024", [], "failed", reason="the loss is nan <b>")]
+    tuning_page.write(rows, recipe(), domains, str(tmp_path))
+    text = (tmp_path / tuning_page.PAGE).read_text()
+    assert not re.search(r'(?:src|href)="(?!#)|@import|https?://', text)
+    assert all(f"<td>{each.name}</td>" in text for each in rows)
+    assert "the loss is nan &lt;b&gt;" in text
+    assert "times the seed sd" in text
+    assert "prefers-color-scheme: dark" in text
+    assert text.count("<svg") == 5
+    for name in ("noise", "curves", "parameters", "parallel", "importance"):
+        assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_search_of_few_trials_has_a_page_too(domains: Space, tmp_path: Path) -> None:
+    tuning_page.write(TRIALS[:1], recipe(), domains, str(tmp_path))
+    text = (tmp_path / tuning_page.PAGE).read_text()
+    assert "Fewer than 6 trials" in text
+    assert "nan" not in text.lower().replace("nanum", "")
+
+
+def test_the_written_table_is_read_back_best_first(
+    domains: Space, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = tmp_path / "trials" / "trial-001"
+    best.mkdir(parents=True)
+    (best / "best.pt").write_bytes(b"weights")
+    rows = [
+        TrialRow(**{**{f: getattr(each, f) for f in TrialRow.__slots__}, "run": str(tmp_path / "trials" / each.name)})
+        for each in (*SEEDS, *TRIALS)
+    ]
+    results.write_results(rows, recipe(), domains, str(tmp_path))
+    assert (tmp_path / "best.pt").read_bytes() == b"weights"
+    stored = pq.read_table(io.BytesIO((tmp_path / results.PARQUET).read_bytes()))
+    assert stored.num_rows == len(rows)
+    results.print_results(str(tmp_path), recipe(), domains)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "trial-" in line or "seed-" in line]
+    assert ["trial-001" in lines[0], "trial-002" in lines[-1]] == [True, True]
+    assert json.dumps(stored["curve"].to_pylist()[3][0]) == "0.5"
