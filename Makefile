@@ -1,19 +1,24 @@
-# make demo: set up and take a phantom archive the whole way.  make test: set up, then ruff, mypy and the tests.
-PYTHON ?= python3
-VENV := .venv
+# make demo: set up and take synthetic data through every command.  make test: set up, then ruff, mypy and the tests.
+# make test-pythons: the same under every Python from 3.11 to 3.13 that is on this machine.
+# PYTHON=/path/to/python chooses the interpreter; without it .ci/find-python does.
+VENV ?= .venv
 BIN := $(VENV)/bin
 # In two processes; tests/conftest.py says which test goes where.
 PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
-# Without bytecode every Ray worker recompiles torch: 11 s an import instead of 5.
+# Without bytecode every Ray worker recompiles torch: 11 s per import instead of 5.
 unexport PYTHONDONTWRITEBYTECODE
 export UV_COMPILE_BYTECODE := 1
 
-.PHONY: setup demo test test-slow lint clean
+.PHONY: setup interpreter demo test test-slow test-pythons smoke smoke-pythons lint types clean
 
 setup: $(VENV)/ready
 
-$(VENV)/ready: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+# A venv that is broken, of another Python than PYTHON, or of one out of the range is remade.
+interpreter:
+	@.ci/check-venv $(VENV)
+
+$(VENV)/ready: pyproject.toml constraints.txt | interpreter
+	test -x $(BIN)/python || "$$(.ci/find-python)" -m venv $(VENV)
 	$(BIN)/python -m pip install -q uv || echo "uv cannot be installed here: pip does it, more slowly"
 	if [ -x $(BIN)/uv ]; then $(BIN)/uv pip install -q -p $(BIN)/python -c constraints.txt -e '.[dev]'; \
 	else $(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'; fi
@@ -22,10 +27,12 @@ $(VENV)/ready: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/cxrscale demo
 
-lint: setup
+types: setup
+	$(BIN)/mypy --cache-dir .mypy_cache/$(notdir $(VENV))
+
+lint: setup types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 
 test: setup lint
 	$(PYTEST) -m "not gpu and not slow"
@@ -33,5 +40,15 @@ test: setup lint
 test-slow: setup
 	$(PYTEST) -m "not gpu"
 
+# What differs between Pythons: the DALI graph, Ray, signals, the command line.
+smoke: setup types
+	$(PYTEST) -m "smoke and not gpu and not slow"
+
+test-pythons:
+	.ci/each-python test
+
+smoke-pythons:
+	.ci/each-python smoke
+
 clean:
-	rm -rf $(VENV) runs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-* runs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -1,6 +1,6 @@
-"""`python -m cxrscale VERB ...`, the same as `cxrscale VERB ...`."""
+"""`python -m cxrscale COMMAND ...`, the same as `cxrscale COMMAND ...`."""
 
-from cxrscale.cli import main
+from cxrscale.cli.app import main
 
 if __name__ == "__main__":
     main()

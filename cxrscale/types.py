@@ -1,4 +1,7 @@
-"""The nouns that cross stages. Each is plain data; none knows the stage that made it."""
+"""What every room shares: plain data types, the two errors, and how an error becomes one line.
+
+Each type is plain data and knows nothing of the code that made it.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +15,51 @@ import numpy.typing as npt
 if TYPE_CHECKING:  # the commands that touch no model start two seconds sooner without torch
     import torch
 
+
+def _cpu() -> torch.device:
+    import torch
+
+    return torch.device("cpu")
+
+
 GrayImage = npt.NDArray[np.uint8]
 """An upright gray image, (H, W) uint8, 0 = black: bone is bright."""
 
 
 class UserError(ValueError):
-    """Something the user gave is wrong. The message is one line: what, where, and the remedy."""
+    """Something that the user gave is wrong. The message is one line: what is wrong, where, and how to fix it."""
 
 
 class UnreadableImageError(ValueError):
-    """One image cannot be used; the message is the reason that `quarantine.jsonl` holds. The run goes on."""
+    """One image cannot be used; its message is the reason in `quarantine.jsonl`. The command continues without it."""
+
+
+def one_line(error: BaseException | str, *, with_type: bool = False, limit: int | None = None) -> str:
+    """The message of another library's error as a part of our own one-line message.
+
+    Args:
+        error: the error, or its text.
+        with_type: put the name of the error's type first.
+        limit: cut the line after this many characters.
+
+    Returns:
+        The text with single spaces and without unprintable characters. An error without a message gives the name of
+        its type, an empty text "no reason given".
+    """
+    text = f"{type(error).__name__}: {error}" if with_type else str(error)
+    line = " ".join("".join(char if char.isprintable() else " " for char in text).split())[:limit].rstrip(": ")
+    return line or (type(error).__name__ if isinstance(error, BaseException) else "no reason given")
+
+
+def last_line(error: BaseException | str) -> str:
+    """The last line that is not blank, as by `one_line`: Ray and child processes put the cause below a traceback."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return one_line(lines[-1] if lines else error)
 
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A finding's rectangle in pixels of the original image; (x, y) is the upper left corner."""
+    """A finding's bounding box in pixels of the original image; (x, y) is its upper left corner."""
 
     finding: str
     x: float
@@ -37,52 +70,64 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """One image of a raw archive and all that its tables say of it; no pixel is read yet."""
+    """One image of a source with its metadata from the source's tables; no pixel has been read yet."""
 
     image_id: str
-    """The archive's own name for the image: a file name or a DICOM UID; unique within the archive."""
+    """The source's own id of the image: a file name or a DICOM UID; unique within the source."""
     source: str
-    """The archive: nih, siim, rsna, kermany."""
+    """The source's name: nih, siim, rsna, kermany."""
     path: str
-    """Where the image lies: a local path or an fsspec address."""
+    """Where the file is: a local path or an fsspec address."""
     patient: str
-    """The patient, unique within the archive. Splits never part what shares it."""
+    """The patient's id, unique within the source. Images of one patient never fall into different splits."""
     findings: Mapping[str, int] = field(default_factory=dict)
-    """Finding -> labels.PRESENT or labels.ABSENT. A finding that is not named here is unlabeled."""
+    """Finding -> config.PRESENT or config.ABSENT. A finding that is missing here is unlabeled."""
     split: str | None = None
-    """The archive's own split (train_val, test), or None where it publishes none."""
+    """The source's own split (train_val, test), or None if it publishes none."""
     view: str | None = None
-    """PA or AP, or None where unknown."""
+    """PA or AP, or None if unknown."""
     sex: str | None = None
-    """F or M, or None where unknown."""
+    """F or M, or None if unknown."""
     age: int | None = None
-    """Years, or None where unknown or impossible (above 120)."""
+    """Age in years, or None if unknown or impossible (above 120)."""
     spacing_mm: tuple[float, float] | None = None
-    """Millimeters between pixels of the original image: (rows, columns)."""
+    """Distance between pixels of the original image in millimeters: (rows, columns)."""
     rles: tuple[str, ...] | None = None
-    """Run-length encodings whose union is the mask; () is an empty mask, None an unlabeled one."""
+    """Run-length encodings whose union is the mask; () is an empty mask, None means not labeled."""
     boxes: tuple[Box, ...] = ()
+
+
+@dataclass(frozen=True)
+class DistContext:
+    """Where this process stands in a distributed run."""
+
+    rank: int = 0
+    """The index of this process, 0 to world - 1."""
+    world: int = 1
+    """The number of processes."""
+    device: torch.device = field(default_factory=_cpu)
+    """Where the tensors of this process live."""
 
 
 @dataclass(slots=True)
 class Batch:
-    """One rank's share of a step. Rows of padding and rows whose bytes were bad have valid = False."""
+    """One rank's share of a step. Padding rows and rows whose bytes cannot be decoded have valid = False."""
 
     image_BCHW: torch.Tensor
     """float32 or float16, normalized; C = 1."""
     label_BF: torch.Tensor
     """float32: 1 present, 0 absent, NaN unlabeled; columns in the order of `data.findings`."""
     mask_B1HW: torch.Tensor | None
-    """float32, 0 or 1, on the image's own grid; None unless the task is segmentation."""
+    """float32, 0 or 1, on the image's pixel grid; None unless the task is segmentation."""
     row_B: torch.Tensor
-    """int64 rows of the manifest: `manifest.image_id[row]` names the image."""
+    """int64 row indices of the manifest: `manifest.image_id[row]` is the image's id."""
     valid_B: torch.Tensor
-    """bool; what is False enters no loss and no metric."""
+    """bool; rows with False enter no loss and no metric."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Gathered outputs of N images, each exactly once."""
+    """Model outputs for N images, gathered from all ranks, each image exactly once."""
 
     image_id: npt.NDArray[np.object_]
     patient: npt.NDArray[np.object_]
@@ -92,22 +137,22 @@ class Scores:
     """1 present, 0 absent, NaN unlabeled."""
     findings: tuple[str, ...]
     maps: ScoreHistograms | None = None
-    """For segmentation: what thresholds need to know of the score maps."""
+    """For segmentation: what the choice of thresholds needs from the score maps."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreHistograms:
-    """Histograms of N score maps, enough to know Dice at every threshold without the maps themselves."""
+    """Histograms of N score maps: enough to compute Dice at every threshold without the maps themselves."""
 
     all_NT: npt.NDArray[np.int32]
-    """Pixels whose score falls into bin t of T equal bins over 0..1."""
+    """Number of pixels whose score falls into bin t of T equal bins over 0..1."""
     true_NT: npt.NDArray[np.int32]
-    """The same, counting only pixels inside the true mask."""
+    """The same for pixels inside the true mask only."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What a model says of one file, or why it could not."""
+    """The model's output for one file, or why there is none."""
 
     path: str
     scores: Mapping[str, float] = field(default_factory=dict)
@@ -115,4 +160,4 @@ class Prediction:
     rle: str | None = None
     """For segmentation: the mask at the file's own size, run-length encoded as in SIIM-ACR; '-1' is empty."""
     error: str = ""
-    """Why there are no scores; empty where there are."""
+    """Why there are no scores; empty if there are."""

@@ -1,4 +1,4 @@
-"""`python jobs/submit.py VERB ...` is `cxrscale submit VERB ...`: any command as a job on a Ray cluster.
+"""`python jobs/submit.py COMMAND ...` is `cxrscale submit COMMAND ...`: any command as a job on a Ray cluster.
 
 python jobs/submit.py train jobs/chexnet14.yaml scaling.num_workers=8 --address http://HEAD:8265
 """

@@ -1,7 +1,9 @@
 """What many tests share: one small phantom, its shards, one Ray cluster."""
 
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,11 @@ from cxrscale.config import Pack, Recipe
 from cxrscale.shards import build
 from cxrscale.sources.synthetic import archive
 from cxrscale.sources.synthetic.archive import SyntheticPaths
+from tests.small_datasets import make_shards, shards  # noqa: F401
 
+# A shell ignores SIGINT for what it starts in the background, and every process started from there ignores it too.
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Ray's workers must import torch from bytecode, and Train's defaults poll every two seconds.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ |= {
@@ -111,7 +117,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> SyntheticPaths:
 def nih_shards(drawn: SyntheticPaths, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The synthetic archive's NIH side as shards of 64-pixel JPEGs."""
     out = str(tmp_path_factory.mktemp("shards") / "nih")
-    build.build("nih", str(drawn.nih), Pack(size=64, samples_per_shard=20), out, local=True)
+    build.build_shards("nih", str(drawn.nih), Pack(size=64, samples_per_shard=20), out, local=True)
     return out
 
 
@@ -120,7 +126,7 @@ def siim_shards(drawn: SyntheticPaths, nih_shards: str, tmp_path_factory: pytest
     """The synthetic archive's SIIM side with masks, under the patients and splits of its NIH duplicates."""
     out = str(tmp_path_factory.mktemp("shards") / "siim")
     settings = Pack(size=64, samples_per_shard=20, masks=True)
-    build.build("siim", str(drawn.siim), settings, out, patients_from_dataset=nih_shards, local=True)
+    build.build_shards("siim", str(drawn.siim), settings, out, patients_from_dataset=nih_shards, local=True)
     return out
 
 

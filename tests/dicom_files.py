@@ -1,4 +1,4 @@
-"""DICOM files written from scratch for the tests, whole or with one thing wrong."""
+"""DICOM files written from scratch for the tests, valid ones and ones with a single error."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Stored = npt.NDArray[Any]
 def gray_image(
     height: int = 40, width: int = 34, *, dtype: str = "u1", bits: int | None = None, seed: int = 0
 ) -> Stored:
-    """A smooth, noisy image that uses all of its bits, extremes included."""
+    """A smooth, noisy image that uses the full range of its bits."""
     kind = np.dtype(dtype)
     bits = bits or 8 * kind.itemsize
     row, column = np.mgrid[:height, :width]
@@ -38,9 +38,9 @@ def dicom_file(
     vr: str | None = None,
     **tags: Any,
 ) -> bytes:
-    """The bytes of a file that holds `stored`; `frames` are its fragments where the syntax is encapsulated.
+    """The bytes of a file with the pixels `stored`; `frames` are the fragments of an encapsulated syntax.
 
-    A keyword of `tags` sets a tag, None leaves it out; `vr` is that of PixelData.
+    A keyword argument in `tags` sets a tag, None removes it; `vr` is the VR of PixelData.
     """
     ds = Dataset()
     ds.file_meta = FileMetaDataset()
@@ -63,7 +63,7 @@ def dicom_file(
     if values["HighBit"] is None and values["BitsStored"] is not None:
         values["HighBit"] = values["BitsStored"] - 1
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of values that are wrong on purpose
+        warnings.simplefilter("ignore")  # about values that are wrong on purpose
         for keyword, value in values.items():
             if value is not None:
                 setattr(ds, keyword, value)
@@ -111,13 +111,13 @@ def encoded(stored: Stored, syntax: str, *, bits: int | None = None, quality: in
         options = {"jls_error": 2}
     plugin = "pyjpegls" if syntax in uid.JPEGLSTransferSyntaxes else "pylibjpeg"
     ds.compress(syntax, encoding_plugin=plugin, generate_instance_uid=False, **options)
-    size = struct.unpack_from("<L", ds.PixelData, 4)[0]  # of the offset table, before the fragment's own tag and size
+    size = struct.unpack_from("<L", ds.PixelData, 4)[0]  # of the offset table, which precedes the fragment's tag and size
     length = struct.unpack_from("<L", ds.PixelData, 12 + size)[0]
     return bytes(ds.PixelData[16 + size : 16 + size + length])
 
 
 def jpeg_lossless(stored: Stored, bits: int) -> bytes:
-    """JPEG Lossless (ITU-T T.81 annex H) of 2 to 16 bits: the left neighbor predicts, every category takes 5 bits."""
+    """JPEG Lossless (ITU-T T.81 annex H) of 2 to 16 bits, with left-neighbor prediction and 5 bits per category."""
     value = stored.astype(np.int64) & ((1 << bits) - 1)
     before = np.empty_like(value)
     before[:, 1:] = value[:, :-1]
@@ -148,7 +148,7 @@ def jpeg_lossless(stored: Stored, bits: int) -> bytes:
 
 
 def lut_item(entries: Stored, *, first: int = 0, bits: int = 16, vr: str = "OW", signed: bool = False) -> Dataset:
-    """An item of a modality or VOI LUT sequence; uint8 entries are packed two in a word."""
+    """An item of a modality or VOI LUT sequence; uint8 entries are packed two per word."""
     item = Dataset()
     descriptor = [len(entries) % 65536, first if signed else first % 65536, bits]
     item.add_new("LUTDescriptor", "SS" if signed else "US", descriptor)

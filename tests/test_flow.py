@@ -18,10 +18,10 @@ import torch
 from cxrscale import sources
 from cxrscale.cli.progress import watch_run
 from cxrscale.config import Pack
-from cxrscale.inference import predictions
+from cxrscale.inference import Predictor, predictions
 from cxrscale.io.images import load_image, resize_image
 from cxrscale.loader.loader import evaluation_batches, training_batches
-from cxrscale.run import choose_run_thresholds, evaluate_run
+from cxrscale.run import Run
 from cxrscale.shards import build, manifest
 from cxrscale.sources.synthetic.archive import SyntheticPaths
 from cxrscale.training import launch
@@ -58,7 +58,7 @@ def test_1_an_archive_becomes_records(way: Way, drawn: SyntheticPaths) -> None:
 def test_2_records_become_shards(way: Way, drawn: SyntheticPaths) -> None:
     """Packing decodes, resizes and encodes each image into a tar, and writes the manifest last."""
     way.shards = str(way.folder / "shards")
-    packed = build.build("nih", str(drawn.nih), Pack(size=64, samples_per_shard=20), way.shards, local=True)
+    packed = build.build_shards("nih", str(drawn.nih), Pack(size=64, samples_per_shard=20), way.shards, local=True)
     assert (packed.images, packed.quarantined) == (80, 0)
 
 
@@ -91,7 +91,7 @@ def test_4_a_batch_is_a_function_of_the_plan(way: Way, tmp_path: Path) -> None:
         found: Batch = next(batch for batch in batches if way.row in batch.row_B[batch.valid_B].tolist())
         return found
 
-    batch = ours(evaluation_batches(data, ["test"], recipe.data, recipe.sampler, recipe.augment, 0, 1, "cpu"))
+    batch = ours(evaluation_batches(data, ["test"], recipe))
     place = batch.row_B.tolist().index(way.row)
     assert batch.image_BCHW.shape == (8, 1, 64, 64)
     assert batch.label_BF[place].tolist()[1] == 1.0  # data.findings is Cardiomegaly, Effusion, Mass
@@ -103,7 +103,7 @@ def test_5_training_leaves_a_run(way: Way) -> None:
     """Our image is in the test split: no training batch holds it. The run keeps its recipe and its best weights."""
     recipe = tiny(way.shards, way.folder / "runs", "train.epochs=2", "sampler.steps_per_epoch=6", "optim.lr=3e-3")
     data = manifest.load(way.shards)
-    batches = training_batches(data, recipe.data, recipe.sampler, recipe.augment, 0, 1, "cpu", 0, 0)
+    batches = training_batches(data, recipe)
     seen = {row for _ in range(12) for row in next(batches).row_B.tolist()}
     batches.close()
     assert way.row not in seen
@@ -119,20 +119,20 @@ def test_5_training_leaves_a_run(way: Way) -> None:
 
 def test_6_thresholds_come_from_validation_alone(way: Way) -> None:
     """The cut-off of each finding is searched on validation scores; the test split has not been scored yet."""
-    found = json.loads(Path(choose_run_thresholds(str(way.run))).read_text())
-    assert found["split"] == "val"
-    assert set(found["thresholds"]) == {"Cardiomegaly", "Effusion", "Mass"}
+    chosen = Run(way.run).choose_thresholds()
+    assert chosen.split == "val"
+    assert set(chosen.thresholds) == {"Cardiomegaly", "Effusion", "Mass"}
     assert not (way.run / "predictions-test.parquet").exists()
 
 
 def test_7_metrics_have_intervals_and_count_each_image_once(way: Way) -> None:
     """Now the test split is scored, every image once, and the intervals come from resampled patients."""
     assert way.record is not None
-    found = json.loads(Path(evaluate_run(str(way.run), resamples=50)).read_text())
+    test = Run(way.run).evaluate(resamples=50)
     data = manifest.load(way.shards)
-    assert found["images"] == (data.split == "test").sum()
-    area = found["findings"]["Effusion"]["auroc"]
-    assert area["low"] <= area["value"] <= area["high"]
+    assert test.images == (data.split == "test").sum()
+    auroc = test.findings["Effusion"].auroc
+    assert auroc.low <= auroc.value <= auroc.high
     scores = predictions.read_predictions(way.run / "predictions-test.parquet")
     assert sorted(scores.image_id) == sorted(data.image_id[data.split == "test"])
     place = scores.image_id.tolist().index(way.record.image_id)
@@ -142,8 +142,8 @@ def test_7_metrics_have_intervals_and_count_each_image_once(way: Way) -> None:
 def test_8_a_file_is_predicted_as_its_shard_was(way: Way) -> None:
     """The raw file goes the shard's way in memory and comes to the very same probabilities."""
     assert way.record is not None
-    good, bad = predictions.predict_files(way.run, [way.record.path, __file__])
-    assert list(good.scores.values()) == pytest.approx(way.facts["score"].tolist(), abs=1e-5)
-    assert bad.scores == {}
+    good, bad = Predictor(way.run).predict([way.record.path, __file__])
+    assert list(good.probabilities.values()) == pytest.approx(way.facts["score"].tolist(), abs=1e-5)
+    assert bad.probabilities == {}
     assert bad.error
-    assert torch.isfinite(torch.tensor(list(good.scores.values()))).all()
+    assert torch.isfinite(torch.tensor(list(good.probabilities.values()))).all()

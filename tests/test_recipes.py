@@ -1,4 +1,4 @@
-"""Every recipe in jobs/: what it says of itself, what it makes of its source, and that it runs the whole way."""
+"""Every recipe in jobs/: its header, its agreement with its source, and that it runs from training to evaluation."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from cxrscale import config, sources
 from cxrscale.cli import app, progress
 from cxrscale.config import Pack, Recipe
 from cxrscale.config.findings import NIH14
+from cxrscale.evaluation import TestMetrics
 from cxrscale.inference import predictions
 from cxrscale.loader.loader import open_training_stream, usable_rows
 from cxrscale.models import losses
 from cxrscale.models.networks import build_model, count_trainable
-from cxrscale.run import choose_run_thresholds, evaluate_run
+from cxrscale.run import open_run
 from cxrscale.shards import build, manifest
 from cxrscale.sources import kermany, rsna
 from cxrscale.sources.synthetic.archive import SyntheticPaths
@@ -56,7 +57,7 @@ def test_every_system_has_its_recipes() -> None:
 
 
 @every_recipe
-def test_the_header_says_what_to_expect(path: Path) -> None:
+def test_the_header_tells_what_to_expect(path: Path) -> None:
     text = header(path)
     assert path.read_text().startswith(text)
     assert f"  cxrscale train jobs/{path.name} " in text
@@ -66,7 +67,7 @@ def test_the_header_says_what_to_expect(path: Path) -> None:
 
 
 @every_recipe
-def test_the_headers_commands_name_what_there_is(path: Path) -> None:
+def test_the_headers_commands_name_existing_files_and_fields(path: Path) -> None:
     words = header(path).replace(";", " ").split()
     for word in words:
         if word.startswith("jobs/"):
@@ -87,9 +88,9 @@ def test_a_recipe_states_only_differences(path: Path) -> None:
 @every_recipe
 def test_a_recipe_builds_a_model_of_the_right_shape(path: Path) -> None:
     resolved = config.load_recipe(path, ["model.weights=none"])
-    net = build_model(resolved.model, resolved.data).eval()
+    model = build_model(resolved.model, resolved.data).eval()
     with torch.no_grad():
-        out = net(torch.zeros(2, 1, 64, 64))
+        out = model(torch.zeros(2, 1, 64, 64))
     expected = (2, 1, 64, 64) if resolved.data.task == "segment" else (2, len(resolved.data.findings))
     assert out.shape == expected
 
@@ -122,10 +123,10 @@ def only(stem: str, **terms: float) -> None:
 
 @pytest.mark.parametrize("stem", SYSTEMS["D"])
 def test_chexnet(stem: str) -> None:
-    expect(stem, model__arch="densenet121", model__weights="imagenet", augment__size=224, plan__batch=16)
+    expect(stem, model__arch="densenet121", model__weights="imagenet", augment__size=224, sampler__batch_size=16)
     expect(stem, optim__name="adam", optim__lr=1e-3, optim__betas=(0.9, 0.999), optim__weight_decay=0.0)
     expect(stem, optim__schedule="plateau", optim__plateau_factor=0.1, optim__plateau_patience=0)
-    expect(stem, train__metric="loss", plan__sampling="all", data__negatives="any")
+    expect(stem, train__monitor="loss", sampler__sampling="all", data__negatives="any")
     # The mean of ImageNet's means and of its standard deviations, and a flip half the time; nothing else moves.
     expect(stem, augment__normalize="fixed", augment__hflip=0.5, augment__rotation=0.0, augment__crop_area=(1.0, 1.0))
     value = fields(stem)
@@ -135,8 +136,8 @@ def test_chexnet(stem: str) -> None:
 
 
 def test_chexnets_two_losses() -> None:
-    expect("chexnet14", data__findings=NIH14, loss__balance=False)
-    expect("chexnet-pneumonia", data__findings=("Pneumonia",), loss__balance=True)
+    expect("chexnet14", data__findings=NIH14, loss__class_balance=False)
+    expect("chexnet-pneumonia", data__findings=("Pneumonia",), loss__class_balance=True)
     for stem in SYSTEMS["D"]:
         expect(stem, loss__positive_weight=1.0, loss__negative_weight=1.0)
 
@@ -145,44 +146,51 @@ def test_effusion() -> None:
     stem = "effusion-resnet"
     expect(stem, data__findings=("Effusion",), data__negatives="no_finding", augment__size=256)
     expect(stem, augment__preset="effusion", augment__probability=0.5, augment__normalize="minmax")
-    expect(stem, train__metric="auroc", plan__sampling="all")
-    only(stem, penalty=1.0)
-    expect(stem, loss__penalty_matrix=((1.0, 5.0), (5.0, 1.0)))
+    expect(stem, train__monitor="auroc", sampler__sampling="all")
+    only(stem, cost_matrix_weight=1.0)
+    expect(stem, loss__cost_matrix=((1.0, 5.0), (5.0, 1.0)))
     value = fields(stem)
     moved = ("hflip", "rotation", "translation", "brightness", "noise")
     assert all(value(f"augment.{name}") > 0 for name in moved)
     assert value("augment.scale") != (1.0, 1.0)
     assert value("augment.crop_area") != (1.0, 1.0)
     text = header(FOLDER / f"{stem}.yaml")
-    assert text.index("cxrscale ablation jobs/effusion-resnet.yaml") < text.index("cxrscale train")
+    assert text.index("cxrscale overfit jobs/effusion-resnet.yaml") < text.index("cxrscale train")
 
 
 def test_rsna() -> None:
     stem = "rsna-resnet18"
     expect(stem, data__findings=("Pneumonia",), model__arch="resnet18", augment__size=224, augment__preset="rsna")
     expect(stem, augment__rotation=5.0, augment__translation=0.05, augment__scale=(0.9, 1.1), augment__hflip=0.0)
-    expect(stem, optim__name="adam", optim__lr=1e-4, plan__sampling="all", augment__normalize="fixed")
-    expect(stem, threshold__goal="fixed", threshold__value=0.5, threshold__also=(0.25,))
+    expect(stem, optim__name="adam", optim__lr=1e-4, sampler__sampling="all", augment__normalize="fixed")
+    expect(stem, threshold__goal="fixed", threshold__value=0.5, threshold__report_at=(0.25,))
     only(stem, bce=1.0)
     assert fields(stem)("augment.crop_area")[0] < 1
 
 
 @pytest.mark.parametrize(("stem", "frozen"), [("kermany-finetune", 0), ("kermany-frozen", 4)])
 def test_kermany(stem: str, frozen: int) -> None:
-    expect(stem, data__findings=("Pneumonia",), model__arch="resnet18", model__freeze=frozen, train__metric="loss")
+    expect(
+        stem,
+        data__findings=("Pneumonia",),
+        model__arch="resnet18",
+        model__freeze_children=frozen,
+        train__monitor="loss",
+    )
     expect(stem, model__weights="none", threshold__goal="fixed", threshold__value=0.5)
     only(stem, bce=1.0)
     assert fields(stem)("train.patience")
     resolved = recipe(stem)
-    net = build_model(resolved.model, resolved.data)
-    whole = sum(parameter.numel() for parameter in net.parameters())
-    # One gray channel: 64 x 49 weights in the first convolution, two numbers a channel of its normalization.
-    assert whole - count_trainable(net) == (64 * 49 + 2 * 64 if frozen else 0)
+    model = build_model(resolved.model, resolved.data)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    # One gray channel: 64 x 49 weights in the first convolution, two numbers per channel of its normalization.
+    assert total - count_trainable(model) == (64 * 49 + 2 * 64 if frozen else 0)
 
 
-def test_kermanys_two_ways_differ_in_freezing_alone() -> None:
+def test_kermanys_two_recipes_differ_in_freezing_and_reference_only() -> None:
     one, other = (recipe(stem).model_dump() for stem in SYSTEMS["E"])
-    assert one.pop("model") | {"freeze": 4} == other.pop("model")
+    assert one.pop("reference")["system"] == other.pop("reference")["system"]
+    assert one.pop("model") | {"freeze_children": 4} == other.pop("model")
     assert one == other
 
 
@@ -195,7 +203,7 @@ def test_siim(stem: str) -> None:
 
 def test_siims_segmenters() -> None:
     for stem, sampling, epochs in (("siim-unet-positives", "positives", 70), ("siim-unet-balanced", "balanced", 25)):
-        expect(stem, data__task="segment", model__arch="Unet", plan__sampling=sampling, train__epochs=epochs)
+        expect(stem, data__task="segment", model__arch="Unet", sampler__sampling=sampling, train__epochs=epochs)
         only(stem, bce=1.0, dice=1.0)
         # smp's blocks interpolate by default as the source's do.
         resolved = config.load_recipe(FOLDER / f"{stem}.yaml", ["model.weights=none"])
@@ -207,14 +215,14 @@ def test_siims_segmenters() -> None:
 
 def test_siims_classifiers() -> None:
     for stem, sampling, epochs in (("siim-classifier", "all", 25), ("siim-classifier-hard", "hard", 5)):
-        expect(stem, data__task="classify", plan__sampling=sampling, train__epochs=epochs, train__metric="auroc")
-        expect(stem, threshold__goal="recall", threshold__also=(0.38,))
+        expect(stem, data__task="classify", sampler__sampling=sampling, train__epochs=epochs, train__monitor="auroc")
+        expect(stem, threshold__goal="recall", threshold__report_at=(0.38,))
         only(stem, bce=1.0)
-    expect("siim-classifier-hard", model__weights="runs/siim-classifier/best.pt", plan__hard_repeats=1)
-    expect("siim-classifier-hard", plan__hard_scores="runs/siim-classifier/predictions-train.parquet")
+    expect("siim-classifier-hard", model__weights="runs/siim-classifier/best.pt", sampler__hard_repeats=1)
+    expect("siim-classifier-hard", sampler__hard_predictions="runs/siim-classifier/predictions-train.parquet")
 
 
-# And the whole way, on drawn images.
+# From training to evaluation, on synthetic images.
 
 SMALL = (
     "augment.size=32",
@@ -247,7 +255,7 @@ def shards(
     drawn_records: list[ImageRecord],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, str]:
-    """Datasets by archive. Kermany's and RSNA's layouts hold the synthetic archive's images, an effusion as pneumonia."""
+    """Datasets by source. Kermany's and RSNA's layouts hold the synthetic images, an effusion as pneumonia."""
     root = tmp_path_factory.mktemp("layouts")
     table = ["patientId,x,y,width,height,Target"]
     for number, record in enumerate(drawn_records):
@@ -268,7 +276,7 @@ def shards(
     for source in (kermany.SOURCE, rsna.SOURCE):
         made[source] = str(root / f"{source}-shards")
         packing = Pack(size=64, val_fraction=0.3, test_fraction=0.3)
-        build.build(source, str(root / source), packing, made[source], local=True)
+        build.build_shards(source, str(root / source), packing, made[source], local=True)
     return made
 
 
@@ -282,35 +290,35 @@ def small(path: Path, shards: str, root: Path, *more: str) -> Recipe:
 
 
 def source_of(stem: str) -> str:
-    """The archive whose shards the recipe is run on here: the synthetic archive's NIH side shows no pneumonia."""
+    """The source whose shards the recipe is run on here: the synthetic NIH data have no pneumonia."""
     first = stem.split("-")[0]
     return {"kermany": "kermany", "rsna": "rsna", "siim": "siim"}.get(
         first, {"chexnet-pneumonia": "rsna", "demo-unet": "siim"}.get(stem, "nih")
     )
 
 
-def whole_way(resolved: Recipe, stem: str) -> tuple[str, dict[str, Any]]:
-    """Train, threshold and evaluate in this process: the run and its metrics."""
-    run = str(launch.launch(resolved, stem, progress.watch_run, local=True))
-    choose_run_thresholds(run, resamples=10)
-    return run, json.loads(Path(str(evaluate_run(run, resamples=10))).read_text())
+def train_and_evaluate(resolved: Recipe, stem: str) -> tuple[str, TestMetrics]:
+    """Train, choose thresholds and evaluate in this process: the run's folder and its test metrics."""
+    run = open_run(launch.launch(resolved, stem, progress.watch_run, local=True))
+    run.choose_thresholds(resamples=10)
+    return run.path, run.evaluate(resamples=10)
 
 
 COLD = [path for path in JOBS if path.stem not in ("siim-unet-balanced", "siim-classifier-hard")]
 
 
 @pytest.mark.parametrize("path", COLD, ids=lambda path: path.stem)
-def test_a_recipe_runs_the_whole_way(path: Path, shards: dict[str, str], tmp_path: Path) -> None:
+def test_a_recipe_runs_from_training_to_evaluation(path: Path, shards: dict[str, str], tmp_path: Path) -> None:
     resolved = small(path, shards[source_of(path.stem)], tmp_path, "model.weights=none")
-    run, found = whole_way(resolved, path.stem)
-    assert set(found["findings"]) == set(resolved.data.findings)
-    assert ("dice" in found) == (resolved.data.task == "segment")
-    lines = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+    run, test = train_and_evaluate(resolved, path.stem)
+    assert set(test.findings) == set(resolved.data.findings)
+    assert (test.dice is not None) == (resolved.data.task == "segment")
+    lines = [json.loads(line) for line in Path(run, "train_log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2]
     (last,) = [line for line in lines if line["kind"] == "val"]
     assert resolved.train.monitor in last
     data = manifest.load(*resolved.data.shards)
-    assert found["images"] == len(usable_rows(data, resolved.data.test_split, resolved.data))
+    assert test.images == len(usable_rows(data, resolved.data.test_split, resolved.data))
     if path.stem == "kermany-frozen":
         trained = torch.load(Path(run, "best.pt"), weights_only=True)["model"]
         torch.manual_seed(resolved.sampler.seed)
@@ -323,7 +331,7 @@ def test_a_recipe_runs_the_whole_way(path: Path, shards: dict[str, str], tmp_pat
 @pytest.mark.parametrize(
     ("first", "second"), [("siim-unet-positives", "siim-unet-balanced"), ("siim-classifier", "siim-classifier-hard")]
 )
-def test_an_approach_2_starts_where_approach_1_ended(
+def test_approach_2_starts_from_the_weights_of_approach_1(
     first: str, second: str, shards: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The recipes name runs/FIRST/best.pt, so the commands of their headers are run from one folder.
@@ -343,24 +351,24 @@ def test_an_approach_2_starts_where_approach_1_ended(
             app.main()
         assert not stop.value.code
     resolved = small(FOLDER / f"{second}.yaml", shards["siim"], Path("runs"), "optim.lr=1e-12")
-    run, _ = whole_way(resolved, second)
-    # At no learning rate to speak of, the weights are still those of the first run.
+    run, _ = train_and_evaluate(resolved, second)
+    # With a learning rate of almost 0, the weights are still those of the first run.
     states = [torch.load(Path(each, "best.pt"), weights_only=True)["model"] for each in (one, run)]
     for key, value in states[0].items():
         if key.endswith("weight"):
             torch.testing.assert_close(states[1][key], value, rtol=1e-4, atol=1e-6)
     if second == "siim-classifier-hard":
-        assert copies_of_the_worst(resolved) == {2}
+        assert copies_of_hard_images(resolved) == {2}
 
 
-def copies_of_the_worst(resolved: Recipe) -> set[int]:
-    """How often a pass holds each of the images that the first run was most wrong about."""
+def copies_of_hard_images(resolved: Recipe) -> set[int]:
+    """How often one pass has each of the images on which the first run was most wrong."""
     data = manifest.load(*resolved.data.shards)
     scores = predictions.read_predictions(str(resolved.sampler.hard_predictions))
     error_N = np.abs(scores.score_NF - scores.label_NF)[:, 0]
     hard = max(1, round(resolved.sampler.hard_share * len(error_N)))
     worst = set(scores.image_id[np.argsort(-error_N)[:hard]].tolist())
-    stream = open_training_stream(data, resolved.data, resolved.sampler)
-    rows_TG, _ = stream.take(0, stream.pass_length // resolved.sampler.batch_size + 1)
-    drawn = Counter(data.image_id[row] for row in rows_TG.flatten()[: stream.pass_length])
+    stream = open_training_stream(data, resolved)
+    rows_TG, _ = stream.take(0, stream.epoch_length // resolved.sampler.batch_size + 1)
+    drawn = Counter(data.image_id[row] for row in rows_TG.flatten()[: stream.epoch_length])
     return {drawn[name] for name in worst}

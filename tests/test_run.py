@@ -1,9 +1,10 @@
-"""A trained run's thresholds and metrics as files: what chooses never sees test, mistakes are one line. Some 30 s."""
+"""A trained run: its files, that nothing is chosen on the test split, and mistakes in one line. Some 30 s."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,90 +15,109 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from cxrscale.cli.progress import watch_run
 from cxrscale.evaluation import calibration, metrics
-from cxrscale.evaluation import thresholds as cuts
+from cxrscale.evaluation import thresholds as searches
 from cxrscale.inference import predictions
-from cxrscale.inference.predictor import load_model
 from cxrscale.io import storage
 from cxrscale.loader.loader import evaluation_batches
 from cxrscale.models.networks import build_model
-from cxrscale.reporting import run_report
-from cxrscale.run import choose_run_thresholds, evaluate_run
+from cxrscale.run import Run, open_run, train
 from cxrscale.shards import manifest
-from cxrscale.training import checkpoint, launch, scoring
+from cxrscale.training import checkpoint, scoring
 from cxrscale.training.distributed import LocalWorker
 from cxrscale.types import UserError
 from tests.conftest import TINY_CLASSIFIER, TINY_SEGMENTER, tiny
 
-PATHS = {"checkpoint", "manifest", "recipe"}
-"""What names the shards and with them the weights' file, in all that a run writes."""
+PATHS = {"run", "checkpoint", "manifest", "recipe"}
+"""Fields of a run's files that depend on the paths of the run and its datasets."""
 
 
 @pytest.fixture
-def run(classifier_run: str, tmp_path: Path) -> str:
+def run(classifier_run: str, tmp_path: Path) -> Run:
     """A copy of the trained classifier to change at will."""
-    return shutil.copytree(classifier_run, tmp_path / "run").as_posix()
+    return open_run(shutil.copytree(classifier_run, tmp_path / "run"))
 
 
-def read(run: str, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((Path(run) / name).read_text())
-    return found
+def read(run: Run, name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(Path(run.artifact(name)).read_text())
+    return content
 
 
-def test_thresholds_are_chosen_on_validation_alone(run: str) -> None:
-    told: list[int] = []
-    path = choose_run_thresholds(run, ["threshold.goal=recall", "threshold.min_rate=0.8"], 20, told.append)
-    found = json.loads(Path(path).read_text())
-    assert not Path(predictions.predictions_path(run, "test")).exists()
-    scores = predictions.read_predictions(predictions.predictions_path(run, "val"))
-    assert sum(told) == found["images"] == len(scores.image_id)
-    assert found["rule"]["at_least"] == 0.8
-    assert found["rule"]["report_at"] == [0.25]  # of the recipe
-    there = [f for f in range(4) if (scores.label_NF[:, f] == 1).any()]
-    assert len(there) >= 2
-    for f in there:
-        cut = found["thresholds"][scores.findings[f]]
-        called = (scores.score_NF[:, f] >= cut["value"])[scores.label_NF[:, f] == 1]
-        assert cut["at"]["recall"]["value"] == pytest.approx(called.mean())
+def test_a_run_is_opened_by_its_folder(classifier_run: str, tmp_path: Path) -> None:
+    run = open_run(classifier_run)
+    assert run.recipe.data.findings == ("Cardiomegaly", "Effusion", "Mass", "Hernia")
+    assert run.name == Path(classifier_run).name
+    assert Path(run.artifact("best.pt")).exists()
+    with pytest.raises(UserError, match=r"recipe\.yaml does not exist; give the folder that `cxrscale train` printed"):
+        open_run(tmp_path)
+
+
+def test_a_recipe_is_trained_from_python(nih_shards: str, tmp_path: Path) -> None:
+    recipe = tiny(nih_shards, tmp_path, "train.epochs=1", "sampler.steps_per_epoch=2")
+    run = train(recipe, name="from-python", local=True)
+    assert run.path == str(tmp_path / "from-python")
+    assert run.predictions("val").findings == run.recipe.data.findings
+    with pytest.raises(UserError, match="run from-python is finished"):
+        train(recipe, name="from-python", local=True)
+
+
+def test_thresholds_are_chosen_on_validation_alone(run: Run) -> None:
+    scored: list[int] = []
+    chosen = run.choose_thresholds(["threshold.goal=recall", "threshold.min_rate=0.8"], 20, scored.append)
+    assert run.thresholds().model_dump_json() == chosen.model_dump_json()
+    assert not Path(run.artifact("predictions-test.parquet")).exists()
+    scores = run.predictions("val")
+    assert sum(scored) == chosen.images == len(scores.image_id)
+    assert (chosen.split, chosen.run, chosen.recipe) == ("val", run.path, run.recipe)
+    assert chosen.rule.min_rate == 0.8
+    assert chosen.rule.report_at == (0.25,)  # of the recipe
+    with_positives = [f for f in range(4) if (scores.label_NF[:, f] == 1).any()]
+    assert len(with_positives) >= 2
+    for f in with_positives:
+        row = chosen.thresholds[scores.findings[f]]
+        called = (scores.score_NF[:, f] >= row.threshold.value)[scores.label_NF[:, f] == 1]
+        assert row.on_validation is not None
+        assert row.on_validation.recall.value == pytest.approx(called.mean())
         assert called.mean() >= 0.8
-    assert found["thresholds"]["Hernia"]["reason"] == "no image with the finding in validation"
-    assert (Path(run) / "plots" / "thresholds.png").stat().st_size > 5_000
+    assert chosen.thresholds["Hernia"].threshold.reason == "no image with the finding in validation"
+    assert Path(run.artifact("plots", "thresholds.png")).stat().st_size > 5_000
 
 
-def test_metrics_hold_what_the_predictions_say(run: str, nih_shards: str) -> None:
-    choose_run_thresholds(run, [], 20)
-    found = json.loads(Path(evaluate_run(run, 20)).read_text())
+def test_metrics_agree_with_the_predictions(run: Run, nih_shards: str) -> None:
+    run.choose_thresholds(resamples=20)
+    result = run.evaluate(20)
     data = manifest.load(nih_shards)
     test = data.split == "test"
-    assert found["images"] == test.sum() == found["data"]["parts"]["test"]["images"]
-    assert found["data"]["parts"]["train"]["patients"] == len(set(data.patient[data.split == "train"]))
-    assert found["data"]["leaks"]["patients_in_two_splits"] == 0
-    assert found["data"]["sets"][0]["pack"]["split"] == "official"
-    row = found["findings"]["Effusion"]
-    assert row["positives"] == (data.labels(["Effusion"])[test] == 1).sum()
-    assert row["report_at"][0]["threshold"] == 0.25
-    women = row["subgroups"]["sex"]["F"]
-    assert women["images"] == (data.column("sex")[test] == "F").sum()
-    assert sum(each["images"] for each in row["subgroups"]["age"].values()) == test.sum()
-    assert found["findings"]["Hernia"]["auroc"]["reason"] == "no image with the finding"
-    assert found["findings_in_mean"] == 3
-    assert evaluate_run(run, 20)  # from the kept scores
-    assert read(run, "metrics.json") == found
+    assert result.images == test.sum() == result.data.parts["test"].images
+    assert result.data.parts["train"].patients == len(set(data.patient[data.split == "train"]))
+    assert result.data.leaks.patients_in_two_splits == 0
+    assert result.data.datasets[0].pack["split"] == "official"
+    row = result.findings["Effusion"]
+    assert row.positives == (data.labels(["Effusion"])[test] == 1).sum()
+    assert row.report_at[0].threshold == 0.25
+    women = row.subgroups["sex"]["F"]
+    assert women.images == (data.column("sex")[test] == "F").sum()
+    assert sum(group.images for group in row.subgroups["age"].values()) == test.sum()
+    assert result.findings["Hernia"].auroc.reason == "no image with the finding"
+    assert result.findings_in_mean == 3
+    written = Path(run.artifact("test_metrics.json")).read_text()
+    run.evaluate(20)  # from the stored scores
+    assert Path(run.artifact("test_metrics.json")).read_text() == written
+    assert run.test_metrics().model_dump_json() == result.model_dump_json()
 
 
-# What chooses never sees the test split
+# Nothing is chosen on the test split
 
 
-def planted(shards: str, out: Path) -> str:
-    """The same shards with another test split: every label turned round, every mask another image's."""
+def with_other_test_split(shards: str, out: Path) -> str:
+    """The same shards with another test split: every label inverted, every mask another image's."""
     shutil.copytree(shards, out)
     path = out / manifest.NAME
     table = pq.read_table(path)
-    about = json.loads(table.schema.metadata[b"cxrscale"])
+    metadata = json.loads(table.schema.metadata[b"cxrscale"])
     test = np.array(table["split"].to_pylist()) == "test"
     masks = [name for name in table.column_names if name.startswith("mask_")]
-    for place, name in enumerate(table.column_names):
+    for column, name in enumerate(table.column_names):
         values = np.array(table[name].to_pylist(), dtype=object)
         if name.startswith(manifest.LABEL):
             values[test] = [None if value is None else 1 - value for value in values[test]]
@@ -105,31 +125,29 @@ def planted(shards: str, out: Path) -> str:
             values[test] = np.roll(values[test], 1)
         else:
             continue
-        table = table.set_column(place, name, pa.array(values.tolist(), table.schema.field(name).type))
-    manifest.write(str(path), table, about)
+        table = table.set_column(column, name, pa.array(values.tolist(), table.schema.field(name).type))
+    manifest.write(str(path), table, metadata)
     return str(out)
 
 
-def chosen(shards: str, root: Path, base: tuple[str, ...]) -> str:
-    """A run over the shards with all that is chosen in it, then evaluated."""
-    rates = ("optim.schedule=plateau", "optim.lr=3e-3")
-    recipe = tiny(shards, root, "train.epochs=3", "train.keep_checkpoints=3", *rates, base=base)
-    run = launch.launch(recipe, "tiny", watch_run, local=True)
-    choose_run_thresholds(run, ["threshold.calibration=platt"], 20)
-    evaluate_run(run, 20)
+def train_and_evaluate(shards: str, root: Path, base: tuple[str, ...]) -> Run:
+    """A run with everything that is chosen in it, then evaluated."""
+    optim = ("optim.schedule=plateau", "optim.lr=3e-3")
+    run = train(tiny(shards, root, "train.epochs=3", "train.keep_checkpoints=3", *optim, base=base), local=True)
+    run.choose_thresholds(["threshold.calibration=platt"], 20)
+    run.evaluate(20)
     return run
 
 
-def on_test(run: str, name: str) -> float:
-    """What the weights of a checkpoint would reach on the test split."""
-    state = checkpoint.read(storage.read(storage.join(run, checkpoint.FOLDER, name)), name)
-    trained = load_model(run, torch.device("cpu"))
-    recipe = trained.recipe
-    net = build_model(recipe.model, recipe.data)
-    net.load_state_dict(state["model"])
+def auroc_on_test(run: Run, name: str) -> float:
+    """The mean AUROC of a checkpoint's weights on the test split."""
+    state = checkpoint.read(storage.read(run.artifact(checkpoint.FOLDER, name)), name)
+    recipe = run.recipe
+    model = build_model(recipe.model, recipe.data)
+    model.load_state_dict(state["model"])
     data = manifest.load(*recipe.data.shards)
-    batches = evaluation_batches(data, ("test",), recipe.data, recipe.sampler, recipe.augment)
-    rows = scoring.score(net, batches, recipe.train, LocalWorker())
+    batches = evaluation_batches(data, ("test",), recipe)
+    rows = scoring.score(model, batches, recipe, LocalWorker().dist)
     return metrics.macro_auroc(rows.score_NF, data.labels(recipe.data.findings)[rows.row_N])
 
 
@@ -137,40 +155,42 @@ def on_test(run: str, name: str) -> float:
 def test_another_test_split_changes_nothing_that_is_chosen(
     task: str, nih_shards: str, siim_shards: str, tmp_path: Path
 ) -> None:
-    """Checkpoints, best weights, thresholds, calibrators: the same to the bit, though choosing on test would differ."""
+    """Checkpoints, best weights, thresholds, calibrators: equal to the bit, though a choice on test would differ."""
     shards, base = (nih_shards, TINY_CLASSIFIER) if task == "classify" else (siim_shards, TINY_SEGMENTER)
-    other_shards = planted(shards, tmp_path / "planted")
-    one, other = chosen(shards, tmp_path / "one", base), chosen(other_shards, tmp_path / "other", base)
+    other_shards = with_other_test_split(shards, tmp_path / "changed")
+    one = train_and_evaluate(shards, tmp_path / "one", base)
+    other = train_and_evaluate(other_shards, tmp_path / "other", base)
 
-    def lines(run: str) -> list[dict[str, Any]]:
-        kept = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    def lines(run: Run) -> list[dict[str, Any]]:
+        kept = [json.loads(line) for line in Path(run.artifact("train_log.jsonl")).read_text().splitlines()]
         return [{k: v for k, v in line.items() if k not in ("time", "images_per_second", "data_wait")} for line in kept]
 
     assert lines(one) == lines(other)
-    names = [sorted(path.name for path in (Path(run) / checkpoint.FOLDER).iterdir()) for run in (one, other)]
+    names = [storage.listing(run.artifact(checkpoint.FOLDER)) for run in (one, other)]
     assert len(names[0]) == 3
     pairs = [*zip(*([f"{checkpoint.FOLDER}/{n}" for n in each] for each in names), strict=True), ("best.pt", "best.pt")]
     for mine, theirs in pairs:
-        states = [checkpoint.read((Path(r) / n).read_bytes(), n) for r, n in ((one, mine), (other, theirs))]
+        states = [checkpoint.read(storage.read(r.artifact(n)), n) for r, n in ((one, mine), (other, theirs))]
         assert same(*({k: v for k, v in state.items() if k not in PATHS} for state in states))
     left, right = ({k: v for k, v in read(run, "thresholds.json").items() if k not in PATHS} for run in (one, other))
     assert left == right
 
-    # The plant would have changed every one of them.
-    a, b = (predictions.read_predictions(predictions.predictions_path(run, "test")) for run in (one, other))
+    # Chosen on the test split, every one of them would differ.
+    a, b = (run.predictions("test") for run in (one, other))
     np.testing.assert_array_equal(a.score_NF, b.score_NF)
     for f in range(len(a.findings)):
         pair = [(scores.score_NF[:, f], scores.label_NF[:, f]) for scores in (a, b)]
-        assert cuts.best_f1_threshold(*pair[0]).value != cuts.best_f1_threshold(*pair[1]).value
+        assert searches.best_f1_threshold(*pair[0]).value != searches.best_f1_threshold(*pair[1]).value
         assert calibration.fit("platt", *pair[0]) != calibration.fit("platt", *pair[1])
     if a.maps is not None and b.maps is not None:
-        assert cuts.best_mask_rule(a.maps) != cuts.best_mask_rule(b.maps)
+        assert searches.best_mask_rule(a.maps) != searches.best_mask_rule(b.maps)
     else:
         ranked = [
-            np.argsort([on_test(run, name) for name in each]) for run, each in zip((one, other), names, strict=True)
+            np.argsort([auroc_on_test(run, name) for name in each])
+            for run, each in zip((one, other), names, strict=True)
         ]
         assert ranked[0][-1] != ranked[1][-1]
-    assert read(one, "metrics.json")["findings"] != read(other, "metrics.json")["findings"]
+    assert read(one, "test_metrics.json")["findings"] != read(other, "test_metrics.json")["findings"]
 
 
 def same(a: Any, b: Any) -> bool:
@@ -197,88 +217,129 @@ def same(a: Any, b: Any) -> bool:
         ("threshold.prior_shift=known", ["threshold.priors={FINDING: 0.1}"]),
     ],
 )
-def test_an_override_that_cannot_be_names_itself(override: str, fragments: list[str], run: str) -> None:
+def test_a_wrong_override_is_named(override: str, fragments: list[str], run: Run) -> None:
     with pytest.raises(UserError) as caught:
-        choose_run_thresholds(run, [override], 20)
+        run.choose_thresholds([override], 20)
     assert "\n" not in str(caught.value)
     for fragment in fragments:
         assert fragment in str(caught.value)
 
 
-def test_scores_that_no_metric_can_be_made_of(run: str) -> None:
-    """One patient, a NaN score, a file of something else: one line that names the file."""
-    choose_run_thresholds(run, [], 20)
-    evaluate_run(run, 20)
-    path = predictions.predictions_path(run, "test")
-    scores, about = predictions.read_predictions(path), predictions.read_metadata(path)
+def test_scores_without_a_metric_are_refused(run: Run) -> None:
+    """One patient, a NaN score, another kind of file: one line that names the file."""
+    run.choose_thresholds(resamples=20)
+    run.evaluate(20)
+    path = run.artifact("predictions-test.parquet")
+    scores, info = predictions.read_predictions(path), predictions.read_info(path)
     bad = scores.score_NF.copy()
     bad[3, 1] = np.nan
-    predictions.write_predictions(path, replace(scores, score_NF=bad), about)
+    predictions.write_predictions(path, replace(scores, score_NF=bad), info)
     with pytest.raises(UserError, match=rf"{path}: the score of Effusion of image {scores.image_id[3]} is nan"):
-        evaluate_run(run, 20)
+        run.evaluate(20)
     alone = np.array(["one"] * len(scores.patient), dtype=object)
-    predictions.write_predictions(path, replace(scores, patient=alone), about)
+    predictions.write_predictions(path, replace(scores, patient=alone), info)
     with pytest.raises(UserError, match=rf"{path}: all {len(alone)} images are of one patient"):
-        evaluate_run(run, 20)
+        run.evaluate(20)
     Path(path).write_text("no table")
-    with pytest.raises(UserError, match=rf"{path} is no Parquet file; remove it"):
-        evaluate_run(run, 20)
+    with pytest.raises(UserError, match=rf"{path} is not a Parquet file; remove it"):
+        run.evaluate(20)
     pq.write_table(pa.table({"image_id": ["a"]}), path)
     with pytest.raises(UserError, match=rf"{path} does not say whose scores"):
-        evaluate_run(run, 20)
+        run.evaluate(20)
 
 
-def over(run: str, shards: str) -> None:
-    """Let a run believe that it was trained on shards that lie elsewhere."""
-    path = Path(run) / checkpoint.BEST
+def set_shards(run: Run, shards: str) -> None:
+    """Change the path of the dataset in a run's weights."""
+    path = Path(run.artifact(checkpoint.BEST))
     state = checkpoint.read(path.read_bytes(), "best.pt")
     state["recipe"]["data"]["shards"] = [shards]
     path.write_bytes(checkpoint.dump(state))
 
 
-def test_shards_that_changed_are_refused_even_where_scores_are_kept(run: str, nih_shards: str, tmp_path: Path) -> None:
+def test_shards_that_changed_are_refused_even_with_stored_scores(run: Run, nih_shards: str, tmp_path: Path) -> None:
     copy = shutil.copytree(nih_shards, tmp_path / "copy")
-    over(run, str(copy))
-    choose_run_thresholds(run, [], 20)
-    evaluate_run(run, 20)
+    set_shards(run, str(copy))
+    run.choose_thresholds(resamples=20)
+    run.evaluate(20)
     shutil.rmtree(copy)
-    planted(nih_shards, copy)
-    for verb in (choose_run_thresholds, evaluate_run):
-        with pytest.raises(UserError, match=f"{copy}: not the shards that {run} was trained on"):
-            verb(run)
+    with_other_test_split(nih_shards, copy)
+    for method in (run.choose_thresholds, run.evaluate):
+        with pytest.raises(UserError, match=f"{copy}: not the shards that {run.path} was trained on"):
+            method()
     shutil.rmtree(copy)
-    choose_run_thresholds(run, [], 20)  # thresholds need no more than the kept scores
+    run.choose_thresholds(resamples=20)  # thresholds need only the stored scores
     with pytest.raises(UserError, match=r"manifest\.parquet does not exist"):
-        evaluate_run(run, 20)
+        run.evaluate(20)
 
 
-def test_what_does_not_belong_together_is_refused(run: str) -> None:
+def test_files_that_do_not_belong_together_are_refused(run: Run) -> None:
     with pytest.raises(UserError, match=r"thresholds\.json does not exist"):
-        evaluate_run(run, 20)
-    choose_run_thresholds(run, [], 20)
-    with pytest.raises(UserError, match=r"metrics\.json does not exist"):
-        run_report.write(run)
-    evaluate_run(run, 20)
-    choose_run_thresholds(run, ["threshold.goal=youden"], 20)
+        run.evaluate(20)
+    run.choose_thresholds(resamples=20)
+    with pytest.raises(UserError, match=r"test_metrics\.json does not exist; run `cxrscale evaluate"):
+        run.report()
+    run.evaluate(20)
+    run.choose_thresholds(["threshold.goal=youden"], 20)
     with pytest.raises(UserError, match=r"other thresholds than thresholds\.json"):
-        run_report.write(run)
-    old = read(run, "thresholds.json")
-    del old["rule"]
-    (Path(run) / "thresholds.json").write_text(json.dumps(old))
-    with pytest.raises(UserError, match="of an earlier version"):
-        evaluate_run(run, 20)
-    over(run, "elsewhere")
+        run.report()
+    set_shards(run, "elsewhere")
     with pytest.raises(UserError, match=r"other weights than best\.pt"):
-        evaluate_run(run, 20)
+        run.evaluate(20)
 
 
-def test_a_run_in_a_bucket(run: str, s3: str) -> None:
+Edit = Callable[[dict[str, Any]], Any]
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "message"),
+    [
+        ("thresholds.json", lambda tree: tree.pop("rule"), "field rule is missing"),
+        ("thresholds.json", lambda tree: tree.pop("schema_version"), "field schema_version is missing"),
+        ("thresholds.json", lambda tree: tree.update(schema_version=0), "schema_version is 0"),
+        ("thresholds.json", lambda tree: tree["rule"].update(goal="luck"), "field rule.goal is 'luck'"),
+        (
+            "thresholds.json",
+            lambda tree: tree["thresholds"]["Mass"]["threshold"].update(value="high"),
+            "field thresholds.Mass.threshold.value is 'high'",
+        ),
+        (
+            "thresholds.json",
+            lambda tree: tree["calibration"]["Mass"]["calibrator"].update(kind="spline"),
+            "field calibration.Mass.calibrator is ",
+        ),
+        ("test_metrics.json", lambda tree: tree.update(dise=None), "field dise is unknown"),
+        (
+            "test_metrics.json",
+            lambda tree: tree["findings"]["Mass"].pop("auroc"),
+            "field findings.Mass.auroc is missing",
+        ),
+    ],
+)
+def test_a_damaged_or_older_file_is_one_line_with_file_field_and_remedy(
+    name: str, edit: Edit, message: str, run: Run
+) -> None:
+    run.choose_thresholds(resamples=20)
+    run.evaluate(20)
+    tree = read(run, name)
+    edit(tree)
+    Path(run.artifact(name)).write_text(json.dumps(tree))
+    command = {"thresholds.json": "threshold", "test_metrics.json": "evaluate"}[name]
+    with pytest.raises(UserError) as caught:
+        run.report()
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{run.artifact(name)}: {message}")
+    assert str(caught.value).endswith(f"run `cxrscale {command} {run.path}`")
+
+
+def test_a_run_in_a_bucket(run: Run, s3: str) -> None:
     address = storage.join(s3, "runs", "evaluated")
-    for name in ("best.pt", "recipe.yaml", "run.json", "metrics.jsonl"):
-        storage.write(storage.join(address, name), (Path(run) / name).read_bytes())
-    assert choose_run_thresholds(address, [], 20) == f"{address}/thresholds.json"
-    assert evaluate_run(address, 20) == f"{address}/metrics.json"
-    page = run_report.write(address)
+    for name in ("best.pt", "recipe.yaml", "run.json", "train_log.jsonl"):
+        storage.write(storage.join(address, name), storage.read(run.artifact(name)))
+    remote = open_run(address)
+    assert remote.choose_thresholds(resamples=20).run == address
+    remote.evaluate(20)
+    page = remote.report()
     assert page == f"{address}/report.html"
     assert b"</html>" in storage.read(page)
-    assert "roc.png" in storage.listing(storage.join(address, "plots"))
+    assert set(storage.listing(address, ".json")) >= {"thresholds.json", "test_metrics.json"}
+    assert "roc.png" in storage.listing(remote.artifact("plots"))

@@ -1,23 +1,45 @@
-"""Every knob: frozen sections, one function that reads a recipe and one that applies `section.field=value`."""
+"""The settings of a system: a recipe with frozen, validated sections, and the vocabulary of findings.
+
+`load_recipe` reads a YAML file and applies overrides such as `optim.lr=3e-4`; `parse` validates a nested mapping. The
+docstring under each field is its help text (`cxrscale config RECIPE --help-fields`). A wrong recipe gives one line that
+names the field, its value and how to fix it; a field's old name gives one line with the new name. The names of the
+environment variables that cxrscale reads are here too.
+"""
 
 from cxrscale.config.data import Augment, Data, Loader, Pack, Sampler
-from cxrscale.config.env import CACHE_FOLDER, CACHE_GIGABYTES
-from cxrscale.config.findings import ABSENT, NIH14, NO_FINDING, PRESENT, closed_world, has_no_finding, label_row
+from cxrscale.config.env import CACHE_FOLDER, CACHE_GIGABYTES, PATIENT_KEY
+from cxrscale.config.findings import (
+    ABSENT,
+    AGE_BANDS,
+    NIH14,
+    NO_FINDING,
+    PRESENT,
+    UNKNOWN,
+    age_band,
+    closed_world,
+    has_no_finding,
+    label_row,
+)
 from cxrscale.config.presets import PRESETS
 from cxrscale.config.recipe import Recipe, fields, load_recipe, override, parse, to_yaml
+from cxrscale.config.reference import PublishedFigure, Reference
 from cxrscale.config.runtime import Scaling, Threshold, Tracking, Tune
 from cxrscale.config.section import Names, Section
-from cxrscale.config.training import LOWER_IS_BETTER, Loss, Model, Optim, Train
+from cxrscale.config.training import LOSS_WEIGHTS, LOWER_IS_BETTER, Loss, Model, Optim, Train
 
 __all__ = [
     "ABSENT",
+    "AGE_BANDS",
     "CACHE_FOLDER",
     "CACHE_GIGABYTES",
+    "LOSS_WEIGHTS",
     "LOWER_IS_BETTER",
     "NIH14",
     "NO_FINDING",
+    "PATIENT_KEY",
     "PRESENT",
     "PRESETS",
+    "UNKNOWN",
     "Augment",
     "Data",
     "Loader",
@@ -26,7 +48,9 @@ __all__ = [
     "Names",
     "Optim",
     "Pack",
+    "PublishedFigure",
     "Recipe",
+    "Reference",
     "Sampler",
     "Scaling",
     "Section",
@@ -34,6 +58,7 @@ __all__ = [
     "Tracking",
     "Train",
     "Tune",
+    "age_band",
     "closed_world",
     "fields",
     "has_no_finding",

@@ -1,4 +1,7 @@
 """Names of the environment variables that cxrscale reads."""
 
 CACHE_FOLDER, CACHE_GIGABYTES = "CXRSCALE_CACHE", "CXRSCALE_CACHE_GB"
-"""Where local copies of remote shards lie, and how many gigabytes of them at most."""
+"""The folder for local copies of remote shards, and its limit in gigabytes."""
+
+PATIENT_KEY = "CXRSCALE_PATIENT_KEY"
+"""The key of the patients' hashes in manifests; the same key gives the same hashes in every dataset."""

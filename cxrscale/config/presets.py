@@ -1,4 +1,4 @@
-"""Named augmentations."""
+"""Named augmentations, for `augment.preset`."""
 
 from __future__ import annotations
 
@@ -38,4 +38,4 @@ PRESETS: dict[str, dict[str, Any]] = {
         "normalize": "fixed",
     },
 }
-"""Named augmentations; a field that the recipe gives itself wins over its preset."""
+"""Preset -> its values of the fields of `augment`; a field in the recipe overrides the preset."""

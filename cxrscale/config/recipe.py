@@ -1,4 +1,4 @@
-"""A recipe whole: one function reads it, one applies `section.field=value`."""
+"""The complete recipe, reading it from YAML, and overriding its fields by `section.field=value`."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError, model_validator
 
-from cxrscale.config.data import Augment, Data, Pack, Sampler
+from cxrscale.config.data import Augment, Data, Loader, Pack, Sampler
+from cxrscale.config.reference import Reference
 from cxrscale.config.renamed import renamed_field
 from cxrscale.config.runtime import Scaling, Threshold, Tracking, Tune
 from cxrscale.config.section import Section
-from cxrscale.config.training import Loss, Model, Optim, Train
-from cxrscale.types import UserError
+from cxrscale.config.training import LOSS_WEIGHTS, Loss, Model, Optim, Train
+from cxrscale.types import UserError, one_line
 
 
 class Recipe(Section):
-    """One system, whole: what `jobs/*.yaml` states the differences of."""
+    """All settings of one system; a file in `jobs/` lists those that differ from the defaults."""
 
     pack: Pack = Pack()
     data: Data = Data()
+    loader: Loader = Loader()
     sampler: Sampler = Sampler()
     augment: Augment = Augment()
     model: Model = Model()
@@ -34,13 +36,14 @@ class Recipe(Section):
     tracking: Tracking = Tracking()
     threshold: Threshold = Threshold()
     tune: Tune = Tune()
+    reference: Reference = Reference()
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Recipe:
         if self.data.task == "segment" and len(self.data.findings) != 1:
-            raise ValueError(f"data.findings={list(self.data.findings)}: segmentation takes one: data.findings=[X]")
-        for name in ("dice", "lovasz"):
-            if getattr(self.loss, name) and self.data.task == "classify":
+            raise ValueError(f"data.findings={list(self.data.findings)}: segmentation needs exactly one, e.g. data.findings=[X]")
+        for name, weight in LOSS_WEIGHTS.items():
+            if weight.segment_only and getattr(self.loss, name) and self.data.task != "segment":
                 raise ValueError(f"loss.{name} needs pixels: set data.task=segment or loss.{name}=0")
         if self.train.monitor in ("dice", "dice_positives", "iou") and self.data.task == "classify":
             raise ValueError(
@@ -48,7 +51,7 @@ class Recipe(Section):
             )
         _, dot, finding = self.train.monitor.partition(".")
         if dot and finding not in self.data.findings:
-            raise ValueError(f"train.monitor={self.train.monitor}: data.findings has no {finding}")
+            raise ValueError(f"train.monitor={self.train.monitor}: {finding} is not in data.findings")
         return self
 
 
@@ -59,23 +62,23 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe and apply `section.field=value` overrides; values are YAML (`3e-4`, `[a, b]`, `null`).
 
     Raises:
-        UserError: no such file, no YAML, an unknown field (names the one you may have meant), a bad value.
+        UserError: no such file, not YAML, an unknown field (the message names a similar one), or a wrong value.
     """
     path = Path(path)
     try:
         text = path.read_text()
     except FileNotFoundError:
         near = sorted(str(other) for other in path.parent.glob("*.yaml"))[:12] if path.parent.is_dir() else []
-        remedy = f"recipes there: {', '.join(near)}" if near else "recipes lie in jobs/"
+        remedy = f"recipes in that folder: {', '.join(near)}" if near else "recipes are in jobs/"
         raise UserError(f"recipe {path} does not exist; {remedy}") from None
     except OSError as error:
         raise UserError(f"recipe {path} cannot be read: {error.strerror}; give a YAML file") from None
     try:
         tree = yaml.load(text, _Loader) or {}
     except yaml.YAMLError as error:
-        raise UserError(f"recipe {path} is not YAML: {_one_line(error)}") from None
+        raise UserError(f"recipe {path} is not YAML: {one_line(error)}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"recipe {path} is a {type(tree).__name__}, not sections; see `cxrscale config`")
+        raise UserError(f"recipe {path} holds a {type(tree).__name__}, not sections; see `cxrscale config` for an example")
     return parse(Recipe, override(tree, overrides), where=str(path))
 
 
@@ -83,7 +86,7 @@ def override(tree: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any
     """A copy of the nested mapping with each `a.b=value` set; the value is parsed as YAML.
 
     Raises:
-        UserError: an override has no `=` or goes through a field that is no section.
+        UserError: an override has no `=`, or its section is a field.
     """
     result: dict[str, Any] = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
     for item in overrides:
@@ -91,23 +94,26 @@ def override(tree: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any
         if not equals or not name:
             raise UserError(f"override {item!r} is not of the form section.field=value, e.g. optim.lr=3e-4")
         *parents, leaf = name.strip().split(".")
-        here = result
+        node = result
         for parent in parents:
-            here = here.setdefault(parent, {})
-            if not isinstance(here, dict):
-                raise UserError(f"override {item!r}: {parent} is a value, not a section")
-        here[leaf] = _value(text)
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise UserError(f"override {item!r}: {parent} is a field, not a section")
+        node[leaf] = _value(text)
     return result
 
 
 def parse(section: type[AnySection], tree: Mapping[str, Any], where: str) -> AnySection:
-    """Validate a nested mapping; every error becomes one line that names the field, the value and the remedy."""
+    """Validate a nested mapping; the first error becomes one line with the field, its value and how to fix it."""
     try:
         return section.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
+            if isinstance(first["input"], dict) and first["input"]:  # an unknown section: its first field tells more
+                inner = f"{field}.{next(iter(first['input']))}"
+                field = inner if renamed_field(inner) else field
             if new := renamed_field(field):
                 raise UserError(f"{where}: {field} is now called {new}; rename it") from None
             raise UserError(f"{where}: unknown field {field}; {_nearest(section, field)}") from None
@@ -118,13 +124,13 @@ def parse(section: type[AnySection], tree: Mapping[str, Any], where: str) -> Any
 
 
 def to_yaml(section: Section) -> str:
-    """The resolved section as YAML in the order of its definition."""
+    """A section as YAML with all defaults, in the order of its definition."""
     text: str = yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     return text
 
 
 def fields(section: type[Section], prefix: str = "") -> dict[str, str]:
-    """Every dotted field name and the sentence that explains it."""
+    """Dotted field name -> help text, for every field of a section."""
     names: dict[str, str] = {}
     for name, info in section.model_fields.items():
         kind = info.annotation
@@ -143,7 +149,7 @@ def _nearest(section: type[Section], field: str) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as a string because it wants a dot; everyone who writes a learning rate means a number."""
+    """YAML 1.1 reads 1e-3 as a string because it lacks a dot; in a recipe it is a number, such as a learning rate."""
 
 
 _Loader.add_implicit_resolver(
@@ -157,6 +163,3 @@ def _value(text: str) -> Any:
     except yaml.YAMLError:
         return text
 
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

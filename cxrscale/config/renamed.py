@@ -1,4 +1,4 @@
-"""Names that fields of recipes had before version 0.2, so that an old recipe is told the new one."""
+"""Names of recipe fields before version 0.2, so that the error message for an old recipe gives the new name."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ RENAMED_FIELDS = {
     "scaling.regrow_seconds": "scaling.elastic_check_seconds",
     "tracking.root": "tracking.runs_dir",
 }
-"""Old dotted name -> new one. Every other field of the section `plan` kept its name in `sampler`."""
+"""Old dotted name -> new one. All other fields of the old section `plan` have the same name in `sampler`."""
 
 
 def renamed_field(name: str) -> str | None:
-    """What a dotted field, or a whole section, is called today; None where it never had another name."""
+    """The current name of an old dotted field or section; None if it is not an old name."""
     if name in RENAMED_FIELDS:
         return RENAMED_FIELDS[name]
     section, dot, field = name.partition(".")

@@ -1,4 +1,4 @@
-"""Where a run happens, what is written down of it, and what is chosen after it."""
+"""Where a run happens, what is logged, what is chosen after it, and how a search over recipes runs."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from cxrscale.config.section import Section
 
 
 class Scaling(Section):
-    """Where the loop runs."""
+    """On how many workers training runs, and what each of them needs."""
 
     num_workers: Annotated[int, Field(ge=0)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = 1
-    """Ray Train workers; 0: in this very process, without Ray, as `--local` does; [min, max]: as many as the cluster
-    has room for, fewer after a node is lost and more when it is back, at the same global batch."""
+    """Ray Train workers; 0: in this process without Ray, as with `--local`; [min, max]: as many as the cluster has
+    room for, fewer after a node is lost and more when it is back, with the same global batch size."""
     elastic_check_seconds: float = Field(60, gt=0)
-    """With [min, max]: how often it is looked whether there is room for more workers; growing restarts them all from a
-    checkpoint."""
+    """With num_workers=[min, max]: seconds between two checks whether there is room for more workers; to add workers,
+    all of them restart from a checkpoint."""
     use_gpu: bool | None = None
-    """A GPU a worker; None: when the cluster (or this machine) has one."""
+    """One GPU per worker; null: if the cluster (or this machine) has any."""
     cpus_per_worker: float = Field(1, gt=0)
-    """CPUs that Ray sets aside for each worker."""
+    """CPUs that Ray reserves per worker."""
     max_failures: int = Field(3, ge=-1)
-    """How often a run starts again from its last checkpoint after losing a worker; -1: without end."""
+    """How often a run restarts from its last checkpoint after losing a worker; -1: without limit."""
 
     @field_validator("num_workers")
     @classmethod
     def _check_bounds(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
         if isinstance(value, tuple) and value[0] > value[1]:
-            raise ValueError(f"[min, max] wants the smaller first: [{value[1]}, {value[0]}]")
+            raise ValueError(f"[min, max] needs the smaller number first: [{value[1]}, {value[0]}]")
         return value
 
     @property
@@ -39,71 +39,70 @@ class Scaling(Section):
 
 
 class Tracking(Section):
-    """What is written down of a run."""
+    """What is logged about a run, and where."""
 
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """The run's name; None: the recipe's name and the time. An unfinished run of this name goes on."""
+    """The run's name; null: the recipe's name and the time. An unfinished run of this name is resumed."""
     runs_dir: str = "runs"
-    """The folder, or the s3:// address, that holds runs; every worker must reach it."""
+    """The folder or s3:// address for runs; every worker must be able to reach it."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"
-    """Weights & Biases; offline writes files that `wandb sync` sends later."""
+    """Logging to Weights & Biases; offline writes files for a later `wandb sync`."""
     project: str = "cxrscale"
     """The project in Weights & Biases."""
     group: str | None = None
     """The group in Weights & Biases; `cxrscale tune` gives its trials the search's name."""
     log_steps: int = Field(10, ge=1)
-    """metrics.jsonl gets a line every so many steps."""
+    """Steps between two lines of train_log.jsonl."""
     gpu_hour_price: float | None = Field(None, ge=0)
-    """Price of an hour of one GPU (of one worker where there is none), in your currency: run.json then says what the
-    run cost."""
+    """Price per hour of one GPU (of one worker without GPUs) in your currency; run.json then has the cost of the run."""
 
 
 class Threshold(Section):
-    """What is chosen on the validation split after training: thresholds, and whether probabilities are calibrated."""
+    """What is chosen on the validation split after training: thresholds and calibration."""
 
     goal: Literal["f1", "youden", "recall", "precision", "cost", "fixed"] = "f1"
-    """f1: highest F1; youden: highest recall + specificity; recall: the highest threshold whose recall is `min_rate`;
-    precision: the best recall whose precision is `min_rate`; cost: the lowest sum of `fn_cost` and `fp_cost`;
-    fixed: `value`."""
+    """f1: highest F1; youden: highest recall + specificity; recall: highest threshold with a recall of `min_rate` or
+    more; precision: highest recall with a precision of `min_rate` or more; cost: lowest total of `fn_cost` and
+    `fp_cost`; fixed: `value`."""
     min_rate: float = Field(0.9, gt=0, le=1)
-    """For goal=recall and goal=precision."""
+    """Smallest recall or precision, for goal=recall and goal=precision."""
     fn_cost: float = Field(1.0, gt=0)
-    """For goal=cost: what a missed finding costs."""
+    """Cost of a false negative, for goal=cost."""
     fp_cost: float = Field(1.0, gt=0)
-    """For goal=cost: what a false alarm costs."""
+    """Cost of a false positive, for goal=cost."""
     value: float = Field(0.5, ge=0, le=1)
-    """For goal=fixed."""
+    """The threshold, for goal=fixed."""
     report_at: tuple[Annotated[float, Field(ge=0, le=1)], ...] = ()
-    """Further thresholds, at which `evaluate` shows confusion matrices too."""
+    """More thresholds at which `cxrscale evaluate` reports confusion matrices."""
     calibration: Literal["none", "platt", "temperature", "isotonic"] = "none"
-    """Fitted on the validation split; thresholds are then of calibrated probabilities."""
+    """Calibration of probabilities, fitted on the validation split; thresholds then apply to calibrated ones."""
     prior_shift: Literal["none", "em", "known"] = "none"
-    """Correct probabilities for another prevalence in the test split: em estimates it from the scores alone (Saerens
-    et al. 2002), known takes `priors`."""
+    """Correct probabilities for a different prevalence in the test split: em estimates the prevalence from the scores
+    (Saerens et al. 2002); known uses `priors`."""
     priors: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field({})
     """For prior_shift=known: finding -> its prevalence where the model will be used."""
 
 
 class Tune(Section):
-    """A search over fields of the recipe."""
+    """A search over fields of the recipe, by `cxrscale tune`."""
 
     space: dict[str, Any] = Field({})
-    """Dotted field -> where it is searched: uniform(a, b), loguniform(a, b), quniform(a, b, step), randint(a, b), or a
-    list of choices. Both bounds can be drawn."""
-    method: Literal["asha", "tpe", "pbt", "random", "grid"] = "asha"
-    """asha: random trials, the worse of them stopped early; tpe: Optuna's sampler with early stopping; pbt: population
-    based training; random, grid: no early stopping."""
+    """Dotted field -> its search space: uniform(a, b), loguniform(a, b), quniform(a, b, step), randint(a, b), or a
+    list of choices. Both bounds are included."""
+    method: Literal["asha", "tpe", "random", "grid"] = "asha"
+    """asha: random search with early stopping of the worse trials; tpe: Optuna's TPE sampler with early stopping;
+    random, grid: no early stopping."""
     trials: int = Field(16, ge=1)
-    """Trials in all (pbt: the population); grid has one for each combination instead."""
+    """Number of trials; grid runs one trial per combination instead."""
     workers: int = Field(1, ge=1)
-    """Workers a trial; 1 runs the trial as a plain function, which starts sooner."""
+    """Workers per trial; a trial with 1 worker runs as a plain function, which starts faster."""
     gpu_share: float = Field(1.0, gt=0, le=1)
-    """Share of a GPU that a trial with one worker takes; 0.5: two trials a GPU, if its memory holds both."""
+    """Share of a GPU per trial with one worker; 0.5: two trials per GPU, if its memory is enough for both."""
     max_concurrent_trials: int | None = Field(None, ge=1)
-    """Trials at a time; None: as many as the cluster has room for."""
+    """Trials that run at the same time; null: as many as the cluster has room for."""
     grace_epochs: int = Field(1, ge=1)
-    """asha, tpe: epochs that every trial may run before it can be stopped; pbt: epochs between two exchanges."""
+    """asha, tpe: epochs of each trial before it can be stopped."""
     reduction_factor: int = Field(3, ge=2)
-    """asha, tpe: of so many trials at a rung, one goes on."""
+    """asha, tpe: one of this many trials continues after each rung."""
     baseline_seeds: int = Field(3, ge=0)
-    """How often the unchanged recipe is trained beside the trials, with other seeds: the noise a gain must beat."""
+    """How many runs of the unchanged recipe with different seeds are trained besides the trials, to measure noise."""

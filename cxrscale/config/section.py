@@ -1,4 +1,4 @@
-"""What all sections are: frozen groups of knobs, whose sentences are their help."""
+"""The base class of all sections of a recipe."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ def _one_or_more(given: Any) -> Any:
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]
-"""One name or several; `train` is read as `[train]`."""
+"""One name or several; a single name `train` is read as `[train]`."""
 
 
 class Section(BaseModel):
-    """A frozen group of knobs; the sentence under a field is its help."""
+    """A frozen group of settings; the docstring under a field is its help text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)

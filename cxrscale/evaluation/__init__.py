@@ -1,4 +1,7 @@
-"""Scores -> thresholds, calibration, metrics with confidence intervals, comparisons. Pure: arrays in, plain data out."""
+"""Scores -> thresholds, calibrators, metrics with confidence intervals, comparisons. Pure: arrays in, plain data out.
+
+Nothing here reads or writes a file, or imports torch. `artifacts` has the models of the JSON files that come of it.
+"""
 
 import lazy_loader
 

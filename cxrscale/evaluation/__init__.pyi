@@ -4,4 +4,9 @@ from . import comparison as comparison
 from . import metrics as metrics
 from . import summary as summary
 from . import thresholds as thresholds
+from .artifacts import Comparison as Comparison
+from .artifacts import TestMetrics as TestMetrics
+from .artifacts import Thresholds as Thresholds
+from .metrics import Estimate as Estimate
+from .thresholds import DEFAULT_MASK_RULE as DEFAULT_MASK_RULE
 from .thresholds import MaskRule as MaskRule

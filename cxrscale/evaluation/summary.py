@@ -1,86 +1,119 @@
-"""Scores -> what is chosen on validation, and what is said of the test split: plain data for JSON, no files."""
+"""Scores -> everything that is chosen on validation and reported of the test split, as the models of `artifacts`."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
-from typing import Any
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from cxrscale.config import Threshold
+from cxrscale.config import Threshold, age_band
 from cxrscale.evaluation import calibration, metrics, thresholds
-from cxrscale.evaluation.calibration import Calibrator, PriorShift, Unchanged
-from cxrscale.evaluation.metrics import BootstrapWeights, Curve, Estimate, Floats
+from cxrscale.evaluation.artifacts import (
+    CalibrationStep,
+    ChosenThresholds,
+    DiceMetrics,
+    FindingCalibration,
+    FindingMetrics,
+    FindingThreshold,
+    PriorShiftMetrics,
+    SplitMetrics,
+    SubgroupMetrics,
+)
+from cxrscale.evaluation.calibration import PriorShift, Unchanged
+from cxrscale.evaluation.metrics import AtThreshold, BootstrapWeights, Curve, Estimate, Floats
 from cxrscale.evaluation.thresholds import MaskRule
 from cxrscale.shards import Manifest
 from cxrscale.types import Scores
 
-MOST_THREADS = 8
-"""Findings worked on at once: each takes some 200 MB of temporary arrays on 25,596 images."""
+MAX_THREADS = 8
+"""Findings that are processed at once: each takes some 200 MB of temporary arrays on 25,596 images."""
 
 Groups = Mapping[str, npt.NDArray[np.object_]]
-"""sex, age, view -> (N,) names of the group that each image is in."""
+"""sex, age, view -> (N,) name of the group that each image is in."""
+Result = TypeVar("Result")
 
 
-def choose_thresholds(scores: Scores, rule: Threshold, draws: BootstrapWeights) -> dict[str, Any]:
-    """What thresholds.json says of validation scores: goal, rule, thresholds, calibration and, with maps, the triplet.
+@dataclass(frozen=True, slots=True)
+class Probabilities:
+    """A finding's probabilities, (N,) each, after every step."""
+
+    raw_N: Floats
+    calibrated_N: Floats
+    final_N: Floats
+    """Corrected for another prevalence, if that is known; else the calibrated ones."""
+    shift: PriorShift | None
+    """The correction; None where nothing is corrected."""
+    reason: str
+    """Why nothing is corrected; beside a correction, a caveat."""
+
+
+@dataclass(frozen=True, slots=True)
+class DiceCurve:
+    """Mean Dice by the threshold of the pixels, one value per threshold."""
+
+    threshold: tuple[float, ...]
+    all: tuple[float, ...]
+    """Over all images, empty against empty counting 1."""
+    positives: tuple[float, ...]
+    """Over the images with a mask; NaN where there is none."""
+
+
+def choose_thresholds(scores: Scores, rule: Threshold, weights_RN: BootstrapWeights) -> ChosenThresholds:
+    """Choose thresholds, fit calibrators and, for segmentation, choose the mask rule on validation scores.
 
     A threshold is of the final probability: calibrated, and corrected for a known prior where the rule asks for it.
     """
 
-    def one(f: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        return _chosen(scores.score_NF[:, f], scores.label_NF[:, f], rule, draws, rule.priors.get(scores.findings[f]))
+    def choose(f: int) -> tuple[FindingThreshold, FindingCalibration]:
+        prior = rule.priors.get(scores.findings[f])
+        return _choose_finding(scores.score_NF[:, f], scores.label_NF[:, f], rule, weights_RN, prior)
 
-    rows = dict(zip(scores.findings, _each(one, len(scores.findings)), strict=True))
-    found: dict[str, Any] = {
-        "goal": rule.goal,
-        "rule": rule.model_dump(mode="json"),
-        "thresholds": {name: cut for name, (cut, _) in rows.items()},
-        "calibration": {name: fitted for name, (_, fitted) in rows.items()},
-    }
-    if scores.maps is not None:
-        triplet = thresholds.best_mask_rule(scores.maps)
-        found["triplet"] = asdict(triplet)
-        spread = thresholds.mask_rule_intervals(scores.maps, triplet, draws)
-        found["triplet_intervals"] = {name: estimate.plain() for name, estimate in spread.items()}
-    return found
+    rows = dict(zip(scores.findings, _in_threads(choose, len(scores.findings)), strict=True))
+    mask_rule = None if scores.maps is None else thresholds.best_mask_rule(scores.maps)
+    intervals = None
+    if scores.maps is not None and mask_rule is not None:
+        intervals = thresholds.mask_rule_intervals(scores.maps, mask_rule, weights_RN)
+    return ChosenThresholds(
+        rule=rule,
+        thresholds={name: threshold for name, (threshold, _) in rows.items()},
+        calibration={name: fitted for name, (_, fitted) in rows.items()},
+        mask_rule=mask_rule,
+        mask_rule_intervals=intervals,
+    )
 
 
 def evaluate_scores(
-    scores: Scores, chosen: Mapping[str, Any], draws: BootstrapWeights, group_of: Groups
-) -> dict[str, Any]:
-    """Every metric of test scores, as JSON has it; what is undefined is null, with the reason.
+    scores: Scores, chosen: ChosenThresholds, weights_RN: BootstrapWeights, groups: Groups
+) -> SplitMetrics:
+    """Every metric of test scores; what is undefined is NaN, with the reason.
 
     Args:
-        chosen: what `choose` said of the validation split.
-        draws: (R, N) resamples of the patients.
-        group_of: sex, age, view: (N,) names of the group that each image is in.
+        chosen: on the validation split.
+        weights_RN: resamples of the patients.
+        groups: sex, age, view -> (N,) name of the group that each image is in.
 
-    AUROC and AUPRC are of the model's own scores; Brier, calibration errors and calls of the final probabilities.
+    AUROC and AUPRC are of the model's own scores; Brier score, calibration errors and calls of the final probabilities.
     """
 
-    def one(f: int) -> tuple[dict[str, Any], Floats, Floats]:
-        return _finding(scores, f, chosen, draws, group_of)
+    def evaluate(f: int) -> tuple[FindingMetrics, Floats, Floats]:
+        return _evaluate_finding(scores, f, chosen, weights_RN, groups)
 
-    rows, area_FR, precision_FR = zip(*_each(one, len(scores.findings)), strict=True)
-    table = dict(zip(scores.findings, rows, strict=True))
-    found: dict[str, Any] = {
-        "images": len(scores.image_id),
-        "patients": len(set(scores.patient.tolist())),
-        "resamples": len(draws),
-    }
-    for name, resampled in (("auroc", area_FR), ("auprc", precision_FR)):
-        values = [np.nan if row[name]["value"] is None else row[name]["value"] for row in rows]
-        found[f"mean_{name}"] = metrics.macro(values, np.stack(resampled)).plain()
-    found["findings_in_mean"] = sum(row["auroc"]["value"] is not None for row in rows)
-    found["findings"] = table
-    if scores.maps is not None:
-        found["dice"] = _dice(scores, MaskRule(**chosen["triplet"]), draws)
-    return found
+    rows, auroc_FR, auprc_FR = zip(*_in_threads(evaluate, len(scores.findings)), strict=True)
+    return SplitMetrics(
+        images=len(scores.image_id),
+        patients=len(set(scores.patient.tolist())),
+        resamples=len(weights_RN),
+        mean_auroc=metrics.macro([row.auroc.value for row in rows], np.stack(auroc_FR)),
+        mean_auprc=metrics.macro([row.auprc.value for row in rows], np.stack(auprc_FR)),
+        findings_in_mean=sum(row.auroc.defined for row in rows),
+        findings=dict(zip(scores.findings, rows, strict=True)),
+        dice=None if scores.maps is None or chosen.mask_rule is None else _dice(scores, chosen.mask_rule, weights_RN),
+    )
 
 
 def subgroups_of(scores: Scores, data: Manifest) -> dict[str, npt.NDArray[np.object_]]:
@@ -89,208 +122,217 @@ def subgroups_of(scores: Scores, data: Manifest) -> dict[str, npt.NDArray[np.obj
     row_N = np.array([row_of[image] for image in scores.image_id.tolist()], dtype=np.intp)
     return {
         "sex": metrics.group_names(data.column("sex")[row_N]),
-        "age": metrics.age_band(data.column("age")[row_N]),
+        "age": age_band(data.column("age")[row_N]),
         "view": metrics.group_names(data.column("view")[row_N]),
     }
 
 
 def final_probabilities(
-    score_N: npt.ArrayLike, fitted: Mapping[str, Any], rule: Threshold, prior: float | None
-) -> tuple[Floats, Floats, PriorShift | None, str]:
-    """Calibrated and final probabilities of a finding, the prior shift between them, and a reservation about it.
+    score_N: npt.ArrayLike, fitted: FindingCalibration, rule: Threshold, prior: float | None
+) -> Probabilities:
+    """Calibrated and final probabilities of a finding.
 
     Args:
-        fitted: the finding's entry of `calibration` in thresholds.json.
+        fitted: the finding's calibrator and its prevalence in validation.
         prior: its prevalence where the model is used, for prior_shift=known.
     """
-    calibrator = calibration.read(fitted["calibrator"])
-    calibrated = calibrator.apply(score_N)
-    shift, reservation = _shift(calibrator, calibrated, fitted["prevalence"], rule, prior)
-    return calibrated, calibrated if shift is None else shift.apply(calibrated), shift, reservation
+    raw_N = np.asarray(score_N, dtype=np.float64)
+    calibrated_N = fitted.calibrator.apply(score_N)
+    shift, reason = _shift(fitted, calibrated_N, rule, prior)
+    final_N = calibrated_N if shift is None else shift.apply(calibrated_N)
+    return Probabilities(raw_N, calibrated_N, final_N, shift, reason)
 
 
-def threshold_curves(scores: Scores, found: Mapping[str, Any]) -> dict[str, Curve]:
-    """Recall (x) and precision (y) of each finding at every threshold (cut) of its final validation probabilities."""
-    rule = Threshold.model_validate(found["rule"])
+def threshold_curves(scores: Scores, chosen: ChosenThresholds) -> dict[str, Curve]:
+    """Recall (x) and precision (y) of each finding at every threshold of its final validation probabilities."""
+    rule = chosen.rule
+    # EM estimates the prevalence of the test split: thresholds are chosen as if nothing had shifted.
+    before = rule if rule.prior_shift == "known" else rule.model_copy(update={"prior_shift": "none"})
     curves = {}
     for f, name in enumerate(scores.findings):
-        known = found["rule"]["priors"].get(name)
-        fitted = found["calibration"][name]
-        # What EM estimates, it estimates on the test split: thresholds are chosen as if nothing had shifted.
-        before = rule if rule.prior_shift == "known" else rule.model_copy(update={"prior_shift": "none"})
-        final = final_probabilities(scores.score_NF[:, f], fitted, before, known)[1]
-        curves[name] = metrics.pr_curve(final, scores.label_NF[:, f])
+        fitted, prior = chosen.calibration[name], rule.priors.get(name)
+        final_N = final_probabilities(scores.score_NF[:, f], fitted, before, prior).final_N
+        curves[name] = metrics.pr_curve(final_N, scores.label_NF[:, f])
     return curves
 
 
-def mask_threshold_curve(scores: Scores, rule: MaskRule) -> dict[str, list[float]]:
-    """Mean Dice over all images and on positives at each threshold of the pixels, with the triplet's minimum area."""
+def mask_threshold_curve(scores: Scores, rule: MaskRule) -> DiceCurve:
+    """Mean Dice at each threshold of the pixels, with the rule's minimum area."""
     assert scores.maps is not None
-    bins, positive = scores.maps.all_NT.shape[1], metrics.has_mask(scores.maps)
-    found: dict[str, list[float]] = {"threshold": [], "all": [], "positives": []}
-    for place in range(0, bins, max(1, bins // 64)):
-        dice = metrics.map_dice(scores.maps, place / bins, rule.min_area, place / bins)
-        found["threshold"].append(place / bins)
-        found["all"].append(float(dice.mean()))
-        found["positives"].append(float(dice[positive].mean()) if positive.any() else float("nan"))
-    return found
+    bins, positive_N = scores.maps.all_NT.shape[1], metrics.has_mask(scores.maps)
+    steps = [index / bins for index in range(0, bins, max(1, bins // 64))]
+    dice = [metrics.map_dice(scores.maps, threshold, rule.min_area, threshold) for threshold in steps]
+    any_positive = bool(positive_N.any())
+    return DiceCurve(
+        tuple(steps),
+        tuple(float(dice_N.mean()) for dice_N in dice),
+        tuple(float(dice_N[positive_N].mean()) if any_positive else float("nan") for dice_N in dice),
+    )
 
 
-def _chosen(
-    score: npt.NDArray[np.float32],
-    label: npt.NDArray[np.float32],
+def _choose_finding(
+    score_N: npt.NDArray[np.float32],
+    label_N: npt.NDArray[np.float32],
     rule: Threshold,
-    draws: BootstrapWeights,
+    weights_RN: BootstrapWeights,
     prior: float | None,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """One finding's threshold and calibration."""
-    calibrator = calibration.fit(rule.calibration, score, label)
-    labeled = int(np.isfinite(label).sum())
-    prevalence = float((label == 1).sum() / labeled) if labeled else None
-    fitted: dict[str, Any] = {"calibrator": calibration.plain(calibrator), "prevalence": prevalence}
-    calibrated = calibrator.apply(score)
-    steps: dict[str, npt.NDArray[Any]] = {"before": score}
-    if not isinstance(calibrator, Unchanged):
-        steps["after"] = calibrated
-    fitted |= {when: _plain(metrics.probability_metrics(values, label, draws)) for when, values in steps.items()}
-    shift = None
-    if rule.prior_shift == "known":
-        shift, _ = _shift(calibrator, calibrated, prevalence, rule, prior)
-    plain = thresholds.choose_threshold(calibrated, label, rule, draws)
+) -> tuple[FindingThreshold, FindingCalibration]:
+    calibrator = calibration.fit(rule.calibration, score_N, label_N)
+    calibrated_N = calibrator.apply(score_N)
+    unchanged = isinstance(calibrator, Unchanged)
+    fitted = FindingCalibration(
+        calibrator=calibrator,
+        prevalence=_prevalence(label_N),
+        before=metrics.probability_metrics(score_N, label_N, weights_RN),
+        after=None if unchanged else metrics.probability_metrics(calibrated_N, label_N, weights_RN),
+    )
+    shift = _shift(fitted, calibrated_N, rule, prior)[0] if rule.prior_shift == "known" else None
+    uncorrected = thresholds.choose_threshold(calibrated_N, label_N, rule, weights_RN)
     if shift is None:
-        return {**plain.plain(), **_on_validation(calibrated, label, plain)}, fitted
-    found = thresholds.choose_threshold(calibrated, label, rule, draws, shift.target)
+        at = _at(calibrated_N, label_N, uncorrected)
+        return FindingThreshold(threshold=uncorrected, on_validation=at), fitted
+    threshold = thresholds.choose_threshold(calibrated_N, label_N, rule, weights_RN, shift.target)
     if rule.goal != "fixed":
-        found = _moved(found, shift)
-    return {
-        **found.plain(),
-        **_on_validation(shift.apply(calibrated), label, found),
-        "uncorrected": plain.plain(),
-    }, fitted
+        threshold = _shifted(threshold, shift)
+    at = _at(shift.apply(calibrated_N), label_N, threshold)
+    return FindingThreshold(threshold=threshold, on_validation=at, uncorrected=uncorrected), fitted
 
 
-def _moved(cut: Estimate, shift: PriorShift) -> Estimate:
+def _shifted(threshold: Estimate, shift: PriorShift) -> Estimate:
     """The threshold on the scale of corrected probabilities; the correction keeps their order."""
-    value, low, high = (float(shift.apply(each)) for each in (cut.value, cut.low, cut.high))
-    return Estimate(value, low, high, cut.reason)
+    value, low, high = (float(shift.apply(end)) for end in (threshold.value, threshold.low, threshold.high))
+    return Estimate(value, low, high, threshold.reason)
 
 
-def _on_validation(probability: Floats, label: npt.NDArray[np.float32], cut: Estimate) -> dict[str, Any]:
-    return {"at": metrics.at_threshold(probability, label, cut.value).plain()} if np.isfinite(cut.value) else {}
+def _at(
+    probability_N: Floats, label_N: npt.ArrayLike, threshold: Estimate, weights_RN: BootstrapWeights | None = None
+) -> AtThreshold | None:
+    """The metrics at a threshold, if there is one."""
+    return metrics.at_threshold(probability_N, label_N, threshold.value, weights_RN) if threshold.defined else None
+
+
+def _prevalence(label_N: npt.NDArray[np.float32]) -> float:
+    labeled = int(np.isfinite(label_N).sum())
+    return float((label_N == 1).sum() / labeled) if labeled else float("nan")
 
 
 def _shift(
-    calibrator: Calibrator, calibrated: Floats, prevalence: float | None, rule: Threshold, prior: float | None
+    fitted: FindingCalibration, calibrated_N: Floats, rule: Threshold, prior: float | None
 ) -> tuple[PriorShift | None, str]:
-    """The correction that the rule asks for, and a reservation; none where there is nothing to correct from or to."""
+    """The correction that the rule asks for, with a caveat; None with the reason where nothing can be corrected."""
     if rule.prior_shift == "none":
         return None, ""
-    if prevalence is None or not 0 < prevalence < 1:
+    if not 0 < fitted.prevalence < 1:
         return None, "not corrected: one class only in validation"
     if rule.prior_shift == "known":
-        return (
-            (None, "not corrected: threshold.priors does not name it")
-            if prior is None
-            else (
-                PriorShift(prevalence, prior),
-                "",
-            )
-        )
-    target = calibration.estimated_prior(calibrated, prevalence)
+        if prior is None:
+            return None, "not corrected: threshold.priors does not name it"
+        return PriorShift(fitted.prevalence, prior), ""
+    target = calibration.estimate_prior(calibrated_N, fitted.prevalence)
     if not 0 < target.value < 1:
         return None, f"not corrected: {target.reason}"
-    doubt = "of scores that are not calibrated" if isinstance(calibrator, Unchanged) else ""
-    return PriorShift(prevalence, target.value), "; ".join(filter(None, (target.reason, doubt)))
+    caveat = "of scores that are not calibrated" if isinstance(fitted.calibrator, Unchanged) else ""
+    return PriorShift(fitted.prevalence, target.value), "; ".join(filter(None, (target.reason, caveat)))
 
 
-def _finding(
-    scores: Scores, f: int, chosen: Mapping[str, Any], draws: BootstrapWeights, group_of: Groups
-) -> tuple[dict[str, Any], Floats, Floats]:
-    """A finding's entry of metrics.json, and its AUROC and AUPRC in each resample."""
-    name, score, label = scores.findings[f], scores.score_NF[:, f], scores.label_NF[:, f]
-    rule, cut = Threshold.model_validate(chosen["rule"]), chosen["thresholds"][name]
-    area_R, precision_R = metrics.bootstrap_auroc(score, label, draws), metrics.bootstrap_auprc(score, label, draws)
-    row: dict[str, Any] = {
-        "positives": int((label == 1).sum()),
-        "negatives": int((label == 0).sum()),
-        "unlabelled": int(np.isnan(label).sum()),
-        "auroc": _with_interval(metrics.auroc(score, label), area_R).plain(),
-        "auprc": _with_interval(metrics.auprc(score, label), precision_R).plain(),
-        "threshold": cut["value"],
-    }
-    calibrated, final, shift, doubt = final_probabilities(
-        score, chosen["calibration"][name], rule, rule.priors.get(name)
+def _evaluate_finding(
+    scores: Scores, f: int, chosen: ChosenThresholds, weights_RN: BootstrapWeights, groups: Groups
+) -> tuple[FindingMetrics, Floats, Floats]:
+    """A finding's metrics, and its AUROC and AUPRC in each resample."""
+    name, score_N, label_N = scores.findings[f], scores.score_NF[:, f], scores.label_NF[:, f]
+    rule, fitted, threshold = chosen.rule, chosen.calibration[name], chosen.thresholds[name]
+    auroc_R = metrics.bootstrap_auroc(score_N, label_N, weights_RN)
+    auprc_R = metrics.bootstrap_auprc(score_N, label_N, weights_RN)
+    probabilities = final_probabilities(score_N, fitted, rule, rule.priors.get(name))
+    final = metrics.probability_metrics(probabilities.final_N, label_N, weights_RN)
+    steps = calibration_steps(probabilities, fitted)
+    row = FindingMetrics(
+        positives=int((label_N == 1).sum()),
+        negatives=int((label_N == 0).sum()),
+        unlabeled=int(np.isnan(label_N).sum()),
+        auroc=_with_interval(metrics.auroc(score_N, label_N), auroc_R),
+        auprc=_with_interval(metrics.auprc(score_N, label_N), auprc_R),
+        at_threshold=_at(probabilities.final_N, label_N, threshold.threshold, weights_RN),
+        threshold_reason="" if threshold.threshold.defined else threshold.threshold.reason,
+        report_at=tuple(metrics.at_thresholds(probabilities.final_N, label_N, rule.report_at, weights_RN)),
+        brier=final.brier,
+        ece=final.ece,
+        ece_equal_mass=final.ece_equal_mass,
+        calibration={
+            step: metrics.probability_metrics(step_N, label_N) for step, step_N in steps.items() if len(steps) > 1
+        },
+        prior_shift=(
+            None if rule.prior_shift == "none" else _prior_shift(probabilities, label_N, threshold, weights_RN)
+        ),
+        subgroups={
+            by: _subgroups(metrics.by_group(score_N, label_N, group_N, weights_RN)) for by, group_N in groups.items()
+        },
     )
-    if cut["value"] is None:
-        row["threshold_reason"] = cut["reason"]
-    else:
-        row |= metrics.at_threshold(final, label, cut["value"], draws).plain()
-    row["report_at"] = [each.plain() for each in metrics.at_thresholds(final, label, rule.report_at, draws)]
-    row |= _plain(metrics.probability_metrics(final, label, draws))
-    steps = {"raw": np.asarray(score, dtype=np.float64)}
-    if chosen["calibration"][name]["calibrator"]["kind"] != "none":
-        steps["calibrated"] = calibrated
-    if shift is not None:
-        steps["corrected"] = final
-    if len(steps) > 1:
-        row["calibration"] = {
-            step: _plain(metrics.probability_metrics(values, label)) for step, values in steps.items()
-        }
-    if rule.prior_shift != "none":
-        row["prior"] = _prior(calibrated, label, cut, shift, doubt, draws)
-    row["subgroups"] = {
-        by: {group: each.plain() for group, each in metrics.by_group(score, label, group_N, draws).items()}
-        for by, group_N in group_of.items()
-    }
-    return row, area_R, precision_R
+    return row, auroc_R, auprc_R
 
 
-def _prior(
-    calibrated: Floats,
-    label: npt.NDArray[np.float32],
-    cut: Mapping[str, Any],
-    shift: PriorShift | None,
-    doubt: str,
-    draws: BootstrapWeights,
-) -> dict[str, Any]:
-    """From which prevalence to which, what it is in truth, and the calls that would be made without correction."""
-    labeled = int(np.isfinite(label).sum())
-    found: dict[str, Any] = {
-        "validation": None if shift is None else shift.source,
-        "assumed": None if shift is None else shift.target,
-        "test": float((label == 1).sum() / labeled) if labeled else None,
-        **({"reason": doubt} if doubt else {}),
-    }
-    plain = cut.get("uncorrected", cut)["value"]
-    if shift is not None and plain is not None:
-        found["without"] = metrics.at_threshold(calibrated, label, plain, draws).plain()
-    return found
+def calibration_steps(probabilities: Probabilities, fitted: FindingCalibration) -> dict[CalibrationStep, Floats]:
+    """Step -> (N,) probabilities after it."""
+    steps: dict[CalibrationStep, Floats] = {"raw": probabilities.raw_N}
+    if not isinstance(fitted.calibrator, Unchanged):
+        steps["calibrated"] = probabilities.calibrated_N
+    if probabilities.shift is not None:
+        steps["corrected"] = probabilities.final_N
+    return steps
 
 
-def _dice(scores: Scores, rule: MaskRule, draws: BootstrapWeights) -> dict[str, Any]:
-    """Dice as the challenge scored it, beside Dice on positives and beside what predicting nothing would get."""
-    assert scores.maps is not None
-    found = metrics.overlaps(scores.maps, rule.top, rule.min_area, rule.bottom, draws)
+def _subgroups(groups: Mapping[str, metrics.Group]) -> dict[str, SubgroupMetrics]:
     return {
-        "triplet": asdict(rule),
-        "positives": int(metrics.has_mask(scores.maps).sum()),
-        "all": found["dice_all"].plain(),
-        "on_positives": found["dice_positives"].plain(),
-        "iou_all": found["iou_all"].plain(),
-        "iou_on_positives": found["iou_positives"].plain(),
-        "all_empty_floor": metrics.empty_baseline(scores.maps),
+        name: SubgroupMetrics(
+            images=group.images,
+            positives=group.positives,
+            auroc=group.estimates["auroc"],
+            auprc=group.estimates["auprc"],
+        )
+        for name, group in groups.items()
     }
 
 
-def _each(work: Callable[[int], Any], count: int) -> list[Any]:
-    """work(0), ..., work(count - 1), several at a time: numpy lets other threads run while it adds and sorts."""
-    with ThreadPoolExecutor(min(count, MOST_THREADS, os.cpu_count() or 1)) as pool:
+def _prior_shift(
+    probabilities: Probabilities,
+    label_N: npt.NDArray[np.float32],
+    threshold: FindingThreshold,
+    weights_RN: BootstrapWeights,
+) -> PriorShiftMetrics:
+    """The prevalences from and to which is corrected, the true one, and the metrics without the correction."""
+    shift, undefined = probabilities.shift, float("nan")
+    without = None
+    if shift is not None:
+        without = _at(probabilities.calibrated_N, label_N, threshold.uncorrected or threshold.threshold, weights_RN)
+    return PriorShiftMetrics(
+        validation=undefined if shift is None else shift.source,
+        assumed=undefined if shift is None else shift.target,
+        test=_prevalence(label_N),
+        reason=probabilities.reason,
+        uncorrected=without,
+    )
+
+
+def _dice(scores: Scores, rule: MaskRule, weights_RN: BootstrapWeights) -> DiceMetrics:
+    """Dice as the challenge scored it, Dice on positives, and what predicting no mask would reach."""
+    assert scores.maps is not None
+    overlaps = metrics.overlaps(scores.maps, rule.top, rule.min_area, rule.bottom, weights_RN)
+    return DiceMetrics(
+        mask_rule=rule,
+        positives=int(metrics.has_mask(scores.maps).sum()),
+        all=overlaps["dice_all"],
+        on_positives=overlaps["dice_positives"],
+        iou_all=overlaps["iou_all"],
+        iou_on_positives=overlaps["iou_positives"],
+        empty_baseline=metrics.empty_baseline(scores.maps),
+    )
+
+
+def _in_threads(work: Callable[[int], Result], count: int) -> list[Result]:
+    """work(0), ..., work(count - 1) in threads: numpy releases the GIL while it adds and sorts."""
+    with ThreadPoolExecutor(min(count, MAX_THREADS, os.cpu_count() or 1)) as pool:
         return list(pool.map(work, range(count)))
 
 
 def _with_interval(estimate: Estimate, resampled_R: Floats) -> Estimate:
     return estimate if estimate.reason else metrics.interval(estimate.value, resampled_R)
-
-
-def _plain(found: Mapping[str, Estimate]) -> dict[str, Any]:
-    return {name: estimate.plain() for name, estimate in found.items()}

@@ -1,6 +1,9 @@
 from . import predictions as predictions
-from . import predictor as predictor
+from .predictions import PredictionsInfo as PredictionsInfo
+from .predictor import Prediction as Prediction
+from .predictor import Predictor as Predictor
+from .predictor import Provenance as Provenance
 from .predictor import TrainedModel as TrainedModel
+from .predictor import apply_mask_rule as apply_mask_rule
 from .predictor import load_model as load_model
-from .predictor import provenance as provenance
 from .predictor import stored_thresholds as stored_thresholds

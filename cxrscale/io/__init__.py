@@ -1,7 +1,7 @@
-"""Bytes in and out: storage (local disks and object stores), image files, DICOM, run-length encoded masks.
+"""Reading and writing files: storage (local disks and object stores), images, DICOM, run-length encoded masks, JSON.
 
-Nothing here knows what a dataset or a model is. Every reader returns an upright gray image or raises
-`UnreadableImageError` with a one-line reason; every writer publishes a whole file or none.
+Nothing here knows what a dataset or a model is. `load_image` returns an upright gray image or raises
+`UnreadableImageError` with a one-line reason; every writer publishes a complete file or none.
 """
 
 import lazy_loader

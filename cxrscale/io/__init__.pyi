@@ -1,7 +1,13 @@
+from . import artifact as artifact
 from . import dicom as dicom
 from . import images as images
 from . import rle_masks as rle_masks
 from . import storage as storage
+from .artifact import Artifact as Artifact
+from .artifact import ArtifactPart as ArtifactPart
+from .artifact import Number as Number
+from .artifact import read_artifact as read_artifact
+from .artifact import write_artifact as write_artifact
 from .images import LoadedImage as LoadedImage
 from .images import decode_mask as decode_mask
 from .images import encode_jpeg as encode_jpeg

@@ -1,7 +1,7 @@
-"""Image files (DICOM, PNG, JPEG) <-> gray arrays, or a one-line reason why not.
+"""Image files (DICOM, PNG, JPEG) <-> gray arrays, or a one-line reason why a file is unreadable.
 
-Decoders of PNG and JPEG hand over what they can of a damaged file, so a file is held against its own checksums and end
-markers before it is decoded.
+Decoders of PNG and JPEG return what they can of a damaged file, so the checksums and the end marker of a file are
+checked before it is decoded.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ import simplejpeg
 from PIL import Image
 
 from cxrscale.io import dicom
-from cxrscale.types import GrayImage, UnreadableImageError
+from cxrscale.types import GrayImage, UnreadableImageError, one_line
 
 MAX_PIXELS = 100_000_000
-"""Height x width above this is a damaged or hostile header; the largest detectors have some 20 million pixels."""
+"""Height x width above this means a damaged or hostile header; the largest detectors have 20 million pixels."""
 
 COLOR_LEVELS = 16
-"""How far red, green and blue of a pixel of a gray image may lie apart; JPEG's rounding needs 2."""
+"""The largest difference between red, green and blue in a gray pixel; JPEG's rounding alone needs 2."""
 
 COLOR_SHARE = 0.001
-"""The share of pixels above which `COLOR_LEVELS` makes an image a colored one."""
+"""An image is colored if a larger share of its pixels than this exceeds `COLOR_LEVELS`."""
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8\xff"
-_OTHERS = {
+_OTHER_FORMATS = {
     b"version https://git-lfs": "a Git LFS pointer: fetch the file itself with `git lfs pull`",
     b"\x1f\x8b": "a gzip file: decompress it",
     b"PK\x03\x04": "a zip file: unpack it",
@@ -49,38 +49,38 @@ _OTHERS = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedImage:
-    """An image and what its own file says of it; PNG and JPEG say nothing."""
+    """An image with the metadata of its file; PNG and JPEG have none."""
 
     image_HW: GrayImage
     """(H, W) uint8, upright: 0 black, bone bright."""
     jpeg: bytes | None = None
-    """A JPEG stream that shows exactly `image_HW`: the file itself, or its DICOM frame. None where there is none."""
+    """A JPEG stream that decodes to exactly `image_HW`: the file itself, or its DICOM frame. None if there is none."""
     view: str | None = None
-    """PA or AP, or None where unknown."""
+    """PA or AP, or None if unknown."""
     sex: str | None = None
-    """F or M, or None where unknown."""
+    """F or M, or None if unknown."""
     age: int | None = None
-    """Whole years, or None where unknown."""
+    """Age in full years, or None if unknown."""
     spacing_mm: tuple[float, float] | None = None
-    """Millimeters between (rows, columns), or None where unknown."""
+    """Distance between (rows, columns) in millimeters, or None if unknown."""
 
 
 def load_image(data: bytes, *, name: str = "") -> LoadedImage:
-    """Decode an image file, whatever its kind; its first bytes tell, not its name.
+    """Decode an image file; its format is recognized by its first bytes, not by its name.
 
-    Gray of 16 bits is divided by 257 and rounded. Color files whose red, green and blue agree are gray; alpha must be
-    opaque. A JPEG's EXIF orientation is applied, so that the image is upright and flips mean what they say.
+    16-bit gray is divided by 257 and rounded. Color files with equal red, green and blue are accepted as gray; alpha must
+    be opaque. A JPEG's EXIF orientation is applied, so that the image is upright.
 
     Args:
-        data: the whole file.
-        name: its name, which matters in one case: `.dcm` and `.dicom` may lack DICOM's preamble.
+        data: the complete file.
+        name: its name, which matters in one case only: `.dcm` and `.dicom` files may lack the DICOM preamble.
 
     Returns:
-        The image, (H, W) uint8, with what a DICOM header says of it.
+        The image, (H, W) uint8, with the metadata of a DICOM header.
 
     Raises:
-        UnreadableImageError: one line: empty, of another kind, cut short, damaged, really colored or transparent; for DICOM as
-            `dicom.read`.
+        UnreadableImageError: empty, another format, truncated, damaged, colored or transparent; for DICOM see
+            `dicom.read_dicom`.
     """
     if not data:
         raise UnreadableImageError("the file is empty")
@@ -89,11 +89,11 @@ def load_image(data: bytes, *, name: str = "") -> LoadedImage:
     if data.startswith(_JPEG):
         return _jpeg(data)
     force = name.lower().endswith((".dcm", ".dicom"))
-    if data[128:132] == b"DICM" or (force and _kind(data) is None):
-        found = dicom.read_dicom(data, force=force)
-        return LoadedImage(found.image_HW, found.jpeg, found.view, found.sex, found.age, found.spacing_mm)
+    if data[128:132] == b"DICM" or (force and _other_format(data) is None):
+        image = dicom.read_dicom(data, force=force)
+        return LoadedImage(image.image_HW, image.jpeg, image.view, image.sex, image.age, image.spacing_mm)
     raise UnreadableImageError(
-        f"not a PNG, JPEG or DICOM file but {_kind(data) or f'bytes that begin with {data[:8].hex()}'}"
+        f"not a PNG, JPEG or DICOM file but {_other_format(data) or f'an unknown format that starts with {data[:8].hex()}'}"
     )
 
 
@@ -102,14 +102,14 @@ def encode_jpeg(image_HW: GrayImage, quality: int = 95) -> bytes:
 
     Args:
         image_HW: (H, W) uint8.
-        quality: 1 to 100, libjpeg's scale.
+        quality: 1 to 100, on libjpeg's scale.
 
     Raises:
-        ValueError: not uint8 (H, W), or a quality beyond the scale.
+        ValueError: not uint8 (H, W), or a quality outside 1 to 100.
     """
     if not 1 <= quality <= 100:
         raise ValueError(f"quality is {quality}: give 1 to 100")
-    # By OpenCV: simplejpeg uses the fast DCT whatever it is told, which costs 0.6 dB and 2% more bytes at 95.
+    # OpenCV, because simplejpeg always uses the fast DCT, which loses 0.6 dB and needs 2% more bytes at quality 95.
     return _encoded(".jpg", _checked(image_HW), (cv2.IMWRITE_JPEG_QUALITY, quality))
 
 
@@ -126,19 +126,18 @@ def encode_png(image_HW: GrayImage) -> bytes:
 
 
 def encode_mask(mask_HW: npt.NDArray[np.bool_]) -> bytes:
-    """Encode as PNG of one bit a pixel, which readers of gray images show as 0 and 255; the same bytes for the same
-    mask.
+    """Encode as PNG with one bit per pixel, which is read as a gray image of 0 and 255; the same bytes for the same mask.
 
     Args:
         mask_HW: (H, W) bool.
 
     Raises:
-        ValueError: not bool (H, W), or without pixels.
+        ValueError: not bool (H, W), or empty.
     """
     if mask_HW.dtype != np.bool_ or mask_HW.ndim != 2 or mask_HW.size == 0:
         raise ValueError(f"mask is {mask_HW.dtype} of shape {mask_HW.shape}, not bool (H, W): threshold it first")
     height, width = mask_HW.shape
-    rows = np.zeros((height, 1 + (width + 7) // 8), dtype=np.uint8)  # the first byte of a row: no filter
+    rows = np.zeros((height, 1 + (width + 7) // 8), dtype=np.uint8)  # the first byte of each row: no filter
     rows[:, 1:] = np.packbits(mask_HW, axis=1)
     header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes(), 6)), (b"IEND", b""))
@@ -146,10 +145,10 @@ def encode_mask(mask_HW: npt.NDArray[np.bool_]) -> bytes:
 
 
 def decode_mask(data: bytes) -> npt.NDArray[np.bool_]:
-    """Decode a mask: a gray PNG in which 0 is outside and one other value inside.
+    """Decode a mask: a gray PNG with 0 outside and one other value inside.
 
     Args:
-        data: the PNG, of one bit as `encode_mask` writes it, or of 8 bits as others do.
+        data: the PNG, with one bit per pixel as from `encode_mask`, or with 8 bits.
 
     Returns:
         (H, W) bool.
@@ -167,17 +166,17 @@ def decode_mask(data: bytes) -> npt.NDArray[np.bool_]:
 
 
 def resize_image(image_HW: GrayImage, size: int) -> GrayImage:
-    """Resize to `size` x `size` pixels, by area where the image shrinks (it does not alias), linearly where it grows.
+    """Resize to `size` x `size` pixels, by area averaging along axes that shrink (no aliasing), linearly along axes that grow.
 
-    What is not square is squashed, not padded or cropped: the field's convention, which published models are trained
-    with, and which keeps findings at the edge. NIH's and SIIM's images are square.
+    The aspect ratio is not kept, and nothing is padded or cropped: published models are trained this way, and findings
+    at the edges stay in the image. Images of NIH and SIIM are square.
 
     Args:
         image_HW: (H, W) uint8.
-        size: pixels a side, at least 1.
+        size: pixels per side, at least 1.
 
     Returns:
-        (size, size) uint8; the very same array where it has that shape already.
+        (size, size) uint8; the same array if it already has this shape.
 
     Raises:
         ValueError: not uint8 (H, W), or a size below 1.
@@ -187,11 +186,11 @@ def resize_image(image_HW: GrayImage, size: int) -> GrayImage:
 
 
 def resize_mask(mask_HW: npt.NDArray[np.bool_], size: int) -> npt.NDArray[np.bool_]:
-    """Resize a mask as `resize` does its image: inside is what is covered by half or more.
+    """Resize a mask as `resize_image` resizes its image; a pixel is inside if at least half of it is covered.
 
     Args:
         mask_HW: (H, W) bool.
-        size: pixels a side, at least 1.
+        size: pixels per side, at least 1.
 
     Returns:
         (size, size) bool.
@@ -202,15 +201,15 @@ def resize_mask(mask_HW: npt.NDArray[np.bool_], size: int) -> npt.NDArray[np.boo
     if mask_HW.dtype != np.bool_ or mask_HW.ndim != 2 or mask_HW.size == 0:
         raise ValueError(f"mask is {mask_HW.dtype} of shape {mask_HW.shape}, not bool (H, W): threshold it first")
     cover_HW = _resized(mask_HW.astype(np.float32), size)
-    inside: npt.NDArray[np.bool_] = cover_HW >= 0.5 - 1e-5  # sums of thirds miss a half by an ulp
+    inside: npt.NDArray[np.bool_] = cover_HW >= 0.5 - 1e-5  # sums of thirds can be an ulp below one half
     return inside
 
 
 def _resized(array_HW: npt.NDArray[Any], size: int) -> npt.NDArray[Any]:
     if size < 1:
-        raise ValueError(f"size is {size}: give the pixels a side, at least 1")
+        raise ValueError(f"size is {size}: give the pixels per side, at least 1")
     height, width = array_HW.shape
-    # OpenCV's INTER_AREA is an average only where both sides shrink: so first those that do, then those that grow.
+    # OpenCV's INTER_AREA averages only if both sides shrink: so shrink first, then enlarge.
     smaller = (min(width, size), min(height, size))
     if smaller != (width, height):
         array_HW = cv2.resize(array_HW, smaller, interpolation=cv2.INTER_AREA)
@@ -221,23 +220,23 @@ def _resized(array_HW: npt.NDArray[Any], size: int) -> npt.NDArray[Any]:
 
 def _checked(image_HW: GrayImage) -> GrayImage:
     if image_HW.dtype != np.uint8 or image_HW.ndim != 2 or image_HW.size == 0:
-        raise ValueError(f"gray is {image_HW.dtype} of shape {image_HW.shape}, not uint8 (H, W): convert it first")
+        raise ValueError(f"image is {image_HW.dtype} of shape {image_HW.shape}, not uint8 (H, W): convert it first")
     return np.ascontiguousarray(image_HW)
 
 
 def _encoded(suffix: str, image_HW: GrayImage, options: tuple[int, ...]) -> bytes:
     done, data = cv2.imencode(suffix, image_HW, options)
     if not done:
-        raise ValueError(f"gray of shape {image_HW.shape} is too large to be encoded as {suffix}: resize it first")
+        raise ValueError(f"image of shape {image_HW.shape} is too large for {suffix}: resize it first")
     return bytes(data)
 
 
-def _kind(data: bytes) -> str | None:
-    """What else a file is that people take for an image."""
-    begin = data[:64].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if begin.startswith((b"<!doctype", b"<html", b"<?xml", b"<svg")):
+def _other_format(data: bytes) -> str | None:
+    """The format of a file that is often mistaken for a supported image, with how to fix it; None if not recognized."""
+    start = data[:64].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<svg")):
         return "an HTML or XML page: the download has probably failed"
-    return next((kind for magic, kind in _OTHERS.items() if data.startswith(magic)), None)
+    return next((text for magic, text in _OTHER_FORMATS.items() if data.startswith(magic)), None)
 
 
 # PNG
@@ -248,53 +247,53 @@ def _chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
-    """(type, body) of every chunk up to IEND, each against its CRC; 0.2 ms for 400 kB."""
-    view, at = memoryview(data), len(_PNG)
-    while at + 12 <= len(data):
-        length, kind = int.from_bytes(view[at : at + 4], "big"), bytes(view[at + 4 : at + 8])
-        end = at + 8 + length
+    """(type, body) of every chunk up to IEND, with its CRC checked; takes 0.2 ms for 400 kB."""
+    view, offset = memoryview(data), len(_PNG)
+    while offset + 12 <= len(data):
+        length, kind = int.from_bytes(view[offset : offset + 4], "big"), bytes(view[offset + 4 : offset + 8])
+        end = offset + 8 + length
         if end + 4 > len(data):
             break
-        if zlib.crc32(view[at + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
+        if zlib.crc32(view[offset + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
             raise UnreadableImageError(
-                f"PNG is damaged: the CRC of the chunk {kind.decode('latin-1')!r} at byte {at} is wrong"
+                f"PNG is damaged: the CRC of the chunk {kind.decode('latin-1')!r} at byte {offset} is wrong"
             )
-        yield kind, view[at + 8 : end]
+        yield kind, view[offset + 8 : end]
         if kind == b"IEND":
             return
-        at = end + 4
-    raise UnreadableImageError(f"PNG is cut short: {len(data)} bytes, and no IEND")
+        offset = end + 4
+    raise UnreadableImageError(f"PNG is truncated: {len(data)} bytes without IEND")
 
 
 def _png(data: bytes) -> GrayImage:
     chunks = list(_chunks(data))
     kind, header = chunks[0]
     if kind != b"IHDR" or len(header) != 13:
-        raise UnreadableImageError("PNG is damaged: it does not begin with IHDR")
+        raise UnreadableImageError("PNG is damaged: it does not start with IHDR")
     width, height = struct.unpack_from(">II", header)
     if width * height > MAX_PIXELS:
         raise UnreadableImageError(f"PNG of {height} x {width} pixels: over {MAX_PIXELS:,}")
     if any(kind == b"acTL" for kind, _ in chunks):
-        raise UnreadableImageError("PNG is animated, not one image: split it")
+        raise UnreadableImageError("PNG is animated, not a single image: split it")
     pixels = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None or pixels.shape[:2] != (height, width):
         raise UnreadableImageError(f"PNG of {height} x {width} pixels cannot be decoded")
     if pixels.dtype == np.uint16:
         pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    return _gray_of(pixels)
+    return _to_gray(pixels)
 
 
-def _gray_of(pixels: npt.NDArray[Any]) -> GrayImage:
-    """(H, W), (H, W, 3) or (H, W, 4) uint8 in OpenCV's channel order -> gray, where it is gray."""
+def _to_gray(pixels: npt.NDArray[Any]) -> GrayImage:
+    """(H, W), (H, W, 3) or (H, W, 4) uint8 in OpenCV's channel order -> (H, W); a colored image is refused."""
     if pixels.ndim == 2:
         return pixels
     if pixels.shape[2] == 4 and pixels[..., 3].min() < 255:
         raise UnreadableImageError("the image is transparent: save it without alpha")
     blue, green, red = (pixels[..., channel] for channel in range(3))
-    apart = cv2.max(cv2.absdiff(red, green), cv2.absdiff(green, blue))
-    if not apart.any():
+    difference_HW = cv2.max(cv2.absdiff(red, green), cv2.absdiff(green, blue))
+    if not difference_HW.any():
         return np.ascontiguousarray(green)
-    share = float(np.count_nonzero(apart > COLOR_LEVELS)) / apart.size
+    share = float(np.count_nonzero(difference_HW > COLOR_LEVELS)) / difference_HW.size
     if share > COLOR_SHARE:
         raise UnreadableImageError(f"the image is colored ({share:.1%} of its pixels): give the gray original")
     image_HW: GrayImage = cv2.cvtColor(pixels[..., :3], cv2.COLOR_BGR2GRAY)
@@ -312,32 +311,32 @@ def _jpeg(data: bytes) -> LoadedImage:
         if space not in ("Gray", "YCbCr", "RGB"):
             raise UnreadableImageError(f"JPEG is {space}, neither gray nor RGB: save it as gray")
         image_HW = simplejpeg.decode_jpeg(data, colorspace="GRAY", strict=True)[..., 0]
-        # Refuses what is colored; where the hues are exactly neutral, every decoder gives the same gray.
+        # Refuses a colored image. If all pixels are exactly neutral, every decoder gives the same gray values.
         exact = space == "Gray" or np.array_equal(
-            image_HW, _gray_of(simplejpeg.decode_jpeg(data, colorspace="BGR", strict=True))
+            image_HW, _to_gray(simplejpeg.decode_jpeg(data, colorspace="BGR", strict=True))
         )
     except ValueError as error:
         if isinstance(error, UnreadableImageError):
             raise
-        raise UnreadableImageError(f"JPEG is cut short or damaged: {' '.join(str(error).split())[:200]}") from error
+        raise UnreadableImageError(f"JPEG is truncated or damaged: {one_line(error, limit=200)}") from error
     orientation = _orientation(data)
-    return LoadedImage(_turned(image_HW, orientation), data if exact and orientation == 1 else None)
+    return LoadedImage(_upright(image_HW, orientation), data if exact and orientation == 1 else None)
 
 
 def _orientation(data: bytes) -> int:
-    """EXIF's Orientation, 1 (upright) to 8; 1 where there is none."""
+    """EXIF's Orientation, 1 (upright) to 8; 1 if there is none."""
     if b"Exif\0\0" not in data[:65536]:
         return 1
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
             orientation = image.getexif().get(0x0112, 1)
-    except Exception as error:  # damaged metadata make the parser raise nearly anything
-        raise UnreadableImageError(f"JPEG's EXIF metadata are damaged ({type(error).__name__}): strip them") from error
+    except Exception as error:  # damaged metadata can make the parser raise any error
+        raise UnreadableImageError(f"JPEG's EXIF metadata is damaged ({type(error).__name__}): remove it") from error
     return orientation if orientation in range(1, 9) else 1
 
 
-def _turned(image_HW: GrayImage, orientation: int) -> GrayImage:
-    """Turn a stored image upright: where EXIF (Exif 2.3, 4.6.4 A) says its first row and column lie."""
+def _upright(image_HW: GrayImage, orientation: int) -> GrayImage:
+    """Rotate and mirror a stored image according to its EXIF orientation (Exif 2.3, 4.6.4 A)."""
     if orientation in (5, 6, 7, 8):
         image_HW = image_HW.T
     if orientation in (2, 3, 6, 7):

@@ -1,8 +1,8 @@
-"""Run-length encodings of SIIM-ACR's `train-rle.csv` <-> boolean masks.
+"""Run-length encodings in SIIM-ACR's format (`train-rle.csv`) <-> boolean masks.
 
 An encoding is `start length start length ...` in decimal, separated by spaces. Pixels are counted down the columns
-(column-major), and every start is relative to the end of the run before, the first one to pixel 0. `-1` alone is the
-empty mask. An image may have several encodings, one a row of the table: its mask is their union.
+(column-major). Each start is relative to the end of the previous run, the first one to pixel 0. `-1` alone is the empty
+mask. An image can have several encodings, one per row of the table; its mask is their union.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ Mask = npt.NDArray[np.bool_]
 """(H, W) bool, upright, C-contiguous: True inside the finding."""
 
 EMPTY = "-1"
-"""The encoding of a mask without a single pixel."""
+"""The encoding of an empty mask."""
 
 
 def decode(rle: str, shape: tuple[int, int]) -> Mask:
-    """Turn one encoding into its mask.
+    """Decode one encoding.
 
     Args:
-        rle: the table's cell; blanks around it are ignored (SIIM's cells begin with one).
-        shape: (H, W) of the image in pixels; 1024 x 1024 throughout SIIM.
+        rle: the cell of the table; blanks around it are ignored (SIIM's cells start with one).
+        shape: (H, W) of the image in pixels; always 1024 x 1024 in SIIM.
 
     Returns:
         (H, W) bool.
 
     Raises:
-        ValueError: the string is empty, holds something other than whole numbers, holds an odd count of them, or
-            describes a run that reaches beyond the image.
+        ValueError: the string is empty, holds anything but non-negative integers, has an odd number of them, or has a
+            run that ends outside the image.
     """
     height, width = _checked(shape)
     mask = np.zeros((height, width), dtype=np.bool_)
     bounds = _bounds(rle, height * width)
     if bounds is None:
         return mask
-    # Only the columns that the runs touch are filled and transposed: most findings span a third of the image.
+    # Fill and transpose only the columns that have runs: most findings span a third of the image.
     first, last = int(bounds[0]) // height, -(-int(bounds[-1]) // height)
     offset, span = first * height, (last - first) * height
     gaps_and_runs = np.diff(bounds, prepend=offset, append=offset + span)
@@ -51,13 +51,13 @@ def decode(rle: str, shape: tuple[int, int]) -> Mask:
 
 
 def encode(mask: Mask) -> str:
-    """Turn a mask into its one shortest encoding: runs as long as they can be, single spaces, no blank around them.
+    """Encode a mask. The result is unique: the longest possible runs, single spaces, no blanks around.
 
     Args:
         mask: (H, W) bool.
 
     Returns:
-        `start length ...`, or `-1` for an empty mask; `decode` with the same shape gives the mask back.
+        `start length ...`, or `-1` for an empty mask; `decode` with the same shape returns the same mask.
 
     Raises:
         ValueError: the mask is not bool or not (H, W).
@@ -69,7 +69,7 @@ def encode(mask: Mask) -> str:
     if len(touched) == 0:
         return EMPTY
     first, last = int(touched[0]), int(touched[-1]) + 1
-    # Only the touched columns are transposed, by OpenCV: np.ascontiguousarray(mask.T) costs four times as much.
+    # Transpose only the columns with pixels, with OpenCV: np.ascontiguousarray(mask.T) takes four times as long.
     columns = cv2.transpose(np.ascontiguousarray(mask[:, first:last]).view(np.uint8))
     padded = np.zeros(columns.size + 2, dtype=np.uint8)
     padded[1:-1] = columns.reshape(-1)
@@ -78,51 +78,51 @@ def encode(mask: Mask) -> str:
 
 
 def union(rles: Iterable[str], shape: tuple[int, int]) -> Mask:
-    """Join an image's encodings, as SIIM means several rows of one image; no encoding at all is an empty mask.
+    """Decode all encodings of an image into one mask, as SIIM defines several rows; no encoding is an empty mask.
 
     Args:
-        rles: encodings as `decode` takes them; they may overlap, and `-1` adds nothing.
+        rles: encodings as for `decode`; they may overlap, and `-1` adds nothing.
         shape: (H, W) of the image in pixels.
 
     Returns:
-        (H, W) bool: True where any encoding is.
+        (H, W) bool: True inside any of the encodings.
 
     Raises:
         ValueError: as `decode`.
     """
     mask: Mask | None = None
     for rle in rles:
-        one = decode(rle, shape)
-        mask = one if mask is None else np.logical_or(mask, one, out=mask)
+        part = decode(rle, shape)
+        mask = part if mask is None else np.logical_or(mask, part, out=mask)
     return np.zeros(_checked(shape), dtype=np.bool_) if mask is None else mask
 
 
 def _checked(shape: tuple[int, int]) -> tuple[int, int]:
     height, width = shape
     if height < 1 or width < 1:
-        raise ValueError(f"shape is {height} x {width}: give the (H, W) of the image, each at least 1")
+        raise ValueError(f"shape is {height} x {width}: give the (H, W) of the image, both at least 1")
     return height, width
 
 
 def _bounds(rle: str, pixels: int) -> npt.NDArray[np.int64] | None:
-    """Column-major pixel numbers where runs begin (even places) and end (odd places); None for an empty mask."""
+    """Column-major pixel indices of the starts (even indices) and ends (odd indices) of runs; None for an empty mask."""
     words = rle.split()
     if words == [EMPTY]:
         return None
     if not words:
-        raise ValueError(f"rle is blank: an empty mask is written {EMPTY!r}")
-    # int() alone would let '+5', '1_000' and other scripts' digits pass.
+        raise ValueError(f"rle is blank: an empty mask is written as {EMPTY!r}")
+    # int() alone would accept '+5', '1_000' and digits of other scripts.
     if not all(word.isascii() and word.isdigit() for word in words):
         wrong = next(word for word in words if not (word.isascii() and word.isdigit()))
-        raise ValueError(f"rle holds {wrong[:20]!r}: only whole numbers are allowed, or {EMPTY!r} alone")
+        raise ValueError(f"rle holds {wrong[:20]!r}: only non-negative integers are allowed, or {EMPTY!r} alone")
     if len(words) % 2:
-        raise ValueError(f"rle holds {len(words)} numbers: starts and lengths come in pairs, so it may be cut short")
+        raise ValueError(f"rle holds {len(words)} numbers: starts and lengths come in pairs, so it may be truncated")
     numbers = [int(word) for word in words]
     end = sum(numbers)
     if end > pixels:
         raise ValueError(
             f"rle's runs end at pixel {end} of {pixels}: check the shape, and that each start is relative to the end "
-            "of the run before"
+            "of the previous run"
         )
     bounds: npt.NDArray[np.int64] = np.cumsum(np.asarray(numbers, dtype=np.int64))
     return None if end == 0 or not any(numbers[1::2]) else bounds

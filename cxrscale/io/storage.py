@@ -1,4 +1,4 @@
-"""Files that may lie on a local disk or behind an fsspec address, and writing them whole or not at all."""
+"""Reading, listing and atomically writing files on a local disk or at an fsspec address."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from blake3 import blake3
 
 from cxrscale.types import UserError
 
-STRAY = ".tmp-"
-"""How the name of an unfinished file begins; it never ends as the finished one's does, so no `*.tar` takes it in."""
+TEMPORARY_PREFIX = ".tmp-"
+"""Prefix of the name of an unfinished file, which has no suffix, so that a pattern such as `*.tar` never matches it."""
 
 
 def is_remote(address: str) -> bool:
@@ -24,26 +24,26 @@ def is_remote(address: str) -> bool:
 
 
 def local_path(address: str) -> Path:
-    """The plain path behind a local address."""
+    """The path of a local address."""
     return Path(address.removeprefix("file://"))
 
 
 def join(root: str | Path, *names: str) -> str:
-    """root/name/..., for paths and addresses alike."""
+    """root/name/..., for local paths and addresses."""
     root = str(root)
     return "/".join([root.rstrip("/"), *names]) if is_remote(root) else str(local_path(root).joinpath(*names))
 
 
 def absolute(address: str) -> str:
-    """The address from the root of its file system: workers run in other directories."""
+    """The address with an absolute path, because workers run in other directories."""
     return address if is_remote(address) else str(local_path(address).resolve())
 
 
 def exists(address: str) -> bool:
-    """Whether a file or folder is there."""
+    """Whether a file or folder exists."""
     if not is_remote(address):
         return local_path(address).exists()
-    with _named(address):
+    with _user_errors(address):
         files, path = fsspec.core.url_to_fs(address)
         files.invalidate_cache()
         return bool(files.exists(path))
@@ -53,9 +53,9 @@ def read(address: str) -> bytes:
     """All bytes of a file.
 
     Raises:
-        UserError: it does not exist or may not be read.
+        UserError: it does not exist or cannot be read.
     """
-    with _named(address):
+    with _user_errors(address):
         if not is_remote(address):
             return local_path(address).read_bytes()
         with fsspec.open(address, "rb") as file:
@@ -64,11 +64,11 @@ def read(address: str) -> bytes:
 
 
 def listing(address: str, suffix: str = "") -> list[str]:
-    """The sorted names of the files directly in a folder; empty where there is no folder."""
+    """The sorted names of the entries of a folder that end in `suffix`; empty if the folder does not exist."""
     if not is_remote(address):
         root = local_path(address)
         return sorted(entry.name for entry in root.iterdir() if entry.name.endswith(suffix)) if root.is_dir() else []
-    with _named(address):
+    with _user_errors(address):
         files, path = fsspec.core.url_to_fs(address)
         files.invalidate_cache()
         names = files.ls(path, detail=False) if files.exists(path) else []
@@ -76,38 +76,38 @@ def listing(address: str, suffix: str = "") -> list[str]:
 
 
 def remove(address: str) -> None:
-    """Remove a file; nothing happens where there is none."""
+    """Remove a file, if it exists."""
     if not is_remote(address):
         local_path(address).unlink(missing_ok=True)
         return
-    with _named(address):
+    with _user_errors(address):
         files, path = fsspec.core.url_to_fs(address)
         if files.exists(path):
             files.rm_file(path)
 
 
 def remove_empty_folder(address: str) -> None:
-    """Remove a local folder that holds nothing; an object store has no empty folders."""
+    """Remove a local folder if it is empty; object stores have no empty folders."""
     if not is_remote(address) and local_path(address).is_dir() and not listing(address):
         local_path(address).rmdir()
 
 
 @contextmanager
 def publishing(address: str) -> Iterator[Path]:
-    """A temporary local path; what was written there appears under `address` at once and whole, or never.
+    """Write a file atomically: a temporary local path, whose content appears at `address` complete or not at all.
 
-    A local file is written beside its final place, synced and renamed; a remote one is uploaded from the local
-    temporary folder (an object store shows an object only when its upload is complete).
+    A local file is written into its final folder, synced and renamed; a remote one is uploaded from the local temporary
+    folder (an object store shows an object only when its upload is complete).
 
     Raises:
-        UserError: the disk is full or the target may not be written; nothing is left behind.
+        UserError: the disk is full or the target cannot be written; no temporary file remains.
     """
     remote = is_remote(address)
     final = local_path(address)
-    with _named(address):
+    with _user_errors(address):
         if not remote:
             final.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f"{STRAY}{final.name}-", dir=None if remote else final.parent)
+        handle, name = tempfile.mkstemp(prefix=f"{TEMPORARY_PREFIX}{final.name}-", dir=None if remote else final.parent)
         os.close(handle)
         temporary = Path(name)
         try:
@@ -125,22 +125,23 @@ def publishing(address: str) -> Iterator[Path]:
 
 
 def write(address: str, data: bytes | str) -> None:
-    """Write a whole file, atomically."""
+    """Write a file atomically."""
     with publishing(address) as path:
         path.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
-def sweep(address: str) -> int:
-    """Remove temporary files that killed processes left in a local folder; returns how many there were."""
-    strays = [] if is_remote(address) else list(local_path(address).glob(f"{STRAY}*"))
-    for stray in strays:
-        stray.unlink(missing_ok=True)
-    return len(strays)
+def remove_temporary_files(address: str) -> int:
+    """Remove temporary files that killed processes left in a local folder; returns their number."""
+    paths = [] if is_remote(address) else list(local_path(address).glob(f"{TEMPORARY_PREFIX}*"))
+    for path in paths:
+        path.unlink(missing_ok=True)
+    return len(paths)
 
 
 def unreachable(error: Exception) -> bool:
-    """Whether an object store did not answer, or had no credentials; such errors are of no type of Python's."""
-    return any(each.__module__ == "botocore.exceptions" for each in type(error).__mro__)
+    """Whether an error means that an object store did not answer, or that credentials are missing."""
+    # By name, because botocore is optional and slow to import; its errors are not OSErrors.
+    return any(base.__module__ == "botocore.exceptions" for base in type(error).__mro__)
 
 
 def digest(data: bytes | memoryview) -> str:
@@ -149,7 +150,7 @@ def digest(data: bytes | memoryview) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """BLAKE3 of a local file, without reading it into memory at once."""
+    """BLAKE3 of a local file, which is memory-mapped and not read at once."""
     return blake3().update_mmap(path).hexdigest()
 
 
@@ -162,21 +163,21 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _named(address: str) -> Iterator[None]:
-    """Turn what the file system says into one line with the address and the remedy."""
+def _user_errors(address: str) -> Iterator[None]:
+    """Turn errors of the file system into one line with the address and how to fix it."""
     try:
         yield
     except FileNotFoundError as error:
         raise UserError(f"{error.filename or address} does not exist; check the path") from None
     except PermissionError as error:
-        raise UserError(f"{error.filename or address}: permission denied; choose a folder you may use") from None
+        raise UserError(f"{error.filename or address}: permission denied; choose a folder with permission") from None
     except IsADirectoryError:
-        raise UserError(f"{address} is a folder, a file was expected") from None
+        raise UserError(f"{address} is a folder; give a file") from None
     except (NotADirectoryError, FileExistsError):
         raise UserError(f"{address}: a part of this path is a file, not a folder") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UserError(f"{address}: no space left on the disk; free some, then run this again") from None
+            raise UserError(f"{address}: no space left on the disk; free some, then re-run the command") from None
         if error.errno == errno.EROFS:
             raise UserError(f"{address}: the disk is read-only; choose another folder") from None
         raise

@@ -5,12 +5,16 @@ from .augment import sample_params as sample_params
 from .hashing import SUBSET as SUBSET
 from .hashing import Rows as Rows
 from .hashing import hash64 as hash64
+from .loader import Batches as Batches
 from .loader import augmented_batches as augmented_batches
 from .loader import evaluation_batches as evaluation_batches
 from .loader import file_batches as file_batches
+from .loader import make_loader as make_loader
+from .loader import open_training_stream as open_training_stream
 from .loader import training_batches as training_batches
 from .loader import training_epoch_length as training_epoch_length
 from .loader import usable_rows as usable_rows
+from .policies import POLICIES as POLICIES
 from .reader import EncodedBytes as EncodedBytes
 from .reader import ShardReader as ShardReader
 from .sampler import BatchIndices as BatchIndices

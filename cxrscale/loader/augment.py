@@ -1,11 +1,12 @@
-"""Every random number of every image's augmentation, as hashes of (seed, position in the stream, image, purpose).
+"""The random parameters of every image's augmentation, as hashes of (seed, position in the stream, image, purpose).
 
-The readers hold no random state: they are handed these numbers as data. So the same image at the same place of the
-stream is augmented alike by every reader, on every device, on whichever rank, and after any resume.
+The backends hold no random state: they get these parameters as data. So the same image at the same position of the
+stream is augmented alike by every backend, on every device and rank, and after any resume.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -23,22 +24,22 @@ Flags = npt.NDArray[np.bool_]
 )
 
 HALF = 0.498
-"""Where interpolated values are cut in two: a hair off one half. Plain resizing by simple ratios meets the half
+"""Threshold for interpolated values, a little off one half. Plain resizing by simple ratios meets the half
 exactly and often, and there two libraries (or DALI's CPU and GPU, which round halves differently) would decide
 differently. A mask is 1 where it is above 255 * HALF; a level becomes an integer for CLAHE as floor(level + HALF)."""
 
 NOISE_STARTS = 1 << 20
-"""Places in the noise bank where an image's noise may begin."""
+"""Positions in the noise bank at which an image's noise may begin."""
 
 
 @dataclass(frozen=True, slots=True)
 class AugmentParams:
-    """What happens to each of B images between decoding and the model."""
+    """How each of B images is changed between decoding and the model."""
 
     matrix_B23: Floats
     """Takes OUTPUT to SOURCE coordinates, (x, y, 1) -> (x, y) in pixels. (0, 0) is the outer corner of the upper left
     pixel, whose center is therefore (0.5, 0.5). DALI's `warp_affine` takes it as it is; OpenCV, which puts (0, 0) into
-    that pixel's center, takes `about_centers(matrix)`. The identity leaves an image of the output's size untouched.
+    that pixel's center, takes `to_pixel_centers(matrix)`. The identity leaves an image of the output's size untouched.
     Resizing, crop, rotation, zoom, shift and flip are all in it."""
     brightness_B: Floats
     """Added to the gray level, as a share of the full range."""
@@ -51,31 +52,30 @@ class AugmentParams:
     noise_on_B: Flags
     """Whether noise is added."""
     noise_offset_B: Rows
-    """Where in `noise_bank` its noise begins, in 0..NOISE_STARTS - 1."""
+    """Position in `noise_bank` at which its noise begins, in 0..NOISE_STARTS - 1."""
 
 
 def sample_params(
     augment: Augment,
     seed: int,
     key_B: Rows,
-    draw_B: Rows,
-    height_B: Rows,
-    width_B: Rows,
+    stream_pos_B: Rows,
+    size_B: tuple[Rows, Rows],
     training: bool,
 ) -> AugmentParams:
-    """The numbers of B images; without training only the resize, and CLAHE where the recipe always wants it.
+    """The parameters of B images; without training only the resize, and CLAHE where the recipe always wants it.
 
     Args:
         augment: what may happen; `augment.size` is the output's side.
         seed: sampler.seed.
         key_B: the manifest's numbers of the images.
-        draw_B: positions in the training stream: an image that comes again is augmented anew.
-        height_B: rows of the stored image.
-        width_B: its columns.
+        stream_pos_B: positions in the training stream: an image that comes again is augmented anew.
+        size_B: (height_B, width_B) of the stored images in pixels.
         training: whether to augment.
     """
     count = len(key_B)
-    chance = uniform(hash64(seed, AUGMENT, draw_B, key_B, np.arange(14)[:, None]))
+    height_B, width_B = size_B
+    chance = uniform(hash64(seed, AUGMENT, stream_pos_B, key_B, np.arange(14)[:, None]))
     on_B = (chance[APPLY] < augment.probability) & training
     matrix_B33 = _resize(augment.size, height_B, width_B)
     if on_B.any():
@@ -102,8 +102,8 @@ def to_pixel_centers(matrix_B23: Floats) -> npt.NDArray[np.float64]:
 def fits_inside(matrix_B23: Floats, size: int, height_B: Rows, width_B: Rows) -> Flags:
     """(B,) whether every sample of a (size, size) output lies between centers of the source's pixels.
 
-    A bilinear sample there needs no pixel beyond the border. A thousandth of a pixel beyond counts as inside: the
-    matrix is float32.
+    A bilinear sample then needs no pixel outside the border. Up to a thousandth of a pixel outside counts as inside:
+    the matrix is float32.
     """
     end = size - 0.5
     corner_3C = np.array([[0.5, end, 0.5, end], [0.5, 0.5, end, end], [1, 1, 1, 1]])
@@ -112,13 +112,18 @@ def fits_inside(matrix_B23: Floats, size: int, height_B: Rows, width_B: Rows) ->
     return np.asarray(((point_B2C > 0.499) & (point_B2C < last_B2[:, :, None] + 0.001)).all(axis=(1, 2)), np.bool_)
 
 
+def blur_window(sigma: float) -> int:
+    """The width in pixels of a Gaussian blur's window, which reaches to three standard deviations."""
+    return 2 * math.ceil(3 * sigma) + 1
+
+
 @lru_cache(maxsize=2)
 def noise_bank(size: int) -> Floats:
-    """(NOISE_STARTS + size * size,) standard normal numbers; an image's noise is size * size of them in a row.
+    """(NOISE_STARTS + size * size,) standard normal numbers; an image's noise is size * size consecutive ones.
 
-    A bank, because drawing 50,000 normal numbers an image costs more than decoding it; the same for every seed, since
-    the place where an image begins is random. Box and Muller's transform (1958) of hashes, so that it hangs on no
-    library's generator.
+    A bank, because sampling 50,000 normal numbers per image costs more than decoding it; the same for every seed, since
+    the position at which an image begins is random. Box and Muller's transform (1958) of hashes, so that it depends on
+    no library's generator.
     """
     half = -(-(NOISE_STARTS + size * size) // 2)
     word: Hashes = hash64(NOISE, np.arange(2 * half))
@@ -134,7 +139,7 @@ def _between(chance_B: npt.NDArray[np.float64], bound: float) -> npt.NDArray[np.
 
 
 def _resize(size: int, height_B: Rows, width_B: Rows) -> npt.NDArray[np.float64]:
-    """(B, 3, 3) maps of the output's square onto the whole source."""
+    """(B, 3, 3) maps of the output's square onto the full source."""
     matrix = np.zeros((len(height_B), 3, 3))
     matrix[:, 0, 0], matrix[:, 1, 1], matrix[:, 2, 2] = width_B / size, height_B / size, 1
     return matrix
@@ -145,13 +150,13 @@ def _augmented(
 ) -> npt.NDArray[np.float64]:
     """(B, 3, 3) maps of output to source pixels.
 
-    What is done to the image, in this order: a square share of it is cut out, it is flipped, rotated and zoomed
-    about its center, and shifted. The map undoes these one by one, from the output backwards, in units of the
-    image's side with the center at (0, 0).
+    The image is cropped to a square share of itself, flipped, rotated and zoomed about its center, and shifted, in this
+    order. The map undoes these one by one, from the output backwards, in units of the image's side with the center at
+    (0, 0).
     """
     angle = np.deg2rad(_between(chance[ANGLE], augment.rotation))
     low, high = augment.scale
-    # Zooms are drawn evenly in the logarithm: 0.8 and 1.25 are equally far from 1.
+    # Zooms are uniform in the logarithm: 0.8 and 1.25 are equally far from 1.
     zoom = np.exp(np.log(low) + chance[ZOOM] * (np.log(high) - np.log(low)))
     smallest, largest = augment.crop_area
     side = np.sqrt(smallest + chance[AREA] * (largest - smallest))

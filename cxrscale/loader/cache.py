@@ -1,12 +1,12 @@
-"""Remote shards -> whole local copies in a cache that all processes of a machine share.
+"""Remote shards -> complete local copies in a cache that all processes of a machine share.
 
-A copy is named by the BLAKE3 that the manifest states, so that sets with the same shard share it, and it appears under
-that name only when it is whole and its digest is right. A lock a shard lets one process download while the others
-wait. The folder is CXRSCALE_CACHE, or ~/.cache/cxrscale; it holds at most CXRSCALE_CACHE_GB gigabytes (default 200),
-with what is being downloaded counted at its full size from the start.
+A copy is named by the BLAKE3 in the manifest, so that datasets with the same shard share it, and it appears under that
+name only when it is complete and its digest is right. A lock per shard lets one process download while the others wait.
+The folder is CXRSCALE_CACHE, or ~/.cache/cxrscale; it holds at most CXRSCALE_CACHE_GB gigabytes (default 200), and a
+running download counts with its full size from the start.
 
-A copy is locked for as long as anyone has it mapped, and only copies that nobody has are removed to make room: a
-removed file that is still mapped would go on filling the disk.
+A copy is locked for as long as any process has it mapped, and only unlocked copies are removed to make room: a removed
+file that is still mapped would go on filling the disk.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _log = logging.getLogger("cxrscale")
 
 @dataclass(frozen=True, slots=True)
 class RemoteShard:
-    """A remote tar, and what the manifest says of it; None where it says nothing."""
+    """A remote tar, and its digest and size from the manifest; None where the manifest has none."""
 
     address: str
     blake3: str | None
@@ -41,12 +41,12 @@ class RemoteShard:
 
 
 def staged_copy(shard: RemoteShard) -> BinaryIO:
-    """The local copy of a remote shard, downloaded if need be, open for reading.
+    """The local copy of a remote shard, downloaded if necessary, open for reading.
 
     It is not removed to make room while this file, or a map of it, is open in any process.
 
     Raises:
-        UserError: it is not there, differs from what the manifest says, or does not fit into the cache.
+        UserError: it does not exist, differs from the manifest, or does not fit into the cache.
     """
     folder = Path(os.environ.get(CACHE_FOLDER) or "~/.cache/cxrscale").expanduser()
     try:
@@ -57,31 +57,31 @@ def staged_copy(shard: RemoteShard) -> BinaryIO:
     final = folder / f"{name}.tar"
     try:
         with _locked(folder / f"{name}.lock"):
-            if not _whole(final, shard):
+            if not _complete(final, shard):
                 _download(shard, final)
             os.utime(final)
             file = final.open("rb")
-            # Taken before the name's lock is given back, so that nobody can remove the copy in between. A map
+            # Taken before the name's lock is released, so that no process can remove the copy in between. A map
             # duplicates the descriptor and with it the lock, which therefore lasts as long as the map.
             fcntl.flock(file, fcntl.LOCK_SH)
     except PermissionError as error:
-        raise UserError(f"{error.filename}: {error.strerror}; point {CACHE_FOLDER} to a folder of your own") from None
+        raise UserError(f"{error.filename}: {error.strerror}; point {CACHE_FOLDER} to a folder that you own") from None
     return file
 
 
-def _whole(path: Path, shard: RemoteShard) -> bool:
-    # The digest was compared before the copy got its name; its size tells whether someone has cut it since.
+def _complete(path: Path, shard: RemoteShard) -> bool:
+    # The digest was compared before the copy got its name; its size shows whether it has been truncated since.
     return path.exists() and (shard.size is None or path.stat().st_size == shard.size)
 
 
 def _download(shard: RemoteShard, final: Path) -> None:
-    """Copy the shard, within the bound; the caller holds the lock of its name."""
+    """Copy the shard, within the limit; the caller holds the lock of its name."""
     size = _remote_size(shard)
     part, room = final.with_suffix(".part"), final.with_suffix(".room")
     files, path = fsspec.core.url_to_fs(shard.address)
     try:
         with _locked(final.parent / "cache.lock"):
-            # A copy of another size is none, and whoever left the others is dead: the name's lock is ours.
+            # A copy of another size is unusable, and the process that left the others is dead: we hold the name's lock.
             for stale in (final, part, room):
                 stale.unlink(missing_ok=True)
             _make_room(shard, size, final.parent)
@@ -114,35 +114,36 @@ def _remote_size(shard: RemoteShard) -> int:
 
 
 def _make_room(shard: RemoteShard, size: int, folder: Path) -> None:
-    """Remove the copies that were asked for longest ago, until `size` more bytes fit; and what killed processes left.
+    """Remove the least recently used copies until `size` more bytes fit, and files that killed processes left.
 
-    The caller holds the cache's lock: two processes that counted at once would both find the same room.
+    The caller holds the cache's lock: two processes that counted at once would both use the same room.
     """
     limit = _limit()
     if size > limit:
         raise UserError(
-            f"{shard.address} alone has {size / 1e9:.3g} GB, more than {CACHE_GIGABYTES}={limit / 1e9:g}; raise {CACHE_GIGABYTES}"
+            f"{shard.address} alone has {size / 1e9:.3g} GB, more than "
+            f"{CACHE_GIGABYTES}={limit / 1e9:g}; raise {CACHE_GIGABYTES}"
         )
     for suffix in ("part", "room"):
         for stray in folder.glob(f"*.{suffix}"):
             _remove_if_free(stray)
-    # First what is under way, then what is whole: a download that ends in between is then seen twice, and counted once.
-    taken = {path.stem: bytes_ for path in folder.glob("*.room") if (bytes_ := _promised(path)) is not None}
-    copies = sorted(seen for path in folder.glob("*.tar") if (seen := _seen(path)) is not None)
-    taken |= {path.stem: bytes_ for _, bytes_, path in copies}
+    # First running downloads, then complete copies: a download that ends in between is seen twice, and counted once.
+    used = {path.stem: bytes_ for path in folder.glob("*.room") if (bytes_ := _reserved(path)) is not None}
+    copies = sorted(entry for path in folder.glob("*.tar") if (entry := _copy_entry(path)) is not None)
+    used |= {path.stem: bytes_ for _, bytes_, path in copies}
     for _, _, path in copies:
-        if sum(taken.values()) + size > limit and _remove_if_free(path):
-            del taken[path.stem]
-    held = sum(taken.values())
-    if held + size > limit:
+        if sum(used.values()) + size > limit and _remove_if_free(path):
+            del used[path.stem]
+    total = sum(used.values())
+    if total + size > limit:
         raise UserError(
-            f"{folder} would hold {(held + size) / 1e9:.3g} GB, more than {CACHE_GIGABYTES}={limit / 1e9:g}, and all of it "
-            f"is in use at once; raise {CACHE_GIGABYTES} or copy the shards to a local disk"
+            f"{folder} would hold {(total + size) / 1e9:.3g} GB, more than {CACHE_GIGABYTES}={limit / 1e9:g}, and all "
+            f"of it is in use at once; raise {CACHE_GIGABYTES} or copy the shards to a local disk"
         )
 
 
 def _limit() -> float:
-    """Bytes that the cache may hold."""
+    """Maximum size of the cache in bytes."""
     text = os.environ.get(CACHE_GIGABYTES, "200")
     try:
         limit = float(text) * 1e9
@@ -153,16 +154,16 @@ def _limit() -> float:
     return limit
 
 
-def _promised(room: Path) -> int | None:
-    """Bytes that a download under way will take; None where it has just ended."""
+def _reserved(room: Path) -> int | None:
+    """Bytes that a running download will take; None where it has just ended."""
     try:
         return int(room.read_text())
     except FileNotFoundError:
         return None
 
 
-def _seen(path: Path) -> tuple[float, int, Path] | None:
-    """(last asked for, bytes, path) of a copy; None where it has just been removed."""
+def _copy_entry(path: Path) -> tuple[float, int, Path] | None:
+    """(time of last use, bytes, path) of a copy; None where it has just been removed."""
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -171,7 +172,7 @@ def _seen(path: Path) -> tuple[float, int, Path] | None:
 
 
 def _remove_if_free(path: Path) -> bool:
-    """Remove a file of the cache unless someone is staging or reading it; whether it is gone."""
+    """Remove a file of the cache unless a process is downloading or reading it; returns whether it is gone."""
     try:
         with _locked(path.with_suffix(".lock"), wait=False):
             if path.suffix == ".tar":
@@ -187,10 +188,10 @@ def _remove_if_free(path: Path) -> bool:
 
 @contextmanager
 def _locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Hold a lock that ends with the process that holds it, however that ends.
+    """Hold a lock that the system releases when the process ends, for whatever reason.
 
     Raises:
-        BlockingIOError: another holds it and this one will not wait.
+        BlockingIOError: another process holds it, and `wait` is False.
     """
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

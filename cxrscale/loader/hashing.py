@@ -6,23 +6,16 @@ import numpy as np
 import numpy.typing as npt
 
 Rows = npt.NDArray[np.int64]
-
-
 Hashes = npt.NDArray[np.uint64]
-
-
 Flags = npt.NDArray[np.bool_]
 
-
 GAMMA = np.uint64(0x9E3779B97F4A7C15)
-
-
 SUBSET, ORDER, AUGMENT, NOISE, WEIGHT, COPY = 1, 2, 3, 4, 5, 6
-"""What a hash is for: two purposes never see the same random number."""
+"""Purposes of hashes: two purposes never see the same random number."""
 
 
 def mix64(word: Hashes) -> Hashes:
-    """SplitMix64's finalizer: a bijection of 64-bit words whose every output bit hangs on every input bit.
+    """SplitMix64's finalizer: a bijection of 64-bit words in which every output bit depends on every input bit.
 
     Source: Steele, Lea and Flood, 'Fast splittable pseudorandom number generators', OOPSLA 2014; the constants are
     Stafford's variant 13.
@@ -39,7 +32,7 @@ def hash64(*parts: int | npt.NDArray[np.int64]) -> Hashes:
     """
     word = np.zeros(1, np.uint64)
     for part in parts:
-        # At least one dimension: numpy warns of overflow on scalars, and wrapping round is what is wanted here.
+        # At least one dimension: numpy warns of overflow on scalars, and here the words have to wrap around.
         word = mix64((word ^ np.atleast_1d(np.asarray(part, np.int64)).view(np.uint64)) + GAMMA)
     return word
 

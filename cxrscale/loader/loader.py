@@ -1,49 +1,82 @@
-"""A manifest and a recipe's sections -> batches: chooses rows and reader, and refuses early what cannot work."""
+"""A manifest and a recipe -> batches: chooses rows and backend, and refuses early what cannot work."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 
-from cxrscale.config import NO_FINDING, PRESENT, Augment, Data, Sampler, has_no_finding
-from cxrscale.io import storage
-from cxrscale.loader import sampler as planning
-from cxrscale.loader.hashing import Flags, Rows
+from cxrscale.config import PRESENT, Augment, Data, Loader, Recipe, has_no_finding
+from cxrscale.loader import sampler
+from cxrscale.loader.hashing import Rows
+from cxrscale.loader.policies import POLICIES
 from cxrscale.loader.reader import MemoryReader, ShardReader
-from cxrscale.loader.sampler import BatchIndices, SampleAttributes, TrainingStream
+from cxrscale.loader.sample_weights import dataset_numbers
+from cxrscale.loader.sampler import BatchIndices, TrainingStream
+from cxrscale.loader.spec import LoaderSpec
 from cxrscale.shards import Manifest
-from cxrscale.types import Batch, UserError
+from cxrscale.types import Batch, DistContext, UserError
 
 Batches = Generator[Batch, None, None]
 """An iterator of batches; `close()` ends its threads at once, as does dropping it."""
 
+_log = logging.getLogger("cxrscale")
 
-def training_epoch_length(manifest: Manifest, data: Data, sampler: Sampler) -> int:
-    """How many images one pass of `training` has: the argument of `sampler.steps_per_epoch`.
+
+def make_loader(recipe: Recipe, dataset: Manifest, split: str = "train", dist: DistContext = DistContext()) -> Batches:
+    """The batches of one split of a dataset, as the recipe wants them.
+
+    Example:
+        >>> recipe = load_recipe("jobs/demo.yaml")
+        >>> dataset = open_dataset("runs/demo/shards/nih")
+        >>> for batch in make_loader(recipe, dataset, split="val"):
+        ...     logits = model(batch.image_BCHW)[batch.valid_B]
+
+    Args:
+        recipe: its sections data, loader, sampler and augment are used.
+        dataset: an open dataset; `recipe.data.shards` is not read.
+        split: train, val or test, which are looked up in `recipe.data`, or the name of a split of the dataset.
+        dist: rank, world size and device of this process.
+
+    Returns:
+        For train, augmented batches without end; for every other split, batches that have each image valid exactly
+        once over all ranks. Rows with `valid_B` False are padding, or their bytes were bad.
+
+    Raises:
+        UserError: no image left, a label missing, an input larger than what is stored, no masks, no predictions.
+    """
+    if split == "train":
+        return training_batches(dataset, recipe, dist)
+    splits = {"val": recipe.data.val_split, "test": recipe.data.test_split}
+    return evaluation_batches(dataset, splits.get(split, (split,)), recipe, dist)
+
+
+def training_epoch_length(manifest: Manifest, recipe: Recipe) -> int:
+    """Number of images in one pass over the training split: the argument of `sampler.steps_per_epoch`.
 
     Raises:
         UserError: no image left, a label missing, no masks, no predictions.
     """
-    return open_training_stream(manifest, data, sampler).pass_length
+    return open_training_stream(manifest, recipe).epoch_length
 
 
-def open_training_stream(manifest: Manifest, data: Data, sampler: Sampler) -> TrainingStream:
-    """The training stream itself, for those who want to look at it.
+def open_training_stream(manifest: Manifest, recipe: Recipe) -> TrainingStream:
+    """The order of the training images.
 
     Raises:
         UserError: no image left, a label missing, no masks, no predictions.
     """
+    data, settings = recipe.data, recipe.sampler
+    label_NF = manifest.labels(data.findings)
     rows = usable_rows(manifest, data.train_split, data)
-    label_NF = manifest.labels(data.findings)[rows]
-    return planning.training_stream(
-        rows, label_NF, manifest.key[rows], sampler, _attributes(manifest, rows, data, sampler)
-    )
+    attributes = POLICIES[settings.sampling].attributes(manifest, rows, data, settings)
+    if settings.dataset_weights:
+        attributes = replace(attributes, dataset_N=dataset_numbers(manifest, settings)[rows])
+    return sampler.training_stream(rows, label_NF[rows], manifest.key[rows], settings, attributes)
 
 
 def usable_rows(manifest: Manifest, split: Sequence[str], data: Data) -> Rows:
@@ -72,177 +105,105 @@ def usable_rows(manifest: Manifest, split: Sequence[str], data: Data) -> Rows:
 
 
 def training_batches(
-    manifest: Manifest,
-    data: Data,
-    sampler: Sampler,
-    augment: Augment,
-    rank: int = 0,
-    world: int = 1,
-    device: torch.device | str = "cpu",
-    epoch: int = 0,
-    step: int = 0,
+    manifest: Manifest, recipe: Recipe, dist: DistContext = DistContext(), epoch: int = 0, step: int = 0
 ) -> Batches:
     """A rank's training batches from (epoch, step) on, without end; ceil(sampler.batch_size / world) rows each.
 
     Raises:
         UserError: no image left, a label missing, an input larger than what is stored, no masks, no predictions.
     """
-    _check_size(manifest, augment)
-    label_NF = manifest.labels(data.findings)
-    rows = usable_rows(manifest, data.train_split, data)
-    traits = _attributes(manifest, rows, data, sampler)
-    steps = planning.training_indices(
-        rows, label_NF[rows], manifest.key[rows], sampler, rank, world, epoch, step, traits
-    )
-    return augmented_batches(manifest, steps, data, sampler, augment, device)
+    _check_size(manifest, recipe.augment)
+    indices = sampler.training_indices(open_training_stream(manifest, recipe), dist, epoch, step)
+    return augmented_batches(manifest, indices, recipe, dist.device)
 
 
 def augmented_batches(
-    manifest: Manifest,
-    steps: Iterable[BatchIndices],
-    data: Data,
-    sampler: Sampler,
-    augment: Augment,
-    device: torch.device | str = "cpu",
+    manifest: Manifest, indices: Iterable[BatchIndices], recipe: Recipe, device: torch.device | str = "cpu"
 ) -> Batches:
-    """Training batches of steps of one's own choosing: what an image looks like at some place of the stream.
+    """Training batches of chosen rows: what an image looks like at some position of the training stream.
 
     Raises:
         UserError: a label missing, an input larger than what is stored.
     """
-    _check_size(manifest, augment)
-    label_NF = manifest.labels(data.findings)
-    return _backend(data)(
-        steps, ShardReader(manifest), label_NF, augment, data, manifest.key, sampler.seed, True, torch.device(device)
-    )
+    _check_size(manifest, recipe.augment)
+    return _backend(recipe.loader)(indices, _spec(manifest, recipe, training=True), torch.device(device))
 
 
 def evaluation_batches(
-    manifest: Manifest,
-    split: Sequence[str],
-    data: Data,
-    sampler: Sampler,
-    augment: Augment,
-    rank: int = 0,
-    world: int = 1,
-    device: torch.device | str = "cpu",
+    manifest: Manifest, split: Sequence[str], recipe: Recipe, dist: DistContext = DistContext()
 ) -> Batches:
-    """A rank's batches of sampler.eval_batch_size rows over a split, not augmented: each image valid once over all ranks.
+    """A rank's batches of sampler.eval_batch_size rows, not augmented: each image is valid once over all ranks.
 
     Raises:
         UserError: the split is empty, a label missing, an input larger than what is stored, no masks.
     """
-    _check_size(manifest, augment)
-    label_NF = manifest.labels(data.findings)
-    steps = planning.evaluation_indices(usable_rows(manifest, split, data), sampler.eval_batch_size, rank, world)
-    return _backend(data)(
-        steps, ShardReader(manifest), label_NF, augment, data, manifest.key, sampler.seed, False, torch.device(device)
-    )
+    _check_size(manifest, recipe.augment)
+    rows = usable_rows(manifest, split, recipe.data)
+    indices = sampler.evaluation_indices(rows, recipe.sampler.eval_batch_size, dist)
+    return _backend(recipe.loader)(indices, _spec(manifest, recipe, training=False), dist.device)
 
 
-def file_batches(
-    images: Sequence[bytes], data: Data, sampler: Sampler, augment: Augment, device: torch.device | str = "cpu"
-) -> Batches:
+def file_batches(images: Sequence[bytes], recipe: Recipe, device: torch.device | str = "cpu") -> Batches:
     """Batches over files in memory (JPEG or PNG), not augmented; row i is the i-th file, every label NaN, no mask.
 
     A file that is no image has valid = False.
     """
     count = len(images)
-    label_NF = np.full((count, len(data.findings)), np.nan, np.float32)
-    steps = planning.evaluation_indices(np.arange(count, dtype=np.int64), sampler.eval_batch_size)
-    unmasked = data.model_copy(update={"task": "classify"})
-    key_N = np.zeros(count, np.int64)
-    return _backend(data)(
-        steps, MemoryReader(images), label_NF, augment, unmasked, key_N, sampler.seed, False, torch.device(device)
+    spec = LoaderSpec(
+        reader=MemoryReader(images),
+        label_NF=np.full((count, len(recipe.data.findings)), np.nan, np.float32),
+        key_N=np.zeros(count, np.int64),
+        augment=recipe.augment,
+        seed=recipe.sampler.seed,
+        training=False,
+        masks=False,
+        num_threads=recipe.loader.num_threads,
+        prefetch=recipe.loader.prefetch,
+    )
+    indices = sampler.evaluation_indices(np.arange(count, dtype=np.int64), recipe.sampler.eval_batch_size)
+    return _backend(recipe.loader)(indices, spec, torch.device(device))
+
+
+def _spec(manifest: Manifest, recipe: Recipe, training: bool) -> LoaderSpec:
+    return LoaderSpec(
+        reader=ShardReader(manifest),
+        label_NF=manifest.labels(recipe.data.findings),
+        key_N=manifest.key,
+        augment=recipe.augment,
+        seed=recipe.sampler.seed,
+        training=training,
+        masks=recipe.data.task == "segment",
+        num_threads=recipe.loader.num_threads,
+        prefetch=recipe.loader.prefetch,
     )
 
 
-def _attributes(manifest: Manifest, rows: Rows, data: Data, sampler: Sampler) -> SampleAttributes:
-    return SampleAttributes(
-        _dataset_numbers(manifest, sampler)[rows] if sampler.dataset_weights else None,
-        _weights(manifest, sampler)[rows] if sampler.sampling == "weighted" else None,
-        _hard(manifest, rows, data, sampler) if sampler.sampling == "hard" else None,
-    )
+def _backend(settings: Loader) -> Callable[[Iterable[BatchIndices], LoaderSpec, torch.device], Batches]:
+    """The function that makes the batches: DALI's, or OpenCV's where it is wanted or DALI is missing."""
+    if settings.backend != "opencv":
+        try:
+            from cxrscale.loader import dali
+
+            return dali.batches
+        except ImportError as error:
+            if settings.backend == "dali":
+                raise UserError(
+                    f"loader.backend=dali: {error}; install nvidia-dali or set loader.backend=opencv"
+                ) from None
+            _warn_once(str(error))
+    from cxrscale.loader import opencv
+
+    return opencv.batches
 
 
-def _dataset_numbers(manifest: Manifest, sampler: Sampler) -> Rows:
-    """(N,) which entry of data.shards each image lies in."""
-    root_N = manifest.column("root")
-    # `load` joins the sets in the order of data.shards, so the n-th new root is the n-th entry.
-    number = {root: n for n, root in enumerate(dict.fromkeys(root_N.tolist()))}
-    if len(sampler.dataset_weights) != len(number):
-        raise UserError(
-            f"sampler.dataset_weights={list(sampler.dataset_weights)} has {len(sampler.dataset_weights)} shares for {len(number)} data.shards; give one for each"
-        )
-    return np.array([number[root] for root in root_N.tolist()], np.int64)
-
-
-def _weights(manifest: Manifest, sampler: Sampler) -> npt.NDArray[np.float64]:
-    """(N,) the largest weight of each image's present findings; 1 where none is named."""
-    there = (*manifest.findings(), NO_FINDING)
-    for name in sampler.weights:
-        if name not in there:
-            raise UserError(f"sampler.weights: the shards have no label {name!r}; they have {', '.join(there)}")
-    label_NF = manifest.labels(manifest.findings())
-    present_NF = label_NF == PRESENT
-    weight_F = np.array([sampler.weights.get(name, 1.0) for name in manifest.findings()])
-    weight_N = np.where(present_NF, weight_F, -np.inf).max(axis=1)
-    weight_N[~present_NF.any(axis=1)] = 1.0
-    weight_N[has_no_finding(label_NF)] = sampler.weights.get(NO_FINDING, 1.0)
-    return np.asarray(weight_N, np.float64)
-
-
-def _hard(manifest: Manifest, rows: Rows, data: Data, sampler: Sampler) -> Flags:
-    """For each of the rows, whether it is among the worst `sampler.hard_share` of those that the file predicted."""
-    score_NF, findings = _scores(manifest.table["image_id"].take(rows), data, sampler)
-    error_NF = np.abs(score_NF - manifest.labels(findings)[rows])
-    known_N = np.isfinite(error_NF).any(axis=1)
-    if not known_N.any():
-        raise UserError(
-            f"sampler.hard_predictions={sampler.hard_predictions} covers none of the {len(rows)} training images; "
-            "give the predictions of the training split, predictions-train.parquet"
-        )
-    error_N = np.where(np.isfinite(error_NF), error_NF, -1).max(axis=1)
-    # By key where errors tie, so that the order of the manifest does not matter.
-    worst = np.lexsort((manifest.key[rows], -error_N))[: max(1, round(sampler.hard_share * int(known_N.sum())))]
-    hard_N = np.zeros(len(rows), np.bool_)
-    hard_N[worst] = True
-    return hard_N
-
-
-def _scores(image_id_N: pa.ChunkedArray, data: Data, sampler: Sampler) -> tuple[npt.NDArray[np.float32], list[str]]:
-    """(N, F) scores of the images, NaN for those the file lacks, and the findings of the task that it has."""
-    address = str(sampler.hard_predictions)
-    try:
-        table = pq.read_table(pa.BufferReader(storage.read(address)))
-    except pa.ArrowInvalid:
-        raise UserError(
-            f"sampler.hard_predictions={address} is no Parquet file; give a run's predictions-train.parquet"
-        ) from None
-    findings = [name for name in data.findings if "score." + name in table.column_names]
-    if not findings or "image_id" not in table.column_names:
-        raise UserError(
-            f"sampler.hard_predictions={address} has no image_id with a score for any of {', '.join(data.findings)}; "
-            "give the predictions of a run with these findings"
-        )
-    place_N = pc.index_in(image_id_N, value_set=table["image_id"].combine_chunks())
-    columns = [
-        table["score." + name].cast(pa.float32()).take(place_N).to_numpy(zero_copy_only=False) for name in findings
-    ]
-    return np.stack(columns, axis=1).astype(np.float32), findings
-
-
-def _backend(data: Data) -> Callable[..., Batches]:
-    try:
-        from cxrscale.loader import dali
-    except ImportError as error:
-        raise UserError(f"loader.backend=dali: {error}; install nvidia-dali or set loader.backend=reference") from None
-    return dali.batches
+@lru_cache
+def _warn_once(reason: str) -> None:
+    _log.warning("loader.backend=auto: no DALI (%s); OpenCV makes the batches, more slowly", reason)
 
 
 def _check_size(manifest: Manifest, augment: Augment) -> None:
-    for about in manifest.about:
-        pack = about["pack"]
+    for metadata in manifest.metadata:
+        pack = metadata["pack"]
         if pack["codec"] != "source" and pack["size"] < augment.size:
             raise UserError(
                 f"augment.size={augment.size} is more than the {pack['size']} pixels that the shards hold; "

@@ -34,23 +34,23 @@ class EncodedBatch:
     images: list[EncodedBytes]
     masks: list[EncodedBytes] | None
     """None unless asked for."""
-    ok_B: npt.NDArray[np.bool_]
+    valid_B: npt.NDArray[np.bool_]
     """False where an image or its mask was bad."""
 
 
 @dataclass(frozen=True, slots=True)
 class BadSample:
-    """A row that cannot be used, and why."""
+    """A row that cannot be used, and the reason."""
 
     row: int
     reason: str
 
 
 class Reader(Protocol):
-    """Where the readers take bytes from."""
+    """The source of a backend's bytes."""
 
     bad: list[BadSample]
-    """Rows found bad so far, each once."""
+    """Bad rows so far, each once."""
 
     def read(self, row_B: Rows, masks: bool) -> EncodedBatch:
         """The rows' files; the arrays may be views of mapped files: do not write to them."""
@@ -59,22 +59,22 @@ class Reader(Protocol):
         """(height_B, width_B) of the stored images in pixels."""
 
     def reject(self, row: int, reason: str) -> None:
-        """From now on deliver this row as bad: a reader could make nothing of its bytes."""
+        """From now on deliver this row as bad: a backend could not decode its bytes."""
 
 
 class ShardReader:
     """Slices of memory-mapped shards, each compared with its CRC-32.
 
-    A row whose bytes are bad, or that a reader rejects, is logged and listed in `bad` once, and delivered as a gray
-    image with ok False.
+    A row whose bytes are bad, or that a backend rejects, is logged and listed in `bad` once, and delivered as a gray
+    image with valid = False.
     """
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
         self.bad: list[BadSample] = []
         self._shard_N, self._shards = _shards(manifest)
-        self._image_N3 = _places(manifest, "image")
-        self._mask_N3 = _places(manifest, "mask")
+        self._image_N3 = _members(manifest, "image")
+        self._mask_N3 = _members(manifest, "mask")
         self._height_N, self._width_N = _stored_sizes(manifest)
         self._maps: dict[int, EncodedBytes] = {}
         self._rejected: set[int] = set()
@@ -89,8 +89,8 @@ class ShardReader:
         Raises:
             UserError: a shard is missing or shorter than the manifest says.
         """
-        images, mask_files, ok_B = [], [], np.ones(len(row_B), np.bool_)
-        for place, row in enumerate(row_B.tolist()):
+        images, mask_files, valid_B = [], [], np.ones(len(row_B), np.bool_)
+        for index, row in enumerate(row_B.tolist()):
             try:
                 if row in self._rejected:
                     raise _Damaged("was rejected")
@@ -98,21 +98,21 @@ class ShardReader:
                 mask = self._member(row, self._mask_N3, "mask") if masks else None
             except _Damaged as damage:
                 self._record(row, str(damage), "run `cxrscale verify`")
-                image, mask, ok_B[place] = placeholder(), placeholder(), False
+                image, mask, valid_B[index] = placeholder(), placeholder(), False
             images.append(image)
             if mask is not None:
                 mask_files.append(mask)
-        return EncodedBatch(images, mask_files if masks else None, ok_B)
+        return EncodedBatch(images, mask_files if masks else None, valid_B)
 
     def reject(self, row: int, reason: str) -> None:
-        """From now on deliver this row as bad: a reader could make nothing of its bytes."""
+        """From now on deliver this row as bad: a backend could not decode its bytes."""
         self._rejected.add(row)
-        self._record(row, reason, "shard it again from its archive")
+        self._record(row, reason, "shard it again from its source")
 
-    def _member(self, row: int, place_N3: Rows, what: str) -> EncodedBytes:
-        offset, length, crc = place_N3[row].tolist()
+    def _member(self, row: int, member_N3: Rows, kind: str) -> EncodedBytes:
+        offset, length, crc = member_N3[row].tolist()
         if offset < 0:
-            raise _Damaged(f"has no {what}")
+            raise _Damaged(f"has no {kind}")
         number = int(self._shard_N[row])
         if number not in self._maps:
             self._maps[number] = self._mapped(self._shards[number])
@@ -121,7 +121,7 @@ class ShardReader:
             address = self._shards[number].address
             raise UserError(f"{address} is shorter than its manifest says; run `cxrscale verify` and shard again")
         if zlib.crc32(data.data) != crc:
-            raise _Damaged(f"the {what}'s bytes do not match their CRC-32")
+            raise _Damaged(f"the {kind}'s bytes do not match their CRC-32")
         return data
 
     def _mapped(self, shard: RemoteShard) -> EncodedBytes:
@@ -147,7 +147,7 @@ class ShardReader:
 
 
 class MemoryReader:
-    """Files that are in memory already, for prediction; row i is the i-th of them.
+    """Files that are already in memory, for prediction; row i is the i-th of them.
 
     Args:
         images: the files' bytes.
@@ -164,47 +164,47 @@ class MemoryReader:
         self.bad: list[BadSample] = []
         self._images = [_plain(np.frombuffer(image, np.uint8)) for image in images]
         self._masks = None if masks is None else [np.frombuffer(mask, np.uint8) for mask in masks]
-        found = [_decoded_size(image) for image in self._images] if sizes is None else list(sizes)
-        self._ok = [size is not None for size in found]
-        self._size_N2 = np.array([size or (1, 1) for size in found], np.int64).reshape(-1, 2)
+        read_sizes = [_decoded_size(image) for image in self._images] if sizes is None else list(sizes)
+        self._valid = [size is not None for size in read_sizes]
+        self._size_N2 = np.array([size or (1, 1) for size in read_sizes], np.int64).reshape(-1, 2)
 
     def sizes(self, row_B: Rows) -> tuple[Rows, Rows]:
         """(height_B, width_B) in pixels; 1 x 1 where a file is no image."""
         return self._size_N2[row_B, 0], self._size_N2[row_B, 1]
 
     def read(self, row_B: Rows, masks: bool) -> EncodedBatch:
-        """The rows' files; what is no image is delivered as a gray one with ok False."""
+        """The rows' files; one that is no image is delivered as a gray image with valid = False."""
         rows = row_B.tolist()
-        ok_B = np.array([self._ok[row] for row in rows], np.bool_)
+        valid_B = np.array([self._valid[row] for row in rows], np.bool_)
         for row in rows:
-            if not self._ok[row]:
+            if not self._valid[row]:
                 self.reject(row, "is no image that can be decoded")
-        images = [self._images[row] if self._ok[row] else placeholder() for row in rows]
+        images = [self._images[row] if self._valid[row] else placeholder() for row in rows]
         if not masks:
-            return EncodedBatch(images, None, ok_B)
+            return EncodedBatch(images, None, valid_B)
         if self._masks is None:
-            raise UserError("data.task=segment wants masks and these images have none; set data.task=classify")
-        return EncodedBatch(images, [self._masks[row] if self._ok[row] else placeholder() for row in rows], ok_B)
+            raise UserError("data.task=segment needs masks and these images have none; set data.task=classify")
+        return EncodedBatch(images, [self._masks[row] if self._valid[row] else placeholder() for row in rows], valid_B)
 
     def reject(self, row: int, reason: str) -> None:
         """From now on deliver this file as bad."""
-        self._ok[row] = False
+        self._valid[row] = False
         if all(sample.row != row for sample in self.bad):
             self.bad.append(BadSample(row, reason))
             _log.warning("file %d %s; left out", row, reason)
 
 
 def find_undecodable(encoded: EncodedBatch) -> Rows:
-    """The places in the batch whose image or mask OpenCV cannot decode."""
+    """Indices in the batch whose image or mask OpenCV cannot decode."""
     flags = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION
     files = zip(encoded.images, encoded.masks or encoded.images, strict=True)
-    ok = [all(len(file) and cv2.imdecode(file, flags) is not None for file in pair) for pair in files]
-    return np.flatnonzero(~np.array(ok, np.bool_)).astype(np.int64)
+    valid = [all(len(file) and cv2.imdecode(file, flags) is not None for file in pair) for pair in files]
+    return np.flatnonzero(~np.array(valid, np.bool_)).astype(np.int64)
 
 
 @lru_cache(maxsize=1)
 def placeholder() -> EncodedBytes:
-    """The file of a small gray image: what a decoder gets in place of bytes that are bad."""
+    """The file of a small gray image, which a decoder gets in place of bad bytes."""
     data: EncodedBytes = cv2.imencode(".jpg", np.full((8, 8), 128, np.uint8))[1].ravel()
     return data
 
@@ -213,41 +213,41 @@ class _Damaged(Exception):
     """One member's bytes are bad; the message says how."""
 
 
-def _places(manifest: Manifest, member: str) -> Rows:
-    """(N, 3) offset, length and CRC-32 of a member; -1 where there is none."""
-    columns = [manifest.table[f"{member}_{name}"].fill_null(0) for name in ("offset", "length", "crc")]
-    place_N3 = np.stack([column.to_numpy().astype(np.int64) for column in columns], axis=1)
-    place_N3[manifest.table[f"{member}_offset"].is_null().to_numpy()] = -1
-    return place_N3
+def _members(manifest: Manifest, kind: str) -> Rows:
+    """(N, 3) offset, length and CRC-32 of each row's image or mask; -1 where it has none."""
+    columns = [manifest.table[f"{kind}_{name}"].fill_null(0) for name in ("offset", "length", "crc")]
+    member_N3 = np.stack([column.to_numpy().astype(np.int64) for column in columns], axis=1)
+    member_N3[manifest.table[f"{kind}_offset"].is_null().to_numpy()] = -1
+    return member_N3
 
 
-def _about(manifest: Manifest) -> dict[str, Mapping[str, Any]]:
-    """What each dataset's manifest says of it, by the root of the set."""
-    # `load` joins the sets in the order of `about`, so the n-th new root is the n-th set.
+def _metadata(manifest: Manifest) -> dict[str, Mapping[str, Any]]:
+    """Each dataset's metadata, by the dataset's root."""
+    # `load` joins the datasets in the order of `metadata`, so the n-th new root is the n-th dataset.
     roots = dict.fromkeys(manifest.column("root").tolist())
-    return dict(zip(roots, manifest.about, strict=True))
+    return dict(zip(roots, manifest.metadata, strict=True))
 
 
 def _shards(manifest: Manifest) -> tuple[Rows, list[RemoteShard]]:
-    """(N,) the number of each row's shard, and the shards."""
-    about = _about(manifest)
+    """(N,) the index of each row's shard, and the shards."""
+    metadata = _metadata(manifest)
     pairs = list(zip(manifest.column("root").tolist(), manifest.column("shard").tolist(), strict=True))
     numbers = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
     shards = []
     for root, name in numbers:
-        stated = about[root].get("shards", {}).get(name, {})
-        shards.append(RemoteShard(storage.join(root, name), stated.get("blake3"), stated.get("bytes")))
+        entry = metadata[root].get("shards", {}).get(name, {})
+        shards.append(RemoteShard(storage.join(root, name), entry.get("blake3"), entry.get("bytes")))
     return np.array([numbers[pair] for pair in pairs], np.int64), shards
 
 
 def _stored_sizes(manifest: Manifest) -> tuple[Rows, Rows]:
-    """(height_N, width_N): shards hold squares of pack.size, or, with the codec `source`, the archive's own sizes."""
+    """(height_N, width_N): shards hold squares of pack.size, or, with codec=source, images of any size."""
     roots = manifest.column("root")
     height_N = manifest.table["height"].fill_null(0).to_numpy().astype(np.int64)
     width_N = manifest.table["width"].fill_null(0).to_numpy().astype(np.int64)
-    for root, about in _about(manifest).items():
-        if about["pack"]["codec"] != "source":
-            height_N[roots == root] = width_N[roots == root] = about["pack"]["size"]
+    for root, metadata in _metadata(manifest).items():
+        if metadata["pack"]["codec"] != "source":
+            height_N[roots == root] = width_N[roots == root] = metadata["pack"]["size"]
     return height_N, width_N
 
 
@@ -260,7 +260,7 @@ def _mapped(file: BinaryIO) -> EncodedBytes:
 
 
 def _plain(image: EncodedBytes) -> EncodedBytes:
-    """A JPEG or PNG as it is; any other image, which not every reader decodes, as a PNG."""
+    """A JPEG or PNG as it is; any other image, which not every backend decodes, as a PNG."""
     if bytes(image[:3]) == b"\xff\xd8\xff" or bytes(image[:4]) == b"\x89PNG" or not len(image):
         return image
     loaded = cv2.imdecode(image, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION)
@@ -268,7 +268,7 @@ def _plain(image: EncodedBytes) -> EncodedBytes:
 
 
 def _decoded_size(image: EncodedBytes) -> tuple[int, int] | None:
-    """(height, width), or None where the bytes are no image. Decodes it: nothing less proves that it decodes."""
+    """(height, width), or None where the bytes are no image. Decodes them: only that shows that they can be decoded."""
     flags = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION
     loaded = cv2.imdecode(image, flags) if len(image) else None
     return None if loaded is None else (int(loaded.shape[0]), int(loaded.shape[1]))

@@ -1,6 +1,6 @@
 from . import losses as losses
-from .forward import autocast as autocast
-from .forward import model_input as model_input
+from .forward import forward as forward
+from .forward import probabilities as probabilities
 from .losses import ClassWeights as ClassWeights
 from .networks import build_model as build_model
 from .networks import count_trainable as count_trainable

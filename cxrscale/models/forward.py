@@ -1,22 +1,38 @@
-"""The one forward pass: memory layout, autocast, logits in fp32, probabilities; used by training, scoring, prediction."""
+"""The one forward pass of training, scoring and prediction: memory layout, autocast, logits in fp32, probabilities."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import nn
 
 from cxrscale.config import Train
 from cxrscale.types import Batch
 
 
-def autocast(train: Train, device: torch.device) -> AbstractContextManager[object]:
+def forward(model: nn.Module, batch: Batch, settings: Train, device: torch.device) -> torch.Tensor:
+    """The model's fp32 logits of a batch: (B, F) to classify, (B, 1, H, W) to segment.
+
+    Args:
+        model: also wrapped or compiled; it stays in the mode it is in.
+        settings: `precision` and `channels_last`.
+        device: the device of model and batch.
+    """
+    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+    image_BCHW = batch.image_BCHW.float().contiguous(memory_format=layout)
+    with _autocast(settings, device):
+        logits: torch.Tensor = model(image_BCHW)
+    # bf16 has 8 bits of mantissa: losses and probabilities are computed in fp32.
+    return logits.float()
+
+
+def probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """Probabilities in 0..1 of each logit; every finding, or pixel, is a binary decision of its own."""
+    return logits.sigmoid()
+
+
+def _autocast(settings: Train, device: torch.device) -> AbstractContextManager[object]:
     """bf16 autocast where the recipe (or `auto` on a GPU) asks for it."""
-    wanted = train.precision == "bf16" or (train.precision == "auto" and device.type == "cuda")
+    wanted = settings.precision == "bf16" or (settings.precision == "auto" and device.type == "cuda")
     return torch.autocast(device.type, dtype=torch.bfloat16) if wanted else nullcontext()
-
-
-def model_input(net_batch: Batch, train: Train) -> torch.Tensor:
-    """The batch's images (B, 1, H, W) fp32 in the memory layout that the recipe asks for."""
-    layout = torch.channels_last if train.channels_last else torch.contiguous_format
-    return net_batch.image_BCHW.float().contiguous(memory_format=layout)

@@ -1,7 +1,12 @@
-"""Losses as sums and what they count: sums over counts of all ranks are the mean at any world size."""
+"""Losses as sums and what they count: sums over counts of all ranks are the mean at any world size.
+
+To add a term, add its weight to `config.Loss` (a field marked with TermWeight) and an entry to TERMS, under the field's
+name; this module refuses to be imported while the two differ.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,14 +14,10 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from cxrscale.config import Loss
+from cxrscale.config import LOSS_WEIGHTS, Loss
 from cxrscale.types import Batch
 
 CostMatrix = tuple[tuple[float, float], tuple[float, float]]
-PER_ELEMENT = ("bce", "penalty", "focal", "asymmetric")
-"""Terms with a value for each label or pixel."""
-PER_IMAGE = ("dice", "lovasz")
-"""Terms with one value an image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class ClassWeights:
 
 
 def class_weights(loss: Loss, label_NF: npt.NDArray[np.float32], device: torch.device) -> ClassWeights:
-    """The recipe's factors; with `balance`, times the other class's share among the N labeled training images.
+    """The recipe's factors; with `class_balance`, times the other class's share among the N labeled training images.
 
     w+ = |N| / (|P| + |N|) and w- = |P| / (|P| + |N|), as in CheXNet's pneumonia loss (Rajpurkar et al. 2017); both 1
     for a finding that no image is labeled for.
@@ -44,11 +45,21 @@ def class_weights(loss: Loss, label_NF: npt.NDArray[np.float32], device: torch.d
     return ClassWeights(*(torch.as_tensor(factor, dtype=torch.float32, device=device) for factor in factors))
 
 
+@dataclass(frozen=True, slots=True)
+class LossTerm:
+    """One term of the loss."""
+
+    function: Callable[[torch.Tensor, torch.Tensor, Loss, ClassWeights], torch.Tensor]
+    """(logits, target, recipe's section, class weights) -> the values, not reduced."""
+    per_image: bool = False
+    """Whether the function gives one value per image, (B,), instead of one per label or pixel, shaped like `logits`."""
+
+
 def counts(batch: Batch, loss: Loss) -> torch.Tensor:
     """(T,) how many elements (labels, or pixels) or images each active term of the loss sums over."""
     elements = _counted(batch).sum().float()
     images = batch.valid_B.sum().float()
-    return torch.stack([images if name in PER_IMAGE else elements for name in active(loss)])
+    return torch.stack([images if TERMS[name].per_image else elements for name in active(loss)])
 
 
 def terms(logits: torch.Tensor, batch: Batch, loss: Loss, weights: ClassWeights) -> torch.Tensor:
@@ -65,32 +76,15 @@ def terms(logits: torch.Tensor, batch: Batch, loss: Loss, weights: ClassWeights)
     target = torch.where(counted, target, torch.zeros_like(target))
     sums = []
     for name in active(loss):
-        value = _term(name, logits, target, loss, weights)
-        value = value * (batch.valid_B if name in PER_IMAGE else counted)
+        term = TERMS[name]
+        value = term.function(logits, target, loss, weights) * (batch.valid_B if term.per_image else counted)
         sums.append(getattr(loss, name) * value.sum())
     return torch.stack(sums)
 
 
 def active(loss: Loss) -> list[str]:
-    """The terms that the recipe gives a weight, in a fixed order."""
-    return [name for name in (*PER_ELEMENT, *PER_IMAGE) if getattr(loss, name)]
-
-
-def _term(name: str, logits: torch.Tensor, target: torch.Tensor, loss: Loss, weights: ClassWeights) -> torch.Tensor:
-    """One term, not reduced: as `logits` where it is an element's, (B,) where it is an image's."""
-    match name:
-        case "bce":
-            return bce(logits, target, weights)
-        case "penalty":
-            return cost_matrix(logits, target, loss.cost_matrix)
-        case "focal":
-            return focal(logits, target, loss.focal_gamma, loss.focal_alpha)
-        case "asymmetric":
-            return asymmetric(logits, target, loss.asymmetric_gammas, loss.asymmetric_clip)
-        case "dice":
-            return soft_dice(logits, target)
-        case _:
-            return lovasz(logits, target)
+    """The weights of the terms that are computed, in a fixed order."""
+    return [name for name in TERMS if getattr(loss, name)]
 
 
 def _counted(batch: Batch) -> torch.Tensor:
@@ -107,15 +101,15 @@ def bce(logits: torch.Tensor, target: torch.Tensor, weights: ClassWeights) -> to
 
 
 def cost_matrix(logits: torch.Tensor, target: torch.Tensor, matrix: CostMatrix) -> torch.Tensor:
-    """Cross-entropy times matrix[truth][call], element by element; the call is 1 where the logit is above 0.
+    """Cross-entropy times matrix[label][prediction], element by element; a logit above 0 predicts the finding.
 
     The class-weighted softmax cross-entropy of the Effusion tutorial (system B of jobs/effusion-resnet.yaml), written
     for one logit: softmax over (0, z) gives present sigmoid(z), so its cross-entropy is the binary one. The entry is
     a constant to the gradient.
     """
-    called = logits > 0
-    where_absent = torch.where(called, matrix[0][1], matrix[0][0])
-    where_present = torch.where(called, matrix[1][1], matrix[1][0])
+    predicted = logits > 0
+    where_absent = torch.where(predicted, matrix[0][1], matrix[0][0])
+    where_present = torch.where(predicted, matrix[1][1], matrix[1][0])
     factor = torch.where(target > 0.5, where_present, where_absent)
     return factor * F.binary_cross_entropy_with_logits(logits, target, reduction="none")
 
@@ -135,7 +129,7 @@ def asymmetric(logits: torch.Tensor, target: torch.Tensor, gammas: tuple[float, 
     """Asymmetric loss, element by element (Ridnik et al. 2021, eq. 4 to 7), with gammas = (g+, g-).
 
     -(1 - p)^g+ log p where the finding is present, -q^g- log(1 - q) with q = max(p - clip, 0) where it is absent. The
-    gradient goes through the powers too, as in the paper's own analysis (section 2.4); its published code can cut it
+    gradient goes through the powers too, as in the paper's analysis (section 2.4); its published code can stop it
     there, which makes another loss.
     """
     positive, negative = gammas
@@ -179,3 +173,33 @@ def lovasz(logits_B1HW: torch.Tensor, mask_B1HW: torch.Tensor) -> torch.Tensor:
 def _power(base: torch.Tensor, exponent: float) -> torch.Tensor:
     """base ** exponent for base in 0..1; the clamp keeps the gradient finite at 0 where the exponent is below 1."""
     return base.clamp_min(1e-12) ** exponent
+
+
+TERMS: dict[str, LossTerm] = {
+    "bce": LossTerm(lambda logits, target, _, weights: bce(logits, target, weights)),
+    "cost_matrix_weight": LossTerm(lambda logits, target, loss, _: cost_matrix(logits, target, loss.cost_matrix)),
+    "focal": LossTerm(lambda logits, target, loss, _: focal(logits, target, loss.focal_gamma, loss.focal_alpha)),
+    "asymmetric": LossTerm(
+        lambda logits, target, loss, _: asymmetric(logits, target, loss.asymmetric_gammas, loss.asymmetric_clip)
+    ),
+    "dice": LossTerm(lambda logits, target, *_: soft_dice(logits, target), per_image=True),
+    "lovasz": LossTerm(lambda logits, target, *_: lovasz(logits, target), per_image=True),
+}
+"""The terms by the field of `config.Loss` that holds their weight, in the order in which they are summed."""
+
+
+def check_terms(weights: Iterable[str], names: Iterable[str]) -> None:
+    """Compare the weights of the configuration with the terms that are implemented.
+
+    Raises:
+        RuntimeError: they differ; names those on one side only.
+    """
+    missing, unknown = sorted(set(weights) - set(names)), sorted(set(names) - set(weights))
+    if missing or unknown:
+        raise RuntimeError(
+            f"config.Loss and models.losses.TERMS differ: weights without a term {missing}, "
+            f"terms without a weight {unknown}"
+        )
+
+
+check_terms(LOSS_WEIGHTS, TERMS)

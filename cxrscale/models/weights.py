@@ -14,57 +14,59 @@ from torch import nn
 
 from cxrscale.config import NIH14
 from cxrscale.io import storage
-from cxrscale.types import UserError
+from cxrscale.types import UserError, one_line
 
 Weights = dict[str, torch.Tensor]
 
 
 HEADS = ("segmentation_head",)
-"""Last layers of segmentation_models_pytorch's models; timm's say themselves which it is."""
+"""Last layers of segmentation_models_pytorch's models; timm's models name theirs in `pretrained_cfg`."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredWeights:
-    """What a file of weights holds, under the names that our models have."""
+    """The content of a file of weights, under the names that our models have."""
 
     weights: Weights
     findings: tuple[str, ...] | None
-    """What its last layer's outputs mean; None where the file does not say."""
+    """The meaning of its last layer's outputs; None where the file does not say."""
 
 
-def load_weights(net: nn.Module, address: str, new_head: bool = False, findings: Sequence[str] | None = None) -> None:
+def load_weights(
+    model: nn.Module, address: str, reset_head: bool = False, findings: Sequence[str] | None = None
+) -> None:
     """Load a file's weights into a model; every key must fit.
 
-    Read are a run's best.pt or checkpoint, the public CheXNets (arnoweng/CheXNet and zoogzog/chexnet: torchvision's
-    DenseNet-121 inside DataParallel, with the names of its time) and a bare state dict. A first convolution of three
+    The file is a run's best.pt or checkpoint, a public CheXNet (arnoweng/CheXNet and zoogzog/chexnet: torchvision's
+    DenseNet-121 inside DataParallel, with the names of its time) or a bare state dict. A first convolution of three
     input channels is summed over them: on a gray image that is the same as three equal channels. Only
     `num_batches_tracked` may be missing, which files older than PyTorch 0.4.1 lack and nothing here reads.
 
     Args:
         address: a local path or an fsspec address.
-        new_head: leave the file's last layer out and keep the model's own.
-        findings: what the model's outputs mean; compared with the file's, where that says.
+        reset_head: leave the file's last layer out and keep the model's.
+        findings: the meaning of the model's outputs; compared with the file's, where it says.
 
     Raises:
-        UserError: no such file, no weights in it, other findings, or keys that are missing or left over (they are
-            listed).
+        UserError: no such file, no weights in it, other findings, or keys that are missing or unexpected (they
+            are listed).
     """
     stored = read_weights(address)
-    if findings is not None and stored.findings not in (None, tuple(findings)) and not new_head:
-        known = ", ".join(stored.findings or ())
+    if findings is not None and stored.findings not in (None, tuple(findings)) and not reset_head:
+        trained = ", ".join(stored.findings or ())
         raise UserError(
-            f"model.weights={address} was trained for {known}, not for {', '.join(findings)}; set data.findings to the "
-            "same, or model.reset_head=true"
+            f"model.weights={address} was trained for {trained}, not for {', '.join(findings)}; set data.findings to "
+            "the same, or model.reset_head=true"
         )
-    own, weights = net.state_dict(), dict(stored.weights)
-    if new_head:
-        last = head_names(net)
+    own, weights = model.state_dict(), dict(stored.weights)
+    if reset_head:
+        last = head_names(model)
         weights = {key: value for key, value in weights.items() if not _under(key, last)}
         weights |= {key: value for key, value in own.items() if _under(key, last)}
     weights |= {key: own[key] for key in own.keys() - weights.keys() if key.endswith("num_batches_tracked")}
     _sum_channels(weights, own)
     _refuse_misfits(address, own, weights)
-    net.load_state_dict(weights)
+    model.load_state_dict(weights)
 
 
 def read_weights(address: str) -> StoredWeights:
@@ -87,30 +89,30 @@ def read_weights(address: str) -> StoredWeights:
         raise _no_weights(address, "no PyTorch file") from None
     except Exception as error:  # torch.load raises whatever the zip reader does
         raise _no_weights(address, error) from None
-    found: Any = state
+    weights: Any = state
     for name in ("model", "state_dict"):
         if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
-            found = state[name]
+            weights = state[name]
             break
-    if not isinstance(found, Mapping) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+    if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise _no_weights(address, "it has neither model nor state_dict")
-    return _renamed(found, _findings(state))
+    return _renamed(weights, _findings(state))
 
 
 def _findings(state: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """What a run's checkpoint says of its outputs."""
+    """The findings of a run's checkpoint."""
     recipe = state.get("recipe")
     findings = recipe.get("data", {}).get("findings") if isinstance(recipe, Mapping) else None
     return tuple(findings) if findings else None
 
 
-def _renamed(found: Mapping[str, torch.Tensor], findings: tuple[str, ...] | None) -> StoredWeights:
-    """Names without DataParallel's and the wrapping class's prefixes, and with today's names of dense layers.
+def _renamed(stored: Mapping[str, torch.Tensor], findings: tuple[str, ...] | None) -> StoredWeights:
+    """The weights under our names: without the prefixes of DataParallel and the wrapping class, dense layers renamed.
 
     torchvision renamed `denselayer1.norm.1` to `denselayer1.norm1` in 2018, since a module's name may hold no dot;
     timm has its names. The public CheXNets end in Sequential(Linear, Sigmoid): their `classifier.0` is our classifier.
     """
-    weights = {key.removeprefix("module."): value for key, value in found.items()}
+    weights = {key.removeprefix("module."): value for key, value in stored.items()}
     if not any(key.startswith("densenet121.") for key in weights):
         return StoredWeights(weights, findings)
     renamed: Weights = {}
@@ -121,9 +123,9 @@ def _renamed(found: Mapping[str, torch.Tensor], findings: tuple[str, ...] | None
     return StoredWeights(renamed, NIH14 if outputs == len(NIH14) else findings)
 
 
-def head_names(net: nn.Module) -> tuple[str, ...]:
-    """The names of a model's last layer, which makes logits of features."""
-    config = getattr(net, "pretrained_cfg", None)
+def head_names(model: nn.Module) -> tuple[str, ...]:
+    """The names of a model's last layer, which turns features into logits."""
+    config = getattr(model, "pretrained_cfg", None)
     named = config.get("classifier") if config else None
     if named is None:
         return HEADS
@@ -143,21 +145,21 @@ def _sum_channels(weights: Weights, own: Mapping[str, torch.Tensor]) -> None:
 
 
 def _refuse_misfits(address: str, own: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:
-    missing, left = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     wrong = sorted(key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape)
-    if missing or left or wrong:
-        listed = [
+    if missing or unexpected or wrong:
+        parts = [
             f"{len(keys)} {kind}: {', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''}"
-            for kind, keys in (("missing", missing), ("left over", left), ("of other shape", wrong))
+            for kind, keys in (("missing", missing), ("left over", unexpected), ("of other shape", wrong))
             if keys
         ]
         raise UserError(
-            f"model.weights={address} does not fit the model ({'; '.join(listed)}); check model.arch and model.options, "
+            f"model.weights={address} does not fit the model ({'; '.join(parts)}); check model.arch and model.options, "
             "or set model.reset_head=true for another last layer"
         )
 
 
 def _no_weights(address: str, reason: object) -> UserError:
     return UserError(
-        f"model.weights={address}: no weights in it ({' '.join(str(reason).split())[:120]}); give a run's best.pt"
+        f"model.weights={address}: no weights in it ({one_line(str(reason), limit=120)}); give a run's best.pt"
     )

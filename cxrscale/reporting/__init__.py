@@ -1,4 +1,8 @@
-"""What people read: tables in the terminal, plots, and HTML pages (audit, batch preview, search, test report)."""
+"""Everything that people read: tables for the terminal, plots, and self-contained HTML pages.
+
+A page is a template of templates/ that extends base.html.jinja and is rendered by `html.render`; a plot is drawn in the
+one style of `style`; an image with outlines of masks is a `Thumbnail` of `overlay`.
+"""
 
 import lazy_loader
 

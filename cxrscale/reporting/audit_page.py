@@ -1,66 +1,70 @@
-"""The audit as a page: one HTML file with its plots and images inside, for screen and paper, light and dark."""
+"""The audit as a page: one HTML file with its plots and images inside, for screen and print, light and dark."""
 
 from __future__ import annotations
 
-import base64
 import itertools
-import json
-import re
+import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
-import cv2
 import fsspec
-import jinja2
-import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
-from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from cxrscale import __version__
 from cxrscale.config import ABSENT, NO_FINDING, PRESENT, has_no_finding
-from cxrscale.io import decode_mask, encode_jpeg, load_image, resize_image, storage
-from cxrscale.reporting.style import COLORS, LINE, SPLIT_COLORS, STYLE, svg
-from cxrscale.shards import UNLABELED, JoinedDatasets, Manifest, leakage, manifest, splits, stored_pixels
+from cxrscale.io import decode_mask, load_image, storage, write_artifact
+from cxrscale.reporting import html
+from cxrscale.reporting.overlay import Thumbnail, thumbnail
+from cxrscale.reporting.style import BLUE, COLORS, LINE, SPLIT_COLORS, WIDE, styled, svg
+from cxrscale.shards import (
+    UNLABELED,
+    Audit,
+    JoinedDatasets,
+    Manifest,
+    MaskStatistics,
+    leakage,
+    manifest,
+    splits,
+    stored_pixels,
+)
 from cxrscale.types import UnreadableImageError, UserError
 
 TEMPLATE = "audit.html.jinja"
+PLOT_TITLES = {
+    "findings": "Images with each finding by split, and their share of the labeled images",
+    "patients": "Images by sex, view and age, splits stacked",
+    "masks": "Masks by the share of the image that they cover",
+}
 EXAMPLES = 16
-"""Images on the contact sheet."""
+"""Example images on the page."""
 SIDE = 192
-"""Their side in pixels."""
-LISTED = 50
-"""Lines of a table on the page; the JSON has them all."""
+"""Their height and width in pixels, at most."""
+MAX_ROWS = 50
+"""Rows of a table on the page; the JSON file has them all."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """An image of the contact sheet."""
+    """One example image of the page."""
 
     image_id: str
     title: str
     """Its findings."""
     caption: str
-    jpeg: str
-    """Base64, SIDE x SIDE; empty where the image could not be read."""
-    outline: str
-    """The mask's border as an SVG path in pixels of the stored image; empty where there is none."""
-    stored: tuple[int, int]
-    """(width, height) of the stored image in pixels."""
+    thumbnail: Thumbnail
+    """With the mask's outline where there is one."""
 
 
-def write(found: dict[str, Any], roots: Sequence[str], out_html: str) -> str:
-    """Write the page with its plots and example images, and the JSON beside it.
+def write(audit: Audit, out_html: str) -> str:
+    """Write the page with its plots and example images, and the JSON file beside it.
 
     Args:
-        found: what `audit.audit(*roots)` returned.
-        roots: the same datasets; example images are read from their tars.
+        audit: of the datasets; the example images are read from their tar files.
         out_html: path or address of the page; its suffix may be left out, or be .json.
 
     Returns:
@@ -70,57 +74,44 @@ def write(found: dict[str, Any], roots: Sequence[str], out_html: str) -> str:
         UserError: the files cannot be written.
     """
     stem = out_html.removesuffix(".html").removesuffix(".json")
-    page = render(found, roots)
-    storage.write(f"{stem}.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
+    page = render(audit)
+    write_artifact(f"{stem}.json", audit)
     storage.write(f"{stem}.html", page)
     return f"{stem}.html"
 
 
-def render(found: Mapping[str, Any], roots: Sequence[str]) -> str:
-    """The page of an audit, the same for the same shards.
-
-    Args:
-        found: what `audit.audit(*roots)` returned.
-        roots: the datasets, from whose tars the example images are read.
-    """
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"thousands": _thousands, "share": _share, "code": _code}
-    template = environment.from_string(
-        resources.files("cxrscale.reporting").joinpath("templates").joinpath(TEMPLATE).read_text("utf-8")
-    )
-    table = _prevalence(found)
-    with mpl.rc_context(STYLE):
-        plots = {
-            "findings": _findings_plot(found) if found["findings"] else "",
-            "people": _people_plot(found),
-            "masks": _mask_plot(found["masks"]) if found["masks"]["with_pixels"] else "",
-        }
-    return template.render(
-        found=found,
-        plots=plots,
+def render(audit: Audit) -> str:
+    """The page of an audit, the same for the same datasets."""
+    table = _prevalence(audit)
+    figures = {
+        "findings": _findings_plot(audit) if audit.findings else None,
+        "patients": _patients_plot(audit),
+        "masks": _mask_plot(audit.masks) if audit.masks.with_pixels else None,
+    }
+    return html.render(
+        TEMPLATE,
+        audit=audit,
+        plots={name: "" if figure is None else svg(figure, PLOT_TITLES[name]) for name, figure in figures.items()},
         prevalence=table,
-        shown=[name for name in found["splits"] if any(row["share"][name] is not None for row in table)],
-        examples=examples(leakage.join_datasets(*roots)),
-        listed=LISTED,
-        version=__version__,
+        labeled_splits=[name for name in audit.splits if any(row.share[name] is not None for row in table)],
+        examples=examples(leakage.join_datasets(*(dataset.root for dataset in audit.datasets))),
+        max_rows=MAX_ROWS,
     )
 
 
 # Example images
 
 
-def examples(sets: JoinedDatasets) -> list[Example]:
-    """The contact sheet: each finding in turn gives the next image that shows it."""
-    area_N = sets.data.column("mask_pixels").astype(float) / stored_pixels(sets)
-    return [_example(sets.data, row, float(area_N[row])) for row in chosen(sets.data)]
+def examples(joined: JoinedDatasets) -> list[Example]:
+    """The example images: each finding in turn gives the next image that shows it."""
+    area_N = joined.data.column("mask_pixels").astype(float) / stored_pixels(joined)
+    return [_example(joined.data, row, float(area_N[row])) for row in example_rows(joined.data)]
 
 
-def chosen(data: Manifest, count: int = EXAMPLES) -> list[int]:
-    """Rows for the contact sheet, by the images' numbers alone: up to a quarter with masks, then findings in turn.
+def example_rows(data: Manifest, count: int = EXAMPLES) -> list[int]:
+    """Rows of the example images, ordered by hash: up to a quarter with masks, then findings in turn.
 
-    Training images come before others, since the test split is better not looked at. Each person is shown once.
+    Training images come before others, since nobody should look at the test split. Each patient is shown once.
     """
     names = data.findings()
     label_NF = data.labels(names) if names else np.zeros((len(data), 0), dtype=np.float32)
@@ -132,7 +123,7 @@ def chosen(data: Manifest, count: int = EXAMPLES) -> list[int]:
     outlined = order[filled[order]][: count // 4].tolist()
     rows: dict[str, int] = {}
     for row in itertools.chain(outlined, (row for row in turns if row is not None), order[:count].tolist()):
-        rows.setdefault(data.patient[row], row)  # one image a person
+        rows.setdefault(data.patient[row], row)  # one image per patient
     return list(rows.values())[:count]
 
 
@@ -141,29 +132,28 @@ def _example(data: Manifest, row: int, area: float) -> Example:
     states = {name: line[manifest.LABEL + name] for name in data.findings()}
     present = [name for name, state in states.items() if state == PRESENT]
     absent = [name for name, state in states.items() if state == ABSENT]
-    # NIH's name says that a whole vocabulary was looked for; an archive of one or two findings did not.
+    # "No Finding" means that NIH's whole vocabulary is absent; a source of one or two findings cannot tell.
     healthy = NO_FINDING if len(absent) == len(states) > 3 else "no " + ", ".join(absent[:3])
     facts = [line["split"], line["sex"], line["age"] and f"{line['age']} years", line["view"]]
     if area > 0:
-        facts.append(f"mask {_share(area)}")
-    jpeg, outline, stored = "", "", (SIDE, SIDE)
+        facts.append(f"mask {html.share(area)}")
+    shown = Thumbnail()
     try:
-        gray = load_image(_member(line, "image")).image_HW
-        stored = (gray.shape[1], gray.shape[0])
-        if line["mask_offset"] is not None:
-            outline = _outline(decode_mask(_member(line, "mask")))
-        jpeg = base64.b64encode(encode_jpeg(resize_image(gray, SIDE), 85)).decode()
+        image_HW = load_image(read_member(line, "image")).image_HW
+        has_mask = line["mask_offset"] is not None
+        masks = {"mask": decode_mask(read_member(line, "mask"))} if has_mask else {}
+        shown = thumbnail(image_HW, SIDE, masks)
     except (UnreadableImageError, UserError):
         facts.append("cannot be read: run `cxrscale verify`")
-    title = ", ".join(present) or (healthy if absent else "unlabelled")
-    return Example(line["image_id"], title, ", ".join(str(fact) for fact in facts if fact), jpeg, outline, stored)
+    title = ", ".join(present) or (healthy if absent else "unlabeled")
+    return Example(line["image_id"], title, ", ".join(str(fact) for fact in facts if fact), shown)
 
 
-def _member(line: Mapping[str, Any], kind: str) -> bytes:
-    """A member's bytes, read from its place in the tar.
+def read_member(line: Mapping[str, Any], kind: str) -> bytes:
+    """The bytes of an image or mask, read alone from its position in the tar file.
 
     Raises:
-        UnreadableImageError: the tar is not there, or holds other bytes there than were packed.
+        UnreadableImageError: the tar file is missing, or other bytes than the packed ones are at that position.
     """
     address = storage.join(line["root"], line["shard"])
     try:
@@ -177,34 +167,29 @@ def _member(line: Mapping[str, Any], kind: str) -> bytes:
     return data
 
 
-def _outline(mask_HW: npt.NDArray[np.bool_]) -> str:
-    contours, _ = cv2.findContours(mask_HW.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_TC89_L1)
-    # A pixel's center lies half a pixel from its corner, from which SVG counts.
-    return " ".join("M" + " ".join(f"{x + 0.5:g},{y + 0.5:g}" for (x, y) in c[:, 0].tolist()) + "Z" for c in contours)
-
-
 # Plots
 
 
-def _findings_plot(found: Mapping[str, Any]) -> Markup:
+@styled
+def _findings_plot(audit: Audit) -> Figure:
     """Images with each finding, and their share of the labeled ones, by split."""
-    table, names = _prevalence(found), [name for name in found["splits"] if name != UNLABELED]
-    figure = Figure(figsize=(9, 1.0 + 0.3 * len(table)), layout="constrained")
+    table, names = _prevalence(audit), [name for name in audit.splits if name != UNLABELED]
+    figure = Figure(figsize=(WIDE, 1.0 + 0.3 * len(table)), layout="constrained")
     counts, shares = figure.subplots(1, 2, sharey=True)
-    places = np.arange(len(table))
-    _stack(counts, places, {name: [row["present"][name] for row in table] for name in names}, across=True)
+    position_F = np.arange(len(table))
+    _stack(counts, position_F, {name: [row.present[name] for row in table] for name in names}, horizontal=True)
     shares.hlines(
-        places,
-        [min(_known(row, names), default=0) for row in table],
-        [max(_known(row, names), default=0) for row in table],
+        position_F,
+        [min(row.percents(names), default=0) for row in table],
+        [max(row.percents(names), default=0) for row in table],
         color=LINE,
         linewidth=1,
     )
     for marker, name in zip("osD^v" * len(names), names, strict=False):
-        values = [np.nan if row["share"][name] is None else row["share"][name] * 100 for row in table]
-        shares.plot(values, places, marker, color=_color(name, names), label=name, markersize=5, clip_on=False)
+        values = [math.nan if (share := row.share[name]) is None else share * 100 for row in table]
+        shares.plot(values, position_F, marker, color=_color(name, names), label=name, markersize=5, clip_on=False)
     counts.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    counts.set_yticks(places, [row["finding"] for row in table])
+    counts.set_yticks(position_F, [row.finding for row in table])
     counts.invert_yaxis()
     counts.set_xlabel("images with the finding")
     shares.set_xlabel("% of the split's labeled images")
@@ -214,54 +199,56 @@ def _findings_plot(found: Mapping[str, Any]) -> Markup:
         axes.grid(axis="x")
         axes.set_axisbelow(True)
     figure.legend(*shares.get_legend_handles_labels(), loc="outside upper right", ncols=len(names))
-    return svg(figure, "Images with each finding by split, and their share of the labeled images")
+    return figure
 
 
-def _people_plot(found: Mapping[str, Any]) -> Markup:
+@styled
+def _patients_plot(audit: Audit) -> Figure:
     """Images by sex, view and age band, splits stacked."""
-    names = list(found["splits"])
-    figure = Figure(figsize=(9, 2.6), layout="constrained")
+    names = list(audit.splits)
+    figure = Figure(figsize=(WIDE, 2.6), layout="constrained")
     panels = figure.subplots(1, 3, width_ratios=[1, 1, 3])
-    for axes, key, heading in zip(panels, ("sex", "view", "age"), ("sex", "view", "age in years"), strict=True):
-        table = found[key]
-        places = np.arange(len(table))
-        _stack(axes, places, {name: [row[name] for row in table.values()] for name in names}, across=False)
-        axes.set_xticks(places, [value.replace("-", "–") for value in table], fontsize=8)
+    tables = {"sex": audit.sex, "view": audit.view, "age in years": audit.age}
+    for axes, (heading, table) in zip(panels, tables.items(), strict=True):
+        positions = np.arange(len(table))
+        _stack(axes, positions, {name: [row[name] for row in table.values()] for name in names}, horizontal=False)
+        axes.set_xticks(positions, [value.replace("-", "–") for value in table], fontsize=8)
         axes.set_xlabel(heading)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         axes.grid(axis="y")
         axes.set_axisbelow(True)
     panels[0].set_ylabel("images")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=len(names))
-    return svg(figure, "Images by sex, view and age, splits stacked")
+    return figure
 
 
-def _mask_plot(masks: Mapping[str, Any]) -> Markup:
+@styled
+def _mask_plot(masks: MaskStatistics) -> Figure:
     """Masks by the share of the image that they cover."""
-    edges = [f"{edge * 100:g}" for edge in masks["area_edges"]]
-    figure = Figure(figsize=(9, 2.2), layout="constrained")
+    edges = [f"{edge * 100:g}" for edge in masks.area_edges]
+    figure = Figure(figsize=(WIDE, 2.2), layout="constrained")
     axes = figure.subplots()
-    places = np.arange(len(masks["area_counts"]))
-    bars = axes.bar(places, masks["area_counts"], color=SPLIT_COLORS[splits.TRAIN], width=0.94)
-    axes.bar_label(bars, labels=[_thousands(n) if n else "" for n in masks["area_counts"]], padding=2)
-    axes.set_xticks(places, [f"{low}–{high}" for low, high in itertools.pairwise(edges)])
+    positions = np.arange(len(masks.area_counts))
+    bars = axes.bar(positions, masks.area_counts, color=BLUE, width=0.94)
+    axes.bar_label(bars, labels=[html.thousands(n) if n else "" for n in masks.area_counts], padding=2)
+    axes.set_xticks(positions, [f"{low}–{high}" for low, high in itertools.pairwise(edges)])
     axes.set_xlabel("% of the image inside the mask")
     axes.set_ylabel("masks")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.margins(y=0.15)
-    return svg(figure, "Masks by the share of the image that they cover")
+    return figure
 
 
-def _stack(axes: Axes, places: npt.NDArray[Any], parts: Mapping[str, Sequence[int]], *, across: bool) -> None:
-    """Stacked bars, one color a split."""
-    base = np.zeros(len(places))
-    for name, counts in parts.items():
-        color = _color(name, list(parts))
-        if across:
-            axes.barh(places, counts, left=base, color=color, label=name, height=0.7)
+def _stack(axes: Axes, positions: npt.NDArray[Any], counts: Mapping[str, Sequence[int]], *, horizontal: bool) -> None:
+    """Stacked bars, one color per split."""
+    base = np.zeros(len(positions))
+    for name, values in counts.items():
+        color = _color(name, list(counts))
+        if horizontal:
+            axes.barh(positions, values, left=base, color=color, label=name, height=0.7)
         else:
-            axes.bar(places, counts, bottom=base, color=color, label=name, width=0.8)
-        base += counts
+            axes.bar(positions, values, bottom=base, color=color, label=name, width=0.8)
+        base += values
 
 
 def _color(name: str, names: Sequence[str]) -> str:
@@ -272,31 +259,26 @@ def _color(name: str, names: Sequence[str]) -> str:
 # Numbers
 
 
-def _prevalence(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A line a finding: images with it, and their share of the labeled ones (None where there are none)."""
+@dataclass(frozen=True, slots=True)
+class Prevalence:
+    """How many images of each split have a finding."""
+
+    finding: str
+    present: Mapping[str, int]
+    share: Mapping[str, float | None]
+    """Of the images that are labeled for it; None without any."""
+
+    def percents(self, splits: Iterable[str]) -> list[float]:
+        """The shares that are known, in percent."""
+        return [share * 100 for name in splits if (share := self.share[name]) is not None]
+
+
+def _prevalence(audit: Audit) -> list[Prevalence]:
     rows = []
-    for finding, states in found["findings"].items():
-        shares = {}
-        for name, state in states.items():
-            labeled = state["present"] + state["absent"]
-            shares[name] = state["present"] / labeled if labeled else None
-        rows.append({"finding": finding, "present": {n: s["present"] for n, s in states.items()}, "share": shares})
+    for finding, by_split in audit.findings.items():
+        shares: dict[str, float | None] = {}
+        for name, images in by_split.items():
+            labeled = images.present + images.absent
+            shares[name] = images.present / labeled if labeled else None
+        rows.append(Prevalence(finding, {name: images.present for name, images in by_split.items()}, shares))
     return rows
-
-
-def _known(row: Mapping[str, Any], names: Iterable[str]) -> list[float]:
-    return [row["share"][name] * 100 for name in names if row["share"][name] is not None]
-
-
-def _thousands(count: int) -> str:
-    return f"{count:,}"
-
-
-def _code(text: str) -> Markup:
-    """The text with what stands between `backticks` set as code."""
-    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
-
-
-def _share(value: float | None) -> str:
-    """A share as a percentage of two digits, or a dash."""
-    return "–" if value is None else f"{value * 100:.2g}%" if value < 0.1 else f"{value * 100:.0f}%"

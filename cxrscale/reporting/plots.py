@@ -1,107 +1,66 @@
-"""Figures of plain data: thresholds, curves, calibration, confusion, subgroups, training. A page takes them as SVG."""
+"""Figures of evaluated and training runs: thresholds, curves, calibration, confusion, subgroups, loss."""
 
 from __future__ import annotations
 
-import functools
-import io
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ParamSpec
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from cxrscale.evaluation import Estimate, MaskRule, artifacts, summary
 from cxrscale.evaluation.metrics import Curve, Reliability
-from cxrscale.reporting import style
-from cxrscale.reporting.style import COLORS, LINE, STYLE
+from cxrscale.reporting.style import BLUE, COLORS, LINE, RED, WIDE, YELLOW, styled
+from cxrscale.training import overfit
 
-WIDE = 9.0
-"""Width in inches of a figure that fills a page."""
 COLUMNS = 4
-"""Panels side by side."""
-BLUE, YELLOW, RED, GREEN = COLORS[:4]
-DPI = 130
+"""Panels per row."""
 FAINT: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 6.5, "alpha": 0.6}
 
-P = ParamSpec("P")
 
-
-def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Colors of letters and lines are fixed when they are drawn, so the style must hold meanwhile."""
-
-    @functools.wraps(draw)
-    def styled(*args: P.args, **named: P.kwargs) -> Figure:
-        with mpl.rc_context(STYLE):
-            return draw(*args, **named)
-
-    return styled
-
-
-def svg(figure: Figure, title: str) -> Markup:
-    """The figure as an SVG element that takes letters and lines from the page around it."""
-    with mpl.rc_context(STYLE):
-        return style.svg(figure, title)
-
-
-def png(figure: Figure) -> bytes:
-    """The figure as a PNG on white paper, the same for the same figure."""
-    buffer = io.BytesIO()
-    with mpl.rc_context(STYLE):
-        figure.savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
-    # Finding room for all letters is most of the work, and an SVG of the same figure need not do it again.
-    figure.set_layout_engine("none")
-    return buffer.getvalue()
-
-
-@_styled
-def threshold_curves(curves: Mapping[str, Curve], thresholds: Mapping[str, Mapping[str, Any]]) -> Figure:
+@styled
+def threshold_curves(curves: Mapping[str, Curve], thresholds: Mapping[str, Estimate]) -> Figure:
     """Recall, precision and F1 at every threshold of each finding, with the chosen one and its interval.
 
     Args:
         curves: finding -> `metrics.pr_curve`; an empty one shows its reason.
-        thresholds: finding -> value, low, high, as thresholds.json has them.
+        thresholds: finding -> the chosen threshold.
     """
     figure, panels = _panels(list(curves), height=1.75, single=(4.35, 3.2))
     for axes, (name, curve) in zip(panels, curves.items(), strict=True):
         if _empty_panel(axes, curve.reason):
             continue
-        cut, recall, precision = (np.asarray(part)[1:] for part in (curve.cut, curve.x, curve.y))
+        threshold, recall, precision = (np.asarray(part)[1:] for part in (curve.threshold, curve.x, curve.y))
         f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
         for values, color, label in ((recall, BLUE, "recall"), (precision, YELLOW, "precision"), (f1, RED, "F1")):
-            axes.plot(cut, values, color=color, linewidth=1.4, label=label)
+            axes.plot(threshold, values, color=color, linewidth=1.4, label=label)
         chosen = thresholds[name]
-        if chosen["value"] is not None:
-            axes.axvline(chosen["value"], color=LINE, linewidth=1.2, label="chosen, 95% interval")
-            if chosen["low"] is not None:
-                axes.axvspan(chosen["low"], chosen["high"], color=LINE, alpha=0.18, linewidth=0)
+        if chosen.defined:
+            axes.axvline(chosen.value, color=LINE, linewidth=1.2, label="chosen, 95% interval")
+            if math.isfinite(chosen.low):
+                axes.axvspan(chosen.low, chosen.high, color=LINE, alpha=0.18, linewidth=0)
         axes.set_ylim(0, 1.02)
-        axes.set_xlim(0, max(float(cut.max()), chosen["value"] or 0) * 1.02)
+        axes.set_xlim(0, max(float(threshold.max()), chosen.value if chosen.defined else 0) * 1.02)
         _grid(axes)
     _labels(figure, panels, "threshold", "")
     _legend(figure, panels)
     return figure
 
 
-@_styled
-def mask_threshold_curve(swept: Mapping[str, Sequence[float]], triplet: Mapping[str, float]) -> Figure:
-    """Mean Dice on validation against the threshold of the pixels, and where the chosen rule begins and ends.
-
-    Args:
-        swept: threshold, all, positives: one value a threshold.
-        triplet: top, min_area, bottom, dice.
-    """
+@styled
+def mask_threshold_curve(curve: summary.DiceCurve, rule: MaskRule) -> Figure:
+    """Mean Dice on validation against the threshold of the pixels, with the chosen rule's top and bottom."""
     figure = Figure(figsize=(4.35, 3.2), layout="constrained")
     axes = figure.subplots()
-    axes.plot(swept["threshold"], swept["all"], color=BLUE, label="all images (empty = 1)")
-    axes.plot(swept["threshold"], swept["positives"], color=RED, label="images with a mask")
-    axes.axvline(triplet["bottom"], color=LINE, linewidth=1.2, linestyle="--", label="bottom: part of a mask")
-    axes.axvline(triplet["top"], color=LINE, linewidth=1.2, label="top: is there one?")
-    axes.set_xlabel(f"threshold of the pixels, at least {triplet['min_area']:g} of them")
+    axes.plot(curve.threshold, curve.all, color=BLUE, label="all images (empty = 1)")
+    axes.plot(curve.threshold, curve.positives, color=RED, label="images with a mask")
+    axes.axvline(rule.bottom, color=LINE, linewidth=1.2, linestyle="--", label="bottom: part of a mask")
+    axes.axvline(rule.top, color=LINE, linewidth=1.2, label="top: is there one?")
+    axes.set_xlabel(f"threshold of the pixels, at least {rule.min_area:g} of them")
     axes.set_ylabel("mean Dice")
     axes.set_ylim(0, 1.02)
     axes.set_xlim(0, 1)
@@ -110,14 +69,14 @@ def mask_threshold_curve(swept: Mapping[str, Sequence[float]], triplet: Mapping[
     return figure
 
 
-@_styled
+@styled
 def roc(curves: Mapping[str, Curve], points: Mapping[str, tuple[float, float]], notes: Mapping[str, str]) -> Figure:
     """ROC curves.
 
     Args:
         curves: finding -> `metrics.roc_curve`.
         points: finding -> (false positive rate, recall) at the stored threshold, where there is one.
-        notes: finding -> what to write over the panel, such as its AUROC.
+        notes: finding -> text over the panel, such as its AUROC.
     """
     figure, panels = _panels(list(curves), height=2.25, single=(2.85, 3.1), notes=notes)
     for axes, (name, curve) in zip(panels, curves.items(), strict=True):
@@ -131,14 +90,14 @@ def roc(curves: Mapping[str, Curve], points: Mapping[str, tuple[float, float]], 
     return figure
 
 
-@_styled
+@styled
 def precision_recall(
     curves: Mapping[str, Curve],
     points: Mapping[str, tuple[float, float]],
     prevalence: Mapping[str, float],
     notes: Mapping[str, str],
 ) -> Figure:
-    """Precision against recall; the dotted line is the prevalence, which calling everything present reaches.
+    """Precision against recall; the dotted line is the prevalence, the precision of calling every image positive.
 
     Args:
         points: finding -> (recall, precision) at the stored threshold, where there is one.
@@ -155,27 +114,27 @@ def precision_recall(
     return figure
 
 
-@_styled
-def calibration(steps: Mapping[str, Mapping[str, Reliability]]) -> Figure:
+@styled
+def calibration(steps: Mapping[str, Mapping[artifacts.CalibrationStep, Reliability]]) -> Figure:
     """Reliability diagrams: the share of images with the finding against the mean probability, bin by bin.
 
     Args:
-        steps: finding -> raw, calibrated, corrected (those there are) -> `metrics.reliability`.
+        steps: finding -> step (raw, calibrated, corrected) -> `metrics.reliability`.
     """
     colors = {"raw": BLUE, "calibrated": YELLOW, "corrected": RED}
     figure, panels = _panels(list(steps), height=2.2, single=(3.6, 3.8))
     for axes, parts in zip(panels, steps.values(), strict=True):
-        if _empty_panel(axes, "" if any(each.count for each in parts.values()) else "no labeled image"):
+        if _empty_panel(axes, "" if any(points.count for points in parts.values()) else "no labeled image"):
             continue
-        most = max(max((*each.predicted, *each.observed)) for each in parts.values() if each.count)
-        end = min(1.0, 1.15 * most)
+        highest = max(max((*points.predicted, *points.observed)) for points in parts.values() if points.count)
+        end = min(1.0, 1.15 * highest)
         axes.plot([0, end], [0, end], color=LINE, linewidth=0.8, linestyle=":")
-        for step, each in parts.items():
-            spread = np.abs(np.array([each.low, each.high]) - np.array(each.observed))
+        for step, points in parts.items():
+            error = np.abs(np.array([points.low, points.high]) - np.array(points.observed))
             axes.errorbar(
-                each.predicted,
-                each.observed,
-                yerr=spread,
+                points.predicted,
+                points.observed,
+                yerr=error,
                 color=colors[step],
                 linewidth=1.2,
                 elinewidth=0.7,
@@ -192,24 +151,23 @@ def calibration(steps: Mapping[str, Mapping[str, Reliability]]) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def confusion(matrices: Mapping[str, Mapping[str, int]], columns: int = COLUMNS) -> Figure:
-    """Confusion matrices; a cell's shade is its share of the row, which is one true state.
+    """Confusion matrices; a cell's shade is its share of the row, which has the images of one label.
 
     Args:
         matrices: heading -> tp, fp, fn, tn.
-        columns: matrices in a row.
+        columns: matrices per row.
     """
     figure, panels = _panels(list(matrices), height=1.75, single=(3.2, 2.8), columns=columns)
     for axes, cells in zip(panels, matrices.values(), strict=True):
         rows = (("present", cells["tp"], cells["fn"]), ("absent", cells["fp"], cells["tn"]))
-        for place, (_, *counts) in enumerate(rows):
-            right = place  # (present, called present) and (absent, called absent)
+        for row, (_, *counts) in enumerate(rows):
             for column, count in enumerate(counts):
                 share = count / max(1, sum(counts))
-                color = BLUE if column == right else RED
-                axes.add_patch(Rectangle((column, 1 - place), 1, 1, color=color, alpha=0.08 + 0.5 * share, linewidth=0))
-                axes.text(column + 0.5, 1.5 - place, f"{count:,}\n{share:.1%}", ha="center", va="center", fontsize=8)
+                color = BLUE if column == row else RED
+                axes.add_patch(Rectangle((column, 1 - row), 1, 1, color=color, alpha=0.08 + 0.5 * share, linewidth=0))
+                axes.text(column + 0.5, 1.5 - row, f"{count:,}\n{share:.1%}", ha="center", va="center", fontsize=8)
         axes.set_xlim(0, 2)
         axes.set_ylim(0, 2)
         axes.set_xticks([0.5, 1.5], ["called\npresent", "called\nabsent"], fontsize=7)
@@ -220,34 +178,34 @@ def confusion(matrices: Mapping[str, Mapping[str, int]], columns: int = COLUMNS)
     return figure
 
 
-@_styled
-def forest(groups: Mapping[str, Mapping[str, Mapping[str, Any]]], overall: Mapping[str, Mapping[str, Any]]) -> Figure:
+@styled
+def forest(groups: Mapping[str, Mapping[str, artifacts.SubgroupMetrics]], overall: Mapping[str, Estimate]) -> Figure:
     """AUROC of each finding in each subgroup, with intervals; the band is the interval over all images.
 
     Args:
-        groups: finding -> group -> value, low, high (None where undefined), positives, images.
-        overall: finding -> value, low, high.
+        groups: finding -> group -> its metrics.
+        overall: finding -> AUROC over all images.
     """
-    names = list(dict.fromkeys(group for each in groups.values() for group in each))
+    names = list(dict.fromkeys(name for rows in groups.values() for name in rows))
     figure, panels = _panels(list(groups), height=0.5 + 0.16 * len(names), single=(6.5, 0.9 + 0.24 * len(names)))
     columns = min(COLUMNS, len(panels))
-    for number, (axes, (finding, each)) in enumerate(zip(panels, groups.items(), strict=True)):
-        whole = overall[finding]
-        if whole["low"] is not None:
-            axes.axvspan(whole["low"], whole["high"], color=LINE, alpha=0.18, linewidth=0)
-        if whole["value"] is not None:
-            axes.axvline(whole["value"], color=LINE, linewidth=0.8)
-        for place, name in enumerate(names):
-            row = each.get(name, {"value": None})
-            if row["value"] is None:
-                axes.text(0.5, place, "too few", transform=axes.get_yaxis_transform(), **FAINT)
+    for number, (axes, (finding, rows)) in enumerate(zip(panels, groups.items(), strict=True)):
+        total = overall[finding]
+        if math.isfinite(total.low):
+            axes.axvspan(total.low, total.high, color=LINE, alpha=0.18, linewidth=0)
+        if total.defined:
+            axes.axvline(total.value, color=LINE, linewidth=0.8)
+        for y, name in enumerate(names):
+            auroc = rows[name].auroc if name in rows else None
+            if auroc is None or not auroc.defined:
+                axes.text(0.5, y, "too few", transform=axes.get_yaxis_transform(), **FAINT)
                 continue
-            low, high = (row["value"] if row[end] is None else row[end] for end in ("low", "high"))
-            axes.plot([low, high], [place, place], color=BLUE, linewidth=1.4)
-            axes.plot(row["value"], place, "o", color=BLUE, markersize=4)
+            if math.isfinite(auroc.low):
+                axes.plot([auroc.low, auroc.high], [y, y], color=BLUE, linewidth=1.4)
+            axes.plot(auroc.value, y, "o", color=BLUE, markersize=4)
         axes.set_ylim(len(names) - 0.5, -0.5)
-        shown = [_counted(name, each) for name in names] if len(panels) == 1 else names
-        axes.set_yticks(range(len(names)), shown if number % columns == 0 else [""] * len(names), fontsize=8)
+        labels = [_with_counts(name, rows) for name in names] if len(panels) == 1 else names
+        axes.set_yticks(range(len(names)), labels if number % columns == 0 else [""] * len(names), fontsize=8)
         axes.tick_params(axis="y", length=0)
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.grid(axis="x")
@@ -256,9 +214,9 @@ def forest(groups: Mapping[str, Mapping[str, Mapping[str, Any]]], overall: Mappi
     return figure
 
 
-@_styled
+@styled
 def overlap(dice_P: Sequence[float]) -> Figure:
-    """How many of the images with a mask have which Dice."""
+    """Histogram of the Dice of the images with a mask."""
     figure = Figure(figsize=(2.85, 3.1), layout="constrained")
     axes = figure.subplots()
     axes.hist(dice_P, bins=np.linspace(0, 1, 21).tolist(), color=BLUE, rwidth=0.94)
@@ -271,13 +229,13 @@ def overlap(dice_P: Sequence[float]) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def history(lines: Sequence[Mapping[str, Any]], best: int | None) -> Figure:
     """Loss of training and validation, and the validation metrics, over epochs.
 
     Args:
-        lines: of metrics.jsonl, as `tracking.read` gives them.
-        best: the epoch whose weights were kept: a dashed line.
+        lines: of train_log.jsonl.
+        best: the epoch whose weights were kept, a dashed line.
     """
     val = [line for line in lines if line["kind"] == "val"]
     train = [line for line in lines if line["kind"] == "train" and line.get("loss") is not None]
@@ -289,9 +247,9 @@ def history(lines: Sequence[Mapping[str, Any]], best: int | None) -> Figure:
     )
     _over_epochs(left, val, "loss", RED, "validation")
     left.set_ylabel("loss")
-    wanted = ("auroc", "auprc", "f1", "accuracy", "dice", "dice_positives", "iou")
-    shown = [name for name in wanted if any(line.get(name) is not None for line in val)]
-    for name, color in zip(shown, (*COLORS, "#888888"), strict=False):
+    known = ("auroc", "auprc", "f1", "accuracy", "dice", "dice_positives", "iou")
+    logged = [name for name in known if any(line.get(name) is not None for line in val)]
+    for name, color in zip(logged, (*COLORS, "#888888"), strict=False):
         _over_epochs(right, val, name, color, name.replace("_", " on "))
     right.set_ylabel("validation")
     right.set_ylim(top=1)
@@ -303,8 +261,31 @@ def history(lines: Sequence[Mapping[str, Any]], best: int | None) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _grid(axes)
         if axes.get_legend_handles_labels()[0]:
-            beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if axes is right else {"loc": "best"}
-            axes.legend(fontsize=8, **beside)
+            position = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if axes is right else {"loc": "best"}
+            axes.legend(fontsize=8, **position)
+    return figure
+
+
+@styled
+def learning_curve(curve: overfit.LearningCurve) -> Figure:
+    """Loss by step and metric by epoch of an overfit run, with the values that it must reach (dashed)."""
+    figure = Figure(figsize=(WIDE, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(np.arange(1, len(curve.losses) + 1), curve.losses, color=BLUE, linewidth=1, label="per step")
+    if curve.losses:
+        limit = overfit.LOSS_SHARE * curve.start_loss
+        left.axhline(limit, color=RED, linestyle="--", linewidth=1, label="rule")
+    left.set_xlabel("optimizer step")
+    left.set_ylabel("training loss")
+    left.set_ylim(bottom=0)
+    left.legend(loc="best")
+    required = dict(overfit.PASS_RULES.values())[curve.metric]
+    right.plot(range(len(curve.scores)), curve.scores, color=BLUE, marker=".", label="per epoch")
+    right.axhline(required, color=RED, linestyle="--", linewidth=1, label="rule")
+    right.set_xlabel("epoch")
+    right.set_ylabel(f"{curve.metric} of the trained images")
+    right.set_ylim(0, 1.02)
+    right.legend(loc="best")
     return figure
 
 
@@ -321,7 +302,7 @@ def _panels(
     columns: int = COLUMNS,
     notes: Mapping[str, str] | None = None,
 ) -> tuple[Figure, list[Axes]]:
-    """A panel for each name: one of the size `single`, or rows of so many columns, each so many inches high."""
+    """One panel per name: a single one has the size `single`, several stand in rows that are `height` inches high."""
     rows, columns = math.ceil(len(names) / columns), min(columns, len(names))
     size = single if len(names) == 1 else (WIDE * (0.1 + 0.9 * columns / COLUMNS), rows * height + 0.4)
     figure = Figure(figsize=size, layout="constrained")
@@ -344,16 +325,16 @@ def _labels(figure: Figure, panels: Sequence[Axes], x: str, y: str) -> None:
 
 
 def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
-    found: dict[str, Any] = {}
+    handles: dict[str, Any] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    if found:
-        figure.legend(found.values(), found.keys(), loc="outside upper center", ncols=len(found), fontsize=8)
+            handles.setdefault(label, handle)
+    if handles:
+        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles), fontsize=8)
 
 
 def _empty_panel(axes: Axes, reason: str) -> bool:
-    """Write into a panel why it is empty."""
+    """If there is a reason why the panel is empty, write it into the panel."""
     if reason:
         axes.text(0.5, 0.5, reason.replace(" with", "\nwith"), ha="center", va="center", fontsize=8)
         axes.set_xticks([])
@@ -377,6 +358,5 @@ def _grid(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def _counted(name: str, each: Mapping[str, Mapping[str, Any]]) -> str:
-    row = each.get(name)
-    return name if row is None else f"{name} ({row['positives']:,} of {row['images']:,})"
+def _with_counts(name: str, rows: Mapping[str, artifacts.SubgroupMetrics]) -> str:
+    return f"{name} ({rows[name].positives:,} of {rows[name].images:,})" if name in rows else name

@@ -1,129 +1,156 @@
-"""What people read at the end: tables of metrics."""
+"""Tables for the terminal: test metrics, thresholds, comparisons, searches."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from cxrscale.config import Recipe
+from cxrscale.evaluation import Comparison, Estimate, TestMetrics, Thresholds, artifacts
+
 WIDTH = 110
-"""Columns of a table where no terminal says how wide it is."""
+"""Columns of a table where no terminal gives its width."""
 
 
-def print_metrics(found: dict[str, Any], title: str) -> None:
-    """Print metrics.json as a table."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH)
-    console.print(metrics_table(found, title))
+def print_metrics(test: TestMetrics, title: str) -> None:
+    """Print test metrics as a table."""
+    _print(metrics_table(test, title))
 
 
-def metrics_table(found: dict[str, Any], title: str) -> Table:
-    """metrics.json as a table: one line a finding, the mean, and Dice for segmentation."""
-    result = Table(title=f"{title}: {found['images']} {found['split']} images of {found['patients']} patients")
-    result.add_column("finding", no_wrap=True)
+def metrics_table(test: TestMetrics, title: str) -> Table:
+    """Test metrics as a table: one row per finding, the mean, and Dice for segmentation."""
+    table = Table(title=f"{title}: {test.images} {test.split} images of {test.patients} patients")
+    table.add_column("finding", no_wrap=True)
     for name in ("positives", "AUROC (95% interval)", "AUPRC", "threshold", "F1", "recall", "precision"):
-        result.add_column(name, justify="right", no_wrap=True)
-    for name, row in found["findings"].items():
-        cells = [str(row["positives"]), estimate(row["auroc"]), number(row["auprc"]["value"]), number(row["threshold"])]
-        rates = (row[key]["value"] if key in row else None for key in ("f1", "recall", "precision"))
-        result.add_row(name, *cells, *map(number, rates))
-    if len(found["findings"]) > 1:
-        result.add_row(f"mean of {found['findings_in_mean']}", "", estimate(found["mean_auroc"]), style="bold")
-    if "dice" in found:
-        dice = found["dice"]
-        result.add_row("Dice, positives", str(dice["positives"]), estimate(dice["on_positives"]), style="bold")
-        result.add_row("Dice, all (empty = 1)", str(found["images"]), estimate(dice["all"]))
-        result.add_row("  predicting nothing", "", number(dice["all_empty_floor"]))
-    return result
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, row in test.findings.items():
+        at = row.at_threshold
+        rates = (at.threshold, at.f1.value, at.recall.value, at.precision.value) if at else (math.nan,) * 4
+        table.add_row(name, str(row.positives), estimate(row.auroc), *map(number, (row.auprc.value, *rates)))
+    if len(test.findings) > 1:
+        table.add_row(f"mean of {test.findings_in_mean}", "", estimate(test.mean_auroc), style="bold")
+    if test.dice:
+        table.add_row("Dice, positives", str(test.dice.positives), estimate(test.dice.on_positives), style="bold")
+        table.add_row("Dice, all (empty = 1)", str(test.images), estimate(test.dice.all))
+        table.add_row("  predicting nothing", "", number(test.dice.empty_baseline))
+    return table
 
 
-def print_thresholds(found: dict[str, Any], title: str) -> None:
-    """Print thresholds.json as a table."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH)
-    console.print(thresholds_table(found, title))
+def print_thresholds(thresholds: Thresholds, title: str) -> None:
+    """Print thresholds as a table."""
+    _print(thresholds_table(thresholds, title))
 
 
-def thresholds_table(found: dict[str, Any], title: str) -> Table:
-    """thresholds.json as a table: each finding's threshold with its interval, and what it means on validation."""
-    where = f"{found['images']} validation images of {found['patients']} patients"
-    result = Table(title=f"{title}: {found['goal']}, {where}")
-    result.add_column("finding", no_wrap=True)
+def thresholds_table(thresholds: Thresholds, title: str) -> Table:
+    """Thresholds as a table: each finding's threshold with its interval, and its rates on validation."""
+    images = f"{thresholds.images} validation images of {thresholds.patients} patients"
+    table = Table(title=f"{title}: {thresholds.rule.goal}, {images}")
+    table.add_column("finding", no_wrap=True)
     for name in ("threshold (95% interval)", "F1", "recall", "precision"):
-        result.add_column(name, justify="right")
-    for name, cut in found["thresholds"].items():
-        at = cut.get("at", {})
-        rates = (at[key]["value"] if key in at else None for key in ("f1", "recall", "precision"))
-        result.add_row(name, estimate(cut), *map(number, rates))
-    if "triplet" in found:
-        rule = found["triplet"]
-        said = f"top {rule['top']:.3f}, at least {rule['min_area']} pixels, bottom {rule['bottom']:.3f}"
-        result.add_row("masks", said, "", "", f"Dice {rule['dice']:.3f}", style="bold")
-    return result
+        table.add_column(name, justify="right")
+    for name, row in thresholds.thresholds.items():
+        at = row.on_validation
+        rates = (at.f1.value, at.recall.value, at.precision.value) if at else (math.nan,) * 3
+        table.add_row(name, estimate(row.threshold), *map(number, rates))
+    if thresholds.mask_rule:
+        rule = thresholds.mask_rule
+        text = f"top {rule.top:.3f}, at least {rule.min_area} pixels, bottom {rule.bottom:.3f}"
+        table.add_row("masks", text, "", "", f"Dice {rule.dice:.3f}", style="bold")
+    return table
 
 
-def print_comparison(found: dict[str, Any]) -> None:
-    """Print what `compare` found as a table."""
+def print_comparison(comparison: Comparison) -> None:
+    """Print a comparison of two runs as a table."""
+    _print(comparison_table(comparison))
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """AUROC and Dice of two runs and A - B, with p-values by DeLong over patients, by Holm, and by the bootstrap."""
+    names = comparison.a.name, comparison.b.name
+    images = " ".join(filter(None, (str(comparison.images), comparison.split, "images")))
+    table = Table(title=f"A = {names[0]}, B = {names[1]}: {images} of {comparison.patients} patients")
+    table.add_column("AUROC", no_wrap=True)
+    for name in ("positives", "A", "B", "A - B (95% interval)", "p", "p Holm", "p boot."):
+        table.add_column(name, justify="right", no_wrap=True)
+
+    def add(name: str, positives: str, row: artifacts.Difference, p_delong: str, p_holm: str, style: str = "") -> None:
+        cells = (number(row.a), number(row.b), _signed(row.difference), p_delong, p_holm, _p(row.p_bootstrap))
+        table.add_row(name, positives, *cells, style=style)
+
+    for name, row in comparison.findings.items():
+        add(name, str(row.positives), row, _p(row.p_delong_patients), _p(row.p_holm))
+    mean = comparison.mean_auroc
+    if len(comparison.findings) > 1:
+        add(f"mean of {mean.findings}", "", mean, "-", "-", style="bold")
+    if comparison.dice:
+        dice = comparison.dice
+        add("Dice, positives", str(dice.positives), dice.on_positives, "-", "-")
+        add("Dice, all (empty = 1)", str(comparison.images), dice.all, "-", "-")
+    return table
+
+
+def print_trials(rows: Sequence[Mapping[str, Any]], recipe: Recipe, fields: Sequence[str], title: str) -> None:
+    """Print the trials of a search as a table, the best first.
+
+    Args:
+        rows: of trials.parquet.
+        fields: the searched ones.
+    """
+    _print(trials_table(rows, recipe, fields, title), max(WIDTH, 70 + 18 * len(fields)))
+
+
+def trials_table(rows: Sequence[Mapping[str, Any]], recipe: Recipe, fields: Sequence[str], title: str) -> Table:
+    """The trials of a search as a table, the best first; the arguments are those of `print_trials`."""
+    from cxrscale.tuning import FINISHED, direction, results  # only here: it brings Ray
+
+    sign, metric = direction(recipe), recipe.train.monitor
+    own = next(name for name in rows[0] if name.endswith(results.OWN_THRESHOLDS))
+    table = Table(title=f"{title}: {len(rows)} trainings")
+    table.add_column("trial", no_wrap=True)
+    for name in (*fields, metric, own.removesuffix("_thresholds").replace("_", " "), "epochs", "", "minutes"):
+        table.add_column(name, justify="right", no_wrap=True)
+    ranked = sorted(rows, key=lambda row: -sign * row[metric] if math.isfinite(row[metric]) else math.inf)
+    for rank, row in enumerate(ranked):
+        status = "" if row["status"] == FINISHED else row["status"]
+        values = [_text(row[name]) for name in (*fields, metric, own)]
+        style = "bold" if rank == 0 else "dim" if row["seed"] else ""
+        table.add_row(row["trial"], *values, str(row["epochs"]), status, f"{row['seconds'] / 60:.1f}", style=style)
+    return table
+
+
+def estimate(value: Estimate) -> str:
+    """0.912 (0.871-0.944), or the reason for no value."""
+    if not value.defined:
+        return value.reason or "undefined"
+    return number(value.value) if math.isnan(value.low) else f"{value.value:.3f} ({value.low:.3f}-{value.high:.3f})"
+
+
+def number(value: float) -> str:
+    """Three digits after the point, or a dash."""
+    return "-" if math.isnan(value) else f"{value:.3f}"
+
+
+def _print(table: Table, width: int = WIDTH) -> None:
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH)
-    console.print(comparison_table(found))
+    (console if console.is_terminal else Console(width=width)).print(table)
 
 
-def comparison_table(found: dict[str, Any]) -> Table:
-    """Two runs beside one another, AUROC and Dice as A - B: p by DeLong over patients, by Holm, by the bootstrap."""
-    names = found["a"]["name"], found["b"]["name"]
-    counts = f"{found['images']} {found.get('split', '')} images of {found['patients']} patients".replace("  ", " ")
-    result = Table(title=f"A = {names[0]}, B = {names[1]}: {counts}")
-    result.add_column("AUROC", no_wrap=True)
-    for name in ("present", "A", "B", "A - B (95% interval)", "p", "p Holm", "p boot."):
-        result.add_column(name, justify="right", no_wrap=True)
-
-    def add(name: str, count: str, row: dict[str, Any], *tests: float | None, style: str | None = None) -> None:
-        cells = (number(row["a"]), number(row["b"]), _signed(row["difference"]), *(_p(p) for p in tests))
-        result.add_row(name, count, *cells, style=style)
-
-    for name, row in found["findings"].items():
-        add(name, str(row["positives"]), row, row["p_delong_patients"], row["p_holm"], row["p_bootstrap"])
-    mean = found["mean_auroc"]
-    if len(found["findings"]) > 1:
-        add(f"mean of {mean['findings']}", "", mean, None, None, mean["p_bootstrap"], style="bold")
-    if "dice" in found:
-        dice = found["dice"]
-        for name, count, row in (
-            ("Dice, positives", str(dice["positives"]), dice["on_positives"]),
-            ("Dice, all (empty = 1)", str(found["images"]), dice["all"]),
-        ):
-            add(name, count, row, None, None, row["p_bootstrap"])
-    return result
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}" if math.isfinite(value) else "-"
+    return str(value)
 
 
-def estimate(value: dict[str, Any]) -> str:
-    """0.912 (0.871-0.944), or why there is no value."""
-    if value["value"] is None:
-        return str(value.get("reason", "undefined"))
-    if value["low"] is None:
-        return number(value["value"])
-    return f"{value['value']:.3f} ({value['low']:.3f}-{value['high']:.3f})"
+def _signed(value: Estimate) -> str:
+    if not value.defined:
+        return value.reason or "undefined"
+    interval = "" if math.isnan(value.low) else f" ({value.low:+.3f} to {value.high:+.3f})"
+    return f"{value.value:+.3f}{interval}"
 
 
-def number(value: float | None) -> str:
-    """Three digits, or a dash."""
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _signed(value: dict[str, Any]) -> str:
-    if value["value"] is None:
-        return str(value.get("reason", "undefined"))
-    if value["low"] is None:
-        return f"{value['value']:+.3f}"
-    return f"{value['value']:+.3f} ({value['low']:+.3f} to {value['high']:+.3f})"
-
-
-def _p(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return "<0.001" if value < 0.001 else f"{value:.3f}"
+def _p(value: float) -> str:
+    return "-" if math.isnan(value) else "<0.001" if value < 0.001 else f"{value:.3f}"

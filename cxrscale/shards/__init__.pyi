@@ -2,11 +2,17 @@ from . import audit as audit
 from . import build as build
 from . import leakage as leakage
 from . import manifest as manifest
+from . import pack as pack
 from . import splits as splits
 from . import verify as verify
 from .audit import stored_pixels as stored_pixels
+from .audit_models import Audit as Audit
+from .audit_models import Leaks as Leaks
+from .audit_models import MaskStatistics as MaskStatistics
 from .build import UNLABELED as UNLABELED
+from .build import build_shards as build_shards
 from .leakage import JoinedDatasets as JoinedDatasets
 from .manifest import Manifest as Manifest
+from .manifest import open_dataset as open_dataset
 from .splits import TRAIN as TRAIN
 from .splits import refuse_leaks as refuse_leaks

@@ -1,4 +1,4 @@
-"""A raw archive -> a dataset: read the tables, give every patient a split, pack."""
+"""A raw source -> a dataset: read the tables, assign patients to splits, pack."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -15,60 +16,76 @@ import pyarrow.parquet as pq
 
 from cxrscale import sources
 from cxrscale.cluster import run_tasks
-from cxrscale.config import PRESENT, Pack
+from cxrscale.config import PATIENT_KEY, PRESENT, Pack
 from cxrscale.io import load_image, storage
 from cxrscale.shards import duplicates, manifest, splits
-from cxrscale.shards.pack import PackResult, Progress, pack
+from cxrscale.shards.pack import PackResult, SplitRecords, pack
 from cxrscale.types import ImageRecord, UnreadableImageError, UserError
 
-PATIENT_KEY = "CXRSCALE_PATIENT_KEY"
-"""The environment variable that keys the patients' hashes; the same key gives the same names in every dataset."""
-
 UNLABELED = "unlabelled"
-"""The split of images without a label (or, in a segmentation set, without a mask row): they are never trained on,
-never counted as negative, and can still be predicted."""
+"""The split of images without a label (with pack.masks: without a row in the mask table). They are never trained on and
+never count as negative, but can be predicted. The spelling is part of the manifest format."""
 
 
-def build(
+def build_shards(
     source: str,
-    root: str,
+    root: str | Path,
     settings: Pack,
-    out: str,
+    out: str | Path,
     *,
     patients_from_dataset: str | None = None,
     local: bool = False,
-    progress: Progress | None = None,
 ) -> PackResult:
-    """Shard an archive.
+    """Make a dataset from a source; what an earlier, interrupted call finished is not done again.
 
     Args:
-        source: nih, siim, ...
-        root: the archive's folder or address.
-        out: where the dataset goes.
-        patients_from_dataset: a dataset that holds the same images under their true patients (NIH, for SIIM): patient and
-            split are taken from there.
+        source: one of `sources.names()`.
+        root: the source's folder or address.
+        settings: the pack section. `sources.get(source).pack_defaults` are the defaults of the command line.
+        out: folder or address of the dataset.
+        patients_from_dataset: a dataset with the same images under their true patients (NIH, for SIIM); patients and
+            splits are taken from there.
         local: in this process instead of on Ray.
-        progress: told of every finished shard.
 
     Raises:
-        UserError: the archive cannot be read, or `out` not be written.
+        UserError: the source cannot be read, or `out` cannot be written.
+
+    Example:
+        >>> import cxrscale as cx
+        >>> from cxrscale.config import Pack
+        >>> cx.build_shards("nih", "/data/nih", Pack(size=512), "shards/nih", local=True)
+    """
+    prepared = prepare(source, str(root), settings, patients_from_dataset=patients_from_dataset, local=local)
+    return pack(prepared, settings, str(out), local=local)
+
+
+def prepare(
+    source: str, root: str, settings: Pack, *, patients_from_dataset: str | None = None, local: bool = False
+) -> SplitRecords:
+    """Read the tables of a source and assign its patients to splits: all of `build_shards` but the packing.
+
+    Args:
+        source, root, settings, patients_from_dataset, local: as in `build_shards`.
+
+    Raises:
+        UserError: the source or the other dataset cannot be read.
     """
     records = sorted(sources.read(source, root), key=lambda record: record.image_id)[: settings.limit]
     if patients_from_dataset is not None:
         records, split = inherit_patients(records, patients_from_dataset, settings, local=local)
-        patients_from = str(manifest.load(patients_from_dataset).about[0]["patients_from"])
-    else:
-        if settings.duplicates == "merge":
-            records = merge_duplicates(records, settings, local=local)
-        split, patients_from = assign(records, settings), None
-        records = [replace(record, patient=hash_patient_id(record, settings)) for record in records]
-    return pack(records, split, settings, out, patients_from=patients_from, local=local, progress=progress)
+        namespace = str(manifest.load(patients_from_dataset).metadata[0]["patients_from"])
+        return SplitRecords(records, split, namespace)
+    if settings.duplicates == "merge":
+        records = merge_duplicates(records, settings, local=local)
+    split = assign(records, settings)
+    records = [replace(record, patient=hash_patient_id(record, settings)) for record in records]
+    return SplitRecords(records, split)
 
 
 def hash_patient_id(record: ImageRecord, settings: Pack) -> str:
-    """What the shards call a patient: 16 digits of BLAKE2b keyed by CXRSCALE_PATIENT_KEY, or the archive's own name.
+    """The patient's ID in the dataset: 16 hexadecimal digits of keyed BLAKE2b, or the source's own ID.
 
-    Without a key of one's own the hash hides nothing from whoever has a list of the patients to try.
+    CXRSCALE_PATIENT_KEY is the key. Without a secret one, anyone with a list of the patient IDs can reverse the hashes.
     """
     if settings.patient_ids == "original":
         return record.patient
@@ -77,31 +94,30 @@ def hash_patient_id(record: ImageRecord, settings: Pack) -> str:
 
 
 def assign(records: Sequence[ImageRecord], settings: Pack) -> list[str]:
-    """The split of each record, by patient; records without labels are set apart."""
-    labeled = [_is_labeled(record, settings) for record in records]
-    chosen = [record for record, keep in zip(records, labeled, strict=True) if keep]
-    names = _splits(chosen, settings) if chosen else np.zeros(0, dtype=object)
-    drawn = iter(names.tolist())
-    return [next(drawn) if keep else UNLABELED for keep in labeled]
+    """(N,) split of each record, by patient; records without labels get UNLABELED."""
+    is_labeled = [_is_labeled(record, settings) for record in records]
+    labeled = [record for record, keep in zip(records, is_labeled, strict=True) if keep]
+    names = iter(_splits(labeled, settings).tolist() if labeled else [])
+    return [next(names) if keep else UNLABELED for keep in is_labeled]
 
 
 def _splits(records: Sequence[ImageRecord], settings: Pack) -> splits.Splits:
-    who, seed = [record.patient for record in records], settings.split_seed
+    patients, seed = [record.patient for record in records], settings.split_seed
     if settings.split == "chexnet":
-        return splits.chexnet(who, seed)
+        return splits.chexnet(patients, seed)
     if settings.split == "kfold":
         positive = [bool(record.rles) or PRESENT in record.findings.values() for record in records]
-        return splits.kfold(who, positive, [_mask_pixels(record) for record in records], settings.folds, seed)
+        return splits.kfold(patients, positive, [_mask_pixels(record) for record in records], settings.folds, seed)
     if settings.split == "lists":
         return splits.from_lists([record.image_id for record in records], _lists(settings))
     if settings.split == "official" and any(record.split for record in records):
-        return splits.official(who, [record.split for record in records], settings.val_fraction, seed)
+        return splits.official(patients, [record.split for record in records], settings.val_fraction, seed)
     share = settings.val_fraction * (1 - settings.test_fraction)
-    return splits.random(who, share, settings.test_fraction, seed)
+    return splits.random(patients, share, settings.test_fraction, seed)
 
 
 def _mask_pixels(record: ImageRecord) -> float:
-    """Pixels of the record's runs, overlaps counted twice: near enough to tell small masks from large."""
+    """Total length of the record's runs; overlaps count twice, which is exact enough to stratify by mask size."""
     runs = [rle.split()[1::2] for rle in record.rles or ()]
     return float(sum(int(length) for rle in runs for length in rle)) or float("nan")
 
@@ -117,65 +133,66 @@ def inherit_patients(
 ) -> tuple[list[ImageRecord], list[str]]:
     """Give each record the patient and split of the same image in another dataset.
 
-    Records without a duplicate keep their own patient and go to train: an image whose patient is unknown must not
-    judge a model that may have seen that patient.
+    Records without a duplicate there keep their patient and go to train: an image of an unknown patient must not be
+    used to evaluate a model that may have been trained on the same patient.
 
     Raises:
-        UserError: the other dataset holds none of these images.
+        UserError: the other dataset has none of these images.
     """
     other = pq.read_table(pa.BufferReader(storage.read(storage.join(patients_from_dataset, manifest.FINGERPRINTS))))
-    marks = fingerprints(records, settings, local=local)
-    readable = list(marks)
+    prints = fingerprints(records, settings, local=local)
+    readable = list(prints)
     pairs = duplicates.find_between(
-        _matrix([marks[name].dhash for name in readable]),
-        _matrix([marks[name].thumbnail for name in readable]),
+        _matrix([prints[name].dhash for name in readable]),
+        _matrix([prints[name].thumbnail for name in readable]),
         _matrix(other["dhash"].to_pylist()),
         _matrix(other["thumbnail"].to_pylist()),
     )
     if not len(pairs):
         raise UserError(
-            f"--patients-from {patients_from_dataset}: none of these {len(records)} images is there; give the right dataset"
+            f"--patients-from {patients_from_dataset}: it has none of these {len(records)} images; "
+            "give a dataset that has them"
         )
     patient, split = other["patient"].to_pylist(), other["split"].to_pylist()
-    home = {readable[a]: (patient[b], split[b]) for a, b in pairs.tolist()}
-    adopted, names = [], []
+    found = {readable[a]: (patient[b], split[b]) for a, b in pairs.tolist()}
+    inherited, names = [], []
     for record in records:
-        who, name = home.get(record.image_id, (hash_patient_id(record, settings), splits.TRAIN))
-        adopted.append(replace(record, patient=who))
+        patient_id, name = found.get(record.image_id, (hash_patient_id(record, settings), splits.TRAIN))
+        inherited.append(replace(record, patient=patient_id))
         names.append(name if _is_labeled(record, settings) else UNLABELED)
-    return adopted, names
+    return inherited, names
 
 
 def merge_duplicates(records: Sequence[ImageRecord], settings: Pack, *, local: bool) -> list[ImageRecord]:
-    """Make one patient of all who share an image: a file that occurs twice must not stand in two splits."""
-    marks = fingerprints(records, settings, local=local)
-    place = {record.image_id: number for number, record in enumerate(records)}
-    readable = list(marks)
+    """Merge patients who share an image, so that a file that occurs twice cannot be in two splits."""
+    prints = fingerprints(records, settings, local=local)
+    row_of = {record.image_id: row for row, record in enumerate(records)}
+    readable = list(prints)
     pairs = duplicates.find_within(
-        _matrix([marks[name].dhash for name in readable]), _matrix([marks[name].thumbnail for name in readable])
+        _matrix([prints[name].dhash for name in readable]), _matrix([prints[name].thumbnail for name in readable])
     )
-    rows = np.array([place[name] for name in readable], dtype=np.int64)[pairs]
+    rows = np.array([row_of[name] for name in readable], dtype=np.int64)[pairs]
     names = duplicates.merge_patients([record.patient for record in records], rows)
     return [replace(record, patient=name) for record, name in zip(records, names, strict=True)]
 
 
 def fingerprints(records: Sequence[ImageRecord], settings: Pack, *, local: bool) -> dict[str, duplicates.Fingerprint]:
-    """Image id -> fingerprint, of every image that can be read; packing meets the others again and says why."""
+    """Image ID -> fingerprint, for every image that can be read. Packing quarantines the others, with the reason."""
     jobs = [(tuple(records[start : start + 500]),) for start in range(0, len(records), 500)]
-    found: dict[str, duplicates.Fingerprint] = {}
+    prints: dict[str, duplicates.Fingerprint] = {}
     for part in run_tasks(_fingerprints, jobs, local=local, workers=settings.workers):
-        found |= part
-    return {record.image_id: found[record.image_id] for record in records if record.image_id in found}
+        prints |= part
+    return {record.image_id: prints[record.image_id] for record in records if record.image_id in prints}
 
 
 def _fingerprints(records: Sequence[ImageRecord]) -> dict[str, duplicates.Fingerprint]:
     cv2.setNumThreads(1)
-    found = {}
+    prints = {}
     for record in records:
         with suppress(UnreadableImageError, UserError):
             image_HW = load_image(storage.read(record.path), name=record.path).image_HW
-            found[record.image_id] = duplicates.fingerprint(image_HW)
-    return found
+            prints[record.image_id] = duplicates.fingerprint(image_HW)
+    return prints
 
 
 def _is_labeled(record: ImageRecord, settings: Pack) -> bool:

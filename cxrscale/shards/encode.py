@@ -1,4 +1,4 @@
-"""One record -> the members of its sample in the tar, and what the manifest says of them."""
+"""One record -> the members of its sample in the tar, and its row of the manifest."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 
 from cxrscale.config import Pack
 from cxrscale.io import (
@@ -29,50 +30,50 @@ from cxrscale.types import GrayImage, ImageRecord, UnreadableImageError, UserErr
 
 @dataclass(frozen=True, slots=True)
 class EncodedSample:
-    """An encoded image with its mask and description."""
+    """An encoded image with its mask and its JSON."""
 
     members: dict[str, bytes]
     """Suffix (jpg, png, mask.png, json) -> bytes."""
     crcs: dict[str, int]
     """Suffix -> CRC-32 of those bytes."""
     image_suffix: str
-    facts: dict[str, Any]
-    """Columns of the manifest that are known only once the image was read."""
+    measured: dict[str, Any]
+    """Columns of the manifest that are only known after the image was read."""
 
     def without_bytes(self) -> EncodedSample:
-        """The same without the members, so that a shard's samples need not stay in memory."""
+        """The same without the members, so that the bytes of a shard do not stay in memory."""
         return replace(self, members={})
 
     def row(self, record: ImageRecord, findings: tuple[str, ...]) -> dict[str, Any]:
-        """The image's row of the manifest, without its place in the tar."""
-        states = {LABEL + name: record.findings.get(name) for name in findings}
-        return {"image_id": record.image_id, "source": record.source, "patient": record.patient, **self.facts, **states}
+        """The image's row of the manifest, without its position in the tar."""
+        known = {"image_id": record.image_id, "source": record.source, "patient": record.patient}
+        return {**known, **self.measured, **{LABEL + name: record.findings.get(name) for name in findings}}
 
 
 def encode_sample(record: ImageRecord, split: str, pack: Pack, findings: tuple[str, ...]) -> EncodedSample:
     """Read, decode, resize and encode one image.
 
     Raises:
-        UnreadableImageError: the image cannot be used; the message is the reason.
+        UnreadableImageError: the image cannot be used; the message is the reason for its quarantine.
     """
     try:
         data = storage.read(record.path)
     except UserError as error:
         raise UnreadableImageError(str(error)) from None
     loaded = load_image(data, name=record.path)
-    described = _with_header(record, loaded)
-    stored, suffix, image = _image(loaded, data, pack)
+    record = _complete_from_header(record, loaded)
+    stored_HW, suffix, image = _encode_image(loaded, data, pack)
     members = {suffix: image}
-    facts = _facts(described, loaded.image_HW, stored)
+    measured = _measure(record, loaded.image_HW, stored_HW)
     if pack.masks and record.rles is not None:
-        mask = _mask(record.rles, loaded.image_HW, stored)
-        members["mask.png"] = encode_mask(mask)
-        facts["mask_pixels"] = int(mask.sum())
-    members["json"] = json.dumps(_description(described, split, facts, findings), sort_keys=True).encode()
-    return EncodedSample(members, {name: zlib.crc32(value) for name, value in members.items()}, suffix, facts)
+        mask_HW = _draw_mask(record.rles, loaded.image_HW, stored_HW)
+        members["mask.png"] = encode_mask(mask_HW)
+        measured["mask_pixels"] = int(mask_HW.sum())
+    members["json"] = json.dumps(_sample_json(record, split, measured, findings), sort_keys=True).encode()
+    return EncodedSample(members, {name: zlib.crc32(value) for name, value in members.items()}, suffix, measured)
 
 
-def _image(image: LoadedImage, data: bytes, pack: Pack) -> tuple[GrayImage, str, bytes]:
+def _encode_image(image: LoadedImage, data: bytes, pack: Pack) -> tuple[GrayImage, str, bytes]:
     """(the image as stored, its suffix, its bytes)."""
     if pack.codec == "source":
         if image.jpeg is not None:
@@ -80,23 +81,23 @@ def _image(image: LoadedImage, data: bytes, pack: Pack) -> tuple[GrayImage, str,
         if data.startswith(b"\x89PNG"):
             return image.image_HW, "png", data
         return image.image_HW, "png", encode_png(image.image_HW)
-    stored = resize_image(image.image_HW, pack.size)
+    stored_HW = resize_image(image.image_HW, pack.size)
     if pack.codec == "png":
-        return stored, "png", encode_png(stored)
-    return stored, "jpg", encode_jpeg(stored, pack.quality)
+        return stored_HW, "png", encode_png(stored_HW)
+    return stored_HW, "jpg", encode_jpeg(stored_HW, pack.quality)
 
 
-def _mask(rles: tuple[str, ...], image_HW: GrayImage, stored: GrayImage) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """The union of the runs, drawn at the image's own size and resized as the image was."""
+def _draw_mask(rles: tuple[str, ...], image_HW: GrayImage, stored_HW: GrayImage) -> npt.NDArray[np.bool_]:
+    """The union of the runs, drawn at the original size of the image and resized like the image."""
     try:
-        mask = rle_masks.union(rles, image_HW.shape)
+        mask_HW = rle_masks.union(rles, image_HW.shape)
     except ValueError as error:
         raise UnreadableImageError(f"mask: {error}") from None
-    return mask if stored.shape == mask.shape else resize_mask(mask, stored.shape[0])
+    return mask_HW if stored_HW.shape == mask_HW.shape else resize_mask(mask_HW, stored_HW.shape[0])
 
 
-def _with_header(record: ImageRecord, image: LoadedImage) -> ImageRecord:
-    """What the tables left open is taken from the image's own header."""
+def _complete_from_header(record: ImageRecord, image: LoadedImage) -> ImageRecord:
+    """The record with values from the image's header where the tables have none."""
     return replace(
         record,
         view=record.view or image.view,
@@ -106,9 +107,11 @@ def _with_header(record: ImageRecord, image: LoadedImage) -> ImageRecord:
     )
 
 
-def _facts(record: ImageRecord, image_HW: GrayImage, stored: GrayImage) -> dict[str, Any]:
-    mark = duplicates.fingerprint(image_HW)
-    levels = cv2.calcHist([stored], [0], None, [256], [0, 256]).ravel().astype(np.float64)  # 10 x np.bincount
+def _measure(record: ImageRecord, image_HW: GrayImage, stored_HW: GrayImage) -> dict[str, Any]:
+    """Columns of the manifest and of the fingerprints, and sums for the dataset's pixel statistics."""
+    fingerprint = duplicates.fingerprint(image_HW)
+    # Ten times faster than np.bincount.
+    levels = cv2.calcHist([stored_HW], [0], None, [256], [0, 256]).ravel().astype(np.float64)
     spacing = record.spacing_mm or (None, None)
     return {
         "view": record.view,
@@ -119,16 +122,18 @@ def _facts(record: ImageRecord, image_HW: GrayImage, stored: GrayImage) -> dict[
         "spacing_row_mm": spacing[0],
         "spacing_column_mm": spacing[1],
         "mask_pixels": None,
-        "dhash": mark.dhash,
-        "thumbnail": mark.thumbnail,
+        "dhash": fingerprint.dhash,
+        "thumbnail": fingerprint.thumbnail,
         "pixel_sum": float(levels @ np.arange(256)),
         "pixel_squares": float(levels @ np.arange(256) ** 2),
-        "pixels": int(stored.size),
+        "pixels": int(stored_HW.size),
     }
 
 
-def _description(record: ImageRecord, split: str, facts: dict[str, Any], findings: tuple[str, ...]) -> dict[str, Any]:
-    """The sample's own json, for readers that do not know the manifest."""
+def _sample_json(
+    record: ImageRecord, split: str, measured: dict[str, Any], findings: tuple[str, ...]
+) -> dict[str, Any]:
+    """The sample's JSON member, for readers that do not use the manifest."""
     return {
         "image_id": record.image_id,
         "source": record.source,
@@ -139,6 +144,6 @@ def _description(record: ImageRecord, split: str, facts: dict[str, Any], finding
         "sex": record.sex,
         "age": record.age,
         "spacing_mm": list(record.spacing_mm) if record.spacing_mm else None,
-        "original_size": [facts["height"], facts["width"]],
+        "original_size": [measured["height"], measured["width"]],
         "boxes": [[box.finding, box.x, box.y, box.width, box.height] for box in record.boxes],
     }

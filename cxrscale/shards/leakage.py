@@ -1,4 +1,4 @@
-"""What splits and datasets share: patients, images, and what cannot be told of either."""
+"""Leaks: patients and images that splits and datasets share, and what cannot be checked about them."""
 
 from __future__ import annotations
 
@@ -11,115 +11,112 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cxrscale import sources
 from cxrscale.config import Pack
 from cxrscale.io import storage
 from cxrscale.shards import build, duplicates, manifest
+from cxrscale.shards.audit_models import DuplicatePair, Duplicates, Leaks, SharedPatient
 from cxrscale.shards.build import UNLABELED
 from cxrscale.shards.manifest import Manifest
 from cxrscale.types import ImageRecord, UserError
 
-UNRELIABLE_PATIENT_IDS = ("siim", "rsna")
-"""Sources that give each file a patient of its own, although the images are NIH's, whose patients have several."""
-
 
 @dataclass(frozen=True, slots=True)
 class JoinedDatasets:
-    """Datasets joined, and which row is whose."""
+    """Several datasets as one, and the dataset of each row."""
 
     data: Manifest
     roots: tuple[str, ...]
-    member_N: npt.NDArray[np.int64]
-    """(N,) which of the roots each row is from."""
-    spaces: tuple[str, ...]
-    """For each root, the archive that named its patients: a name is the same person's only within one."""
+    index_N: npt.NDArray[np.int64]
+    """(N,) index of each row's dataset in `roots`."""
+    namespaces: tuple[str, ...]
+    """For each root, the source that gave its patient IDs: equal IDs are the same patient only within a namespace."""
 
 
 def join_datasets(*roots: str) -> JoinedDatasets:
-    """The datasets of some folders or addresses.
+    """The datasets of one or more folders or addresses.
 
     Raises:
-        UserError: a folder holds no dataset, or two of them hold an image of the same id.
+        UserError: a folder has no dataset, or two of them have an image of the same ID.
     """
     data = manifest.load(*roots)
-    place = {root: s for s, root in enumerate(roots)}
-    member_N = np.array([place[root] for root in data.column("root").tolist()], dtype=np.int64)
-    return JoinedDatasets(data, roots, member_N, tuple(str(a.get("patients_from", a["source"])) for a in data.about))
+    position = {root: index for index, root in enumerate(roots)}
+    index_N = np.array([position[root] for root in data.column("root").tolist()], dtype=np.int64)
+    namespaces = tuple(str(item.get("patients_from", item["source"])) for item in data.metadata)
+    return JoinedDatasets(data, roots, index_N, namespaces)
 
 
-def find_leaks(sets: JoinedDatasets) -> dict[str, Any]:
-    """What the audit says of leaks.
+def find_leaks(joined: JoinedDatasets) -> Leaks:
+    """Patients and images that splits and datasets share.
 
-    A patient is known by its name and the archive that gave it, and two patients whose images are the same image
-    are one. Images of the split `unlabeled` are trained on by nobody: they leak nothing.
-
-    Returns:
-        verdict and not_checked, in sentences; patients, the number of persons (an image whose patient is unknown is
-        one); patients_in_two_splits and patients_in_two_sets; duplicates, the pairs of images that are the same.
+    A patient is known by its ID and the namespace of the ID. Two patients with the same image are one. Nobody trains
+    on unlabeled images, so they leak nothing.
 
     Raises:
         UserError: fingerprints cannot be read.
     """
-    named = _namespaced_patients(sets)
-    pairs, unmarked = _duplicate_pairs(sets)
-    person = duplicates.merge_patients(named, pairs.tolist())
-    nameless_N = _unreliable_patients(sets)
-    told = {who for who, own in zip(person, nameless_N.tolist(), strict=True) if not own}
-    unknown_N = nameless_N & np.array([who not in told for who in person])
-    crossing, joint = _shared(sets, named, nameless_N, person)
-    alike = _duplicates_by_place(sets, named, pairs)
-    open_questions = [
-        *_unknown_patients(sets, unknown_N),
-        *_separate_namespaces(sets, nameless_N),
-        *_not_compared(sets, unmarked),
+    names = _namespaced_patients(joined)
+    pairs, missing = _duplicate_pairs(joined)
+    patients = duplicates.merge_patients(names, pairs.tolist())
+    unreliable_N = _unreliable_patient_ids(joined)
+    known = {patient for patient, unreliable in zip(patients, unreliable_N.tolist(), strict=True) if not unreliable}
+    unknown_N = unreliable_N & np.array([patient not in known for patient in patients])
+    overlapping, cross_dataset = _shared_patients(joined, names, unreliable_N, patients)
+    found = _classify_pairs(joined, names, pairs)
+    not_checked = [
+        *_unknown_patients(joined, unknown_N),
+        *_separate_namespaces(joined, unreliable_N),
+        *_not_compared(joined, missing),
     ]
-    return {
-        "verdict": _verdict(crossing, joint, alike, open_questions),
-        "not_checked": open_questions,
-        "patients": len(set(person)),
-        "pictures_of_unknown_patients": int(unknown_N.sum()),
-        "patients_in_two_splits": crossing,
-        "patients_in_two_sets": joint,
-        "duplicates": {"pairs": len(pairs), **alike},
-    }
+    return Leaks(
+        verdict=tuple(_verdict(overlapping, cross_dataset, found, not_checked)),
+        not_checked=tuple(not_checked),
+        patients=len(set(patients)),
+        images_of_unknown_patients=int(unknown_N.sum()),
+        patients_in_two_splits=tuple(overlapping),
+        patients_in_two_datasets=tuple(cross_dataset),
+        duplicates=found,
+    )
 
 
-def merged_patients(sets: JoinedDatasets) -> list[str]:
-    """(N,) who each image shows: patients are one where the same archive names them alike or they share an image.
+def merged_patients(joined: JoinedDatasets) -> list[str]:
+    """(N,) patient of each image; patients of one namespace and ID, or with the same image, are one.
 
     12 s for the 112,120 images of ChestX-ray14.
 
     Raises:
         UserError: fingerprints cannot be read.
     """
-    pairs, _ = _duplicate_pairs(sets)
-    return duplicates.merge_patients(_namespaced_patients(sets), pairs.tolist())
+    pairs, _ = _duplicate_pairs(joined)
+    return duplicates.merge_patients(_namespaced_patients(joined), pairs.tolist())
 
 
-def _namespaced_patients(sets: JoinedDatasets) -> list[str]:
-    return [f"{sets.spaces[s]}:{who}" for s, who in zip(sets.member_N.tolist(), sets.data.patient, strict=True)]
+def _namespaced_patients(joined: JoinedDatasets) -> list[str]:
+    rows = zip(joined.index_N.tolist(), joined.data.patient, strict=True)
+    return [f"{joined.namespaces[index]}:{patient}" for index, patient in rows]
 
 
-def _duplicate_pairs(sets: JoinedDatasets) -> tuple[npt.NDArray[np.int64], dict[str, int]]:
-    """Pairs of rows that show the same image, (P, 2); and for each root, how many images have no fingerprint."""
-    row_of = {image_id: row for row, image_id in enumerate(sets.data.image_id.tolist())}
-    marks: dict[int, tuple[bytes, bytes]] = {}
-    for root in sets.roots:
+def _duplicate_pairs(joined: JoinedDatasets) -> tuple[npt.NDArray[np.int64], dict[str, int]]:
+    """Pairs of rows that show the same image, (P, 2); and root -> number of images without a fingerprint."""
+    row_of = {image_id: row for row, image_id in enumerate(joined.data.image_id.tolist())}
+    prints: dict[int, tuple[bytes, bytes]] = {}
+    for root in joined.roots:
         address = storage.join(root, manifest.FINGERPRINTS)
         if storage.exists(address):
-            table = _fingerprints(address)
+            table = _read_fingerprints(address)
             columns = (table[name].to_pylist() for name in table.column_names)
-            marks |= {
+            prints |= {
                 row_of[name]: (dhash, thumb) for name, dhash, thumb in zip(*columns, strict=True) if name in row_of
             }
-    rows = np.array(sorted(marks), dtype=np.int64)
-    hashes = np.frombuffer(b"".join(marks[row][0] for row in rows.tolist()), dtype=np.uint8).reshape(len(rows), -1)
-    thumbs = np.frombuffer(b"".join(marks[row][1] for row in rows.tolist()), dtype=np.uint8).reshape(len(rows), -1)
-    missing = np.bincount(np.delete(sets.member_N, rows), minlength=len(sets.roots))
-    unmarked = {root: int(missing[s]) for s, root in enumerate(sets.roots) if missing[s]}
-    return (rows[duplicates.find_within(hashes, thumbs)] if len(rows) else np.empty((0, 2), dtype=np.int64)), unmarked
+    rows = np.array(sorted(prints), dtype=np.int64)
+    hashes = np.frombuffer(b"".join(prints[row][0] for row in rows.tolist()), dtype=np.uint8).reshape(len(rows), -1)
+    thumbs = np.frombuffer(b"".join(prints[row][1] for row in rows.tolist()), dtype=np.uint8).reshape(len(rows), -1)
+    counts = np.bincount(np.delete(joined.index_N, rows), minlength=len(joined.roots))
+    missing = {root: int(count) for root, count in zip(joined.roots, counts, strict=True) if count}
+    return (rows[duplicates.find_within(hashes, thumbs)] if len(rows) else np.empty((0, 2), dtype=np.int64)), missing
 
 
-def _fingerprints(address: str) -> pa.Table:
+def _read_fingerprints(address: str) -> pa.Table:
     try:
         return pq.read_table(pa.BufferReader(storage.read(address)), columns=["image_id", "dhash", "thumbnail"])
     except pa.ArrowInvalid as error:
@@ -128,158 +125,175 @@ def _fingerprints(address: str) -> pa.Table:
         ) from None
 
 
-def _shared(
-    sets: JoinedDatasets, named: Sequence[str], nameless_N: npt.NDArray[np.bool_], person: Sequence[str]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The persons that stand in two splits, those that stand in two sets, and where they do."""
-    homes: dict[str, list[int]] = {}
-    for row, who in enumerate(person):
-        homes.setdefault(who, []).append(row)
-    split, ids, member = sets.data.split.tolist(), sets.data.image_id.tolist(), sets.member_N.tolist()
+def _shared_patients(
+    joined: JoinedDatasets, names: Sequence[str], unreliable_N: npt.NDArray[np.bool_], patients: Sequence[str]
+) -> tuple[list[SharedPatient], list[SharedPatient]]:
+    """(patients in two splits or more, patients in two datasets or more)."""
+    rows_of: dict[str, list[int]] = {}
+    for row, patient in enumerate(patients):
+        rows_of.setdefault(patient, []).append(row)
+    split, ids, index = joined.data.split.tolist(), joined.data.image_id.tolist(), joined.index_N.tolist()
 
-    def entry(who: str, rows: Iterable[int]) -> dict[str, Any]:
-        where: dict[str, list[str]] = {}
+    def shared(patient: str, rows: Iterable[int]) -> SharedPatient:
+        images: dict[str, list[str]] = {}
         for row in rows:
-            where.setdefault(split[row], []).append(ids[row])
-        return {
-            "patient": who,
-            "also": sorted({named[row] for row in rows if not nameless_N[row]} - {who}),
-            "shards": [sets.roots[s] for s in sorted({member[row] for row in rows})],
-            "splits": {name: len(found) for name, found in sorted(where.items())},
-            "images": {name: found[0] for name, found in sorted(where.items())},
-        }
+            images.setdefault(split[row], []).append(ids[row])
+        return SharedPatient(
+            patient=patient,
+            also=tuple(sorted({names[row] for row in rows if not unreliable_N[row]} - {patient})),
+            datasets=tuple(joined.roots[i] for i in sorted({index[row] for row in rows})),
+            splits={name: len(some) for name, some in sorted(images.items())},
+            images={name: some[0] for name, some in sorted(images.items())},
+        )
 
-    whose = sorted(homes.items())
+    items = sorted(rows_of.items())
     return (
-        [entry(who, rows) for who, rows in whose if len({split[row] for row in rows} - {UNLABELED}) > 1],
-        [entry(who, rows) for who, rows in whose if len({member[row] for row in rows}) > 1],
+        [shared(patient, rows) for patient, rows in items if len({split[row] for row in rows} - {UNLABELED}) > 1],
+        [shared(patient, rows) for patient, rows in items if len({index[row] for row in rows}) > 1],
     )
 
 
-def _duplicates_by_place(
-    sets: JoinedDatasets, named: Sequence[str], pairs: npt.NDArray[np.int64]
-) -> dict[str, list[dict[str, Any]]]:
-    """Pairs of images that are the same: those between splits leak; those within one count twice."""
-    split, ids, member = sets.data.split.tolist(), sets.data.image_id.tolist(), sets.member_N.tolist()
-    found: dict[str, list[dict[str, Any]]] = {"between_splits": [], "between_sets": [], "within_a_set_and_split": []}
+def _classify_pairs(joined: JoinedDatasets, names: Sequence[str], pairs: npt.NDArray[np.int64]) -> Duplicates:
+    """Duplicates between splits leak; those within a split count twice."""
+    split, ids, index = joined.data.split.tolist(), joined.data.image_id.tolist(), joined.index_N.tolist()
+    between_splits, between_datasets, within = [], [], []
     for a, b in pairs.tolist():
-        entry = {
-            "images": [ids[a], ids[b]],
-            "patients": [named[a], named[b]],
-            "shards": [sets.roots[member[a]], sets.roots[member[b]]],
-            "splits": [split[a], split[b]],
-        }
+        pair = DuplicatePair(
+            images=(ids[a], ids[b]),
+            patients=(names[a], names[b]),
+            datasets=(joined.roots[index[a]], joined.roots[index[b]]),
+            splits=(split[a], split[b]),
+        )
         leaks = split[a] != split[b] and UNLABELED not in (split[a], split[b])
         if leaks:
-            found["between_splits"].append(entry)
-        if member[a] != member[b]:
-            found["between_sets"].append(entry)
+            between_splits.append(pair)
+        if index[a] != index[b]:
+            between_datasets.append(pair)
         elif not leaks:
-            found["within_a_set_and_split"].append(entry)
-    return found
+            within.append(pair)
+    return Duplicates(
+        pairs=len(pairs),
+        between_splits=tuple(between_splits),
+        between_datasets=tuple(between_datasets),
+        within_dataset_and_split=tuple(within),
+    )
 
 
 def _verdict(
-    crossing: Sequence[Any], joint: Sequence[Any], alike: Mapping[str, Sequence[Any]], open_questions: Sequence[str]
+    overlapping: Sequence[SharedPatient],
+    cross_dataset: Sequence[SharedPatient],
+    found: Duplicates,
+    not_checked: Sequence[str],
 ) -> list[str]:
-    """A few plain sentences; a leak begins with LEAK."""
-    copies = alike["between_splits"]
+    """A few plain sentences; those about a leak begin with LEAK."""
     lines = []
-    if not crossing:
-        scope = " in what could be checked" if open_questions else ""
-        lines.append(f"No leak found{scope}: no patient and no image stands in two splits.")
-        if joint:
-            patients = _count(len(joint), "patient")
-            images = _count(len(alike["between_sets"]), "image")
+    if not overlapping:
+        scope = " in what could be checked" if not_checked else ""
+        lines.append(f"No leak found{scope}: no patient and no image is in two splits.")
+        if cross_dataset:
+            patients = _count(len(cross_dataset), "patient")
+            images = _count(len(found.between_datasets), "image")
             lines.append(f"In two datasets, but always in the same split: {patients}, {images}.")
         return lines
-    first = crossing[0]
-    homes = " and ".join(f"{name} ({image})" for name, image in first["images"].items() if name != UNLABELED)
-    lines.append(f"LEAK: {_count(len(crossing), 'patient')} in two splits, e.g. {first['patient']} in {homes}.")
-    if copies:
-        (one, other), (here, there) = copies[0]["images"], copies[0]["splits"]
+    first = overlapping[0]
+    where = " and ".join(f"{name} ({image})" for name, image in first.images.items() if name != UNLABELED)
+    lines.append(f"LEAK: {_count(len(overlapping), 'patient')} in two splits, e.g. {first.patient} in {where}.")
+    if copies := found.between_splits:
+        (one, other), (split, other_split) = copies[0].images, copies[0].splits
         lines.append(
-            f"LEAK: {_count(len(copies), 'image')} in two splits, e.g. {one} in {here}, which is {other} in {there}."
+            f"LEAK: {_count(len(copies), 'image')} in two splits, e.g. {one} in {split}, which is the same as {other} "
+            f"in {other_split}."
         )
     return lines
 
 
-def _count(count: int, what: str) -> str:
-    return f"1 {what}" if count == 1 else f"{count:,} {what}s"
+def _count(count: int, noun: str) -> str:
+    return f"1 {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-# What could not be told
+# What could not be checked
 
 
-def _unreliable_patients(sets: JoinedDatasets) -> npt.NDArray[np.bool_]:
-    """(N,) images whose patient the archive does not tell, and whose copy, if one was looked for, was not found."""
-    data, spaces, member_N = sets.data, sets.spaces, sets.member_N
+def _unreliable_patient_ids(joined: JoinedDatasets) -> npt.NDArray[np.bool_]:
+    """(N,) images whose source has no reliable patient IDs, and that got none from a duplicate in another dataset."""
+    data, namespaces, index_N = joined.data, joined.namespaces, joined.index_N
     patients: dict[str, set[str]] = {}
-    for s, about in enumerate(data.about):
-        if about["source"] == spaces[s]:
-            patients.setdefault(spaces[s], set()).update(data.patient[member_N == s].tolist())
-    nameless_N = data.patient == data.image_id
-    for s, about in enumerate(data.about):
-        own = member_N == s
-        if about["source"] == spaces[s]:
-            nameless_N |= own & (about["source"] in UNRELIABLE_PATIENT_IDS)
-        elif spaces[s] in patients:
-            nameless_N |= own & ~np.isin(data.patient.astype(str), sorted(patients[spaces[s]]))
+    for index, metadata in enumerate(data.metadata):
+        if metadata["source"] == namespaces[index]:
+            patients.setdefault(namespaces[index], set()).update(data.patient[index_N == index].tolist())
+    unreliable_N = data.patient == data.image_id
+    for index, metadata in enumerate(data.metadata):
+        rows_N = index_N == index
+        if metadata["source"] == namespaces[index]:
+            unreliable_N |= rows_N & (not _has_reliable_patient_ids(metadata["source"]))
+        elif namespaces[index] in patients:
+            unreliable_N |= rows_N & ~np.isin(data.patient.astype(str), sorted(patients[namespaces[index]]))
         else:
-            # Only this setting: a manifest of another version may have fields that this one does not know.
-            settings = Pack(patient_ids=about["pack"].get("patient_ids", about["pack"].get("patients", "original")))
-            hashed = [build.hash_patient_id(_record(about, name), settings) for name in data.image_id[own]]
-            nameless_N[own] |= data.patient[own] == np.array(hashed, dtype=object)
-    return np.asarray(nameless_N, dtype=np.bool_)
+            # Only this setting: a manifest of another version may have fields that this one does not know. Datasets
+            # of versions before 0.2 call it `patients`.
+            pack = metadata["pack"]
+            settings = Pack(patient_ids=pack.get("patient_ids", pack.get("patients", "original")))
+            hashed = [build.hash_patient_id(_own_patient(metadata, name), settings) for name in data.image_id[rows_N]]
+            unreliable_N[rows_N] |= data.patient[rows_N] == np.array(hashed, dtype=object)
+    return np.asarray(unreliable_N, dtype=np.bool_)
 
 
-def _record(about: Mapping[str, Any], image_id: str) -> ImageRecord:
-    """What an archive without patients says of an image: it is its own patient."""
-    return ImageRecord(image_id=image_id, source=about["source"], path="", patient=image_id)
+def _has_reliable_patient_ids(source: str) -> bool:
+    """A dataset may be of a source that this version does not have; its IDs are trusted."""
+    return source not in sources.names() or sources.get(source).reliable_patient_ids
 
 
-def _unknown_patients(sets: JoinedDatasets, unknown_N: npt.NDArray[np.bool_]) -> list[str]:
+def _own_patient(metadata: Mapping[str, Any], image_id: str) -> ImageRecord:
+    """The record of an image without a known patient: it is its own patient."""
+    return ImageRecord(image_id=image_id, source=metadata["source"], path="", patient=image_id)
+
+
+def _unknown_patients(joined: JoinedDatasets, unknown_N: npt.NDArray[np.bool_]) -> list[str]:
     lines = []
-    for s, root in enumerate(sets.roots):
-        own = sets.member_N == s
-        count, whole = int((unknown_N & own).sum()), int(own.sum())
+    for index, root in enumerate(joined.roots):
+        rows_N = joined.index_N == index
+        count, total = int((unknown_N & rows_N).sum()), int(rows_N.sum())
         if not count:
             continue
-        source = sets.data.about[s]["source"]
-        hint = " (NIH ChestX-ray14)" if source in UNRELIABLE_PATIENT_IDS else ""
-        hint += ", all of them" if count < whole else ""
+        source = joined.data.metadata[index]["source"]
+        which = "all these images" if count < total else "these images"
+        hint = "" if _has_reliable_patient_ids(source) else " (NIH ChestX-ray14)"
         lines.append(
-            f"the patients of {count:,} of {whole:,} images of {root} are unknown, so it cannot be told whether one "
-            f"of them stands in two splits; shard it again as `cxrscale shard {source} ARCHIVE --patients-from SHARDS`, with a "
-            f"dataset that holds the same images under their patients{hint}"
+            f"the patients of {count:,} of {total:,} images of {root} are unknown, so one of them may be in two "
+            f"splits; shard it again as `cxrscale shard {source} ROOT --patients-from DATASET`, with a dataset that "
+            f"has {which} under their patients{hint}"
         )
     return lines
 
 
-def _separate_namespaces(sets: JoinedDatasets, nameless_N: npt.NDArray[np.bool_]) -> list[str]:
-    """Sets that name patients independently of one another; where all are unknown, that was said already."""
-    roots, spaces = sets.roots, sets.spaces
-    naming = [s for s in range(len(roots)) if not nameless_N[sets.member_N == s].all()]
+def _separate_namespaces(joined: JoinedDatasets, unreliable_N: npt.NDArray[np.bool_]) -> list[str]:
+    """Datasets with independent patient IDs. Those whose patients are all unknown are reported elsewhere."""
+    roots, namespaces = joined.roots, joined.namespaces
+    known = [index for index in range(len(roots)) if not unreliable_N[joined.index_N == index].all()]
     return [
-        f"{roots[a]} and {roots[b]} name their patients independently ({spaces[a]}, {spaces[b]}), so a patient of "
-        "both is seen only where they share an image; nothing can be done about the rest"
-        for place, a in enumerate(naming)
-        for b in naming[place + 1 :]
-        if spaces[a] != spaces[b]
+        f"{roots[a]} and {roots[b]} have independent patient IDs ({namespaces[a]}, {namespaces[b]}), so a patient of "
+        "both is detected only if they share an image; nothing can be done about the others"
+        for position, a in enumerate(known)
+        for b in known[position + 1 :]
+        if namespaces[a] != namespaces[b]
     ]
 
 
-def _not_compared(sets: JoinedDatasets, unmarked: Mapping[str, int]) -> list[str]:
-    """Images that no other was compared with."""
+def _not_compared(joined: JoinedDatasets, missing: Mapping[str, int]) -> list[str]:
+    """Images that were compared with no other.
+
+    Args:
+        missing: root -> number of images without a fingerprint.
+    """
     lines = [
-        f"{count:,} images of {root} have no fingerprint, so copies of them cannot be found; remove {manifest.NAME} "
-        "there and run `cxrscale shard` again"
-        for root, count in unmarked.items()
+        f"{count:,} images of {root} have no fingerprint, so duplicates of them cannot be found; remove "
+        f"{manifest.NAME} there and run `cxrscale shard` again"
+        for root, count in missing.items()
     ]
-    lost = sum(len(about["quarantined"]) for about in sets.data.about)
-    if lost:
+    quarantined = sum(len(metadata["quarantined"]) for metadata in joined.data.metadata)
+    if quarantined:
         lines.append(
-            f"{_count(lost, 'quarantined image')} could not be read and had no part in any comparison; mend the "
-            "files, or leave them out"
+            f"{_count(quarantined, 'quarantined image')} could not be read and had no part in any comparison; repair "
+            "the files, or leave them out"
         )
     return lines

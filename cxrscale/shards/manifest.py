@@ -1,4 +1,4 @@
-"""The manifest: one Parquet row an image. It is the data set; the tars only hold the bytes it points to."""
+"""The manifest: one Parquet row per image. It is the dataset; the tars only hold the bytes that it points to."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,42 +49,42 @@ FIELDS: tuple[tuple[str, pa.DataType], ...] = (
     ("json_crc", pa.uint32()),
     ("mask_pixels", pa.int64()),
 )
-"""Columns before the labels. Lengths are bytes, CRCs are CRC-32 of a member's bytes, offsets are into the tar;
-mask columns are null where there is no mask; mask_pixels counts at the stored size."""
+"""Columns before the labels. Lengths are in bytes, CRCs are the CRC-32 of a member's bytes, offsets count from the
+start of the tar. Mask columns are null for images without a mask; mask_pixels is the mask's area at the stored size."""
 
 
 def image_key(image_id: str) -> int:
-    """The image's signed 64-bit number: BLAKE2b of its id. What order and augmentation are drawn from."""
+    """The image's signed 64-bit key, BLAKE2b of its ID; sampling and augmentation hash it."""
     return int.from_bytes(hashlib.blake2b(image_id.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def schema(findings: Sequence[str]) -> pa.Schema:
-    """The manifest's Arrow schema with a label column for each finding."""
+    """The Arrow schema of a manifest, with a label column for each finding."""
     return pa.schema([*FIELDS, *((LABEL + name, pa.int8()) for name in findings)])
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """One dataset, or several joined, as columns; rows are numbered from 0 in the order of the table."""
+    """One dataset, or several joined, as columns; rows are numbered from 0 in table order."""
 
     table: pa.Table
-    """FIELDS, the labels, and `root`: the folder or address that the row's shard lies in."""
+    """FIELDS, the labels, and `root`: the folder or address that contains the row's shard."""
     digest: str
-    """BLAKE3 over the manifest files, in order: names the data exactly."""
-    about: tuple[Mapping[str, Any], ...]
-    """For each dataset: its format, resolved pack configuration, input hashes, shard digests, pixel statistics."""
+    """BLAKE3 of the manifest files in order; it identifies the data exactly."""
+    metadata: tuple[Mapping[str, Any], ...]
+    """For each dataset: format, pack section, input digest, shard digests, pixel statistics."""
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
     @cached_property
     def image_id(self) -> npt.NDArray[np.object_]:
-        """(N,) ids, unique."""
+        """(N,) unique IDs."""
         return self.column("image_id")
 
     @cached_property
     def key(self) -> npt.NDArray[np.int64]:
-        """(N,) numbers of the images, from `image_key`."""
+        """(N,) keys of the images, from `image_key`."""
         return np.asarray(self.table["key"].to_numpy(), dtype=np.int64)
 
     @cached_property
@@ -97,7 +98,7 @@ class Manifest:
         return self.column("split")
 
     def column(self, name: str) -> npt.NDArray[Any]:
-        """A column as numpy; nulls of numbers become NaN, nulls of strings None."""
+        """A column as numpy; null becomes NaN in columns of numbers and None in columns of strings."""
         values: npt.NDArray[Any] = self.table[name].to_numpy(zero_copy_only=False)
         return values
 
@@ -105,14 +106,14 @@ class Manifest:
         """The rows of one or more splits, ascending.
 
         Raises:
-            UserError: one of them is empty; names those there are.
+            UserError: one of them is empty; the message lists the splits of the dataset.
         """
         counts = self.split_counts()
         for name in splits:
             if name not in counts:
-                there = ", ".join(f"{other} ({count})" for other, count in counts.items())
+                available = ", ".join(f"{other} ({count})" for other, count in counts.items())
                 raise UserError(
-                    f"split {name!r} has no images; the manifest has {there}: name one of them in data.*_split"
+                    f"split {name!r} has no images; the manifest has {available}: name one of them in data.*_split"
                 )
         return np.flatnonzero(np.isin(self.split.astype(str), splits)).astype(np.int64)
 
@@ -122,51 +123,68 @@ class Manifest:
         return {str(name): int(count) for name, count in zip(names, counts, strict=True)}
 
     def findings(self) -> tuple[str, ...]:
-        """The findings that have a label column."""
+        """The findings with a label column."""
         return tuple(name.removeprefix(LABEL) for name in self.table.column_names if name.startswith(LABEL))
 
     def labels(self, findings: Sequence[str]) -> npt.NDArray[np.float32]:
         """(N, F) labels: 1, 0, or NaN for unlabeled.
 
         Raises:
-            UserError: a finding has no column; names those there are.
+            UserError: a finding has no column; the message lists those that have one.
         """
         for name in findings:
             if LABEL + name not in self.table.column_names:
-                there = ", ".join(self.findings())
-                raise UserError(f"data.findings: the shards have no label {name!r}; they have {there}")
+                available = ", ".join(self.findings())
+                raise UserError(f"data.findings: the shards have no label {name!r}; they have {available}")
         columns = [self.table[LABEL + name].cast(pa.float32()).to_numpy(zero_copy_only=False) for name in findings]
         return np.stack(columns, axis=1).astype(np.float32)
 
 
-def load(*roots: str) -> Manifest:
-    """Read the manifests of one or more datasets and join them; label columns that a set lacks are null there.
+def open_dataset(*roots: str | Path) -> Manifest:
+    """Open one or more datasets as one: the columns of their manifests. No tar is opened.
+
+    Args:
+        roots: folders or addresses that `cxrscale shard` or `build_shards` wrote.
 
     Raises:
-        UserError: no manifest in a folder, not a manifest, or an image id in two sets.
+        UserError: a folder has no manifest, or an image ID is in two datasets.
+
+    Example:
+        >>> import cxrscale as cx
+        >>> dataset = cx.open_dataset("shards/nih")
+        >>> len(dataset), dataset.split_counts(), dataset.findings()
+    """
+    return load(*map(str, roots))
+
+
+def load(*roots: str) -> Manifest:
+    """Read the manifests of one or more datasets and join them; label columns that a dataset lacks are null there.
+
+    Raises:
+        UserError: a folder has no manifest, or a file that is not one, or an image ID is in two datasets.
     """
     if not roots:
         raise UserError("data.shards is empty; give data.shards=[FOLDER], as `cxrscale shard` printed it")
-    tables, about, digests = [], [], []
+    tables, metadata, digests = [], [], []
     for root in roots:
         data = _read(root)
         digests.append(storage.digest(data))
         table = _parse(data, root)
-        about.append(json.loads(table.schema.metadata[b"cxrscale"]))
+        metadata.append(json.loads(table.schema.metadata[b"cxrscale"]))
         tables.append(table.replace_schema_metadata(None).append_column("root", pa.array([root] * len(table))))
     joined = pa.concat_tables(tables, promote_options="default").combine_chunks()
     manifest = Manifest(
-        joined, digests[0] if len(digests) == 1 else storage.digest("".join(digests).encode()), tuple(about)
+        joined, digests[0] if len(digests) == 1 else storage.digest("".join(digests).encode()), tuple(metadata)
     )
     _check_unique(manifest)
     return manifest
 
 
-def write(address: str, rows: pa.Table, about: Mapping[str, Any]) -> None:
-    """Publish a manifest: the same rows and `about` give the same bytes."""
-    described = rows.replace_schema_metadata({b"cxrscale": json.dumps(about, sort_keys=True).encode()})
+def write(address: str, rows: pa.Table, metadata: Mapping[str, Any]) -> None:
+    """Publish a manifest; the same rows and metadata give the same bytes."""
+    table = rows.replace_schema_metadata({b"cxrscale": json.dumps(metadata, sort_keys=True).encode()})
     with storage.publishing(address) as path:
-        pq.write_table(described, path, compression="zstd", row_group_size=1 << 20)
+        pq.write_table(table, path, compression="zstd", row_group_size=1 << 20)
 
 
 def _read(root: str) -> bytes:
@@ -181,19 +199,19 @@ def _parse(data: bytes, root: str) -> pa.Table:
         table = pq.read_table(pa.BufferReader(data))
     except pa.ArrowInvalid as error:
         raise UserError(
-            f"{storage.join(root, NAME)} is no Parquet file ({error}); run `cxrscale shard` again"
+            f"{storage.join(root, NAME)} is not a Parquet file ({error}); run `cxrscale shard` again"
         ) from None
     if b"cxrscale" not in (table.schema.metadata or {}):
         raise UserError(
-            f"{storage.join(root, NAME)} is no cxrscale manifest; give a folder that `cxrscale shard` wrote"
+            f"{storage.join(root, NAME)} is not a cxrscale manifest; give a folder that `cxrscale shard` wrote"
         )
-    about = json.loads(table.schema.metadata[b"cxrscale"])
-    if about["format"] != FORMAT:
-        raise UserError(f"{root}: manifest format {about['format']}, this version reads {FORMAT}; shard again")
+    written = json.loads(table.schema.metadata[b"cxrscale"])["format"]
+    if written != FORMAT:
+        raise UserError(f"{root}: manifest format {written}, this version reads {FORMAT}; shard again")
     return table
 
 
 def _check_unique(manifest: Manifest) -> None:
     ids, counts = np.unique(manifest.image_id.astype(str), return_counts=True)
     if (counts > 1).any():
-        raise UserError(f"data.shards: image {ids[counts > 1][0]} stands in two datasets; leave one of them out")
+        raise UserError(f"data.shards: image {ids[counts > 1][0]} is in two datasets; leave one of them out")

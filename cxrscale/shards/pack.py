@@ -1,4 +1,4 @@
-"""Records -> tars and their manifest: one task a shard, each whole or absent, the same bytes at any worker count."""
+"""Records -> tars and their manifest: one task per shard, the same bytes for any number of workers."""
 
 from __future__ import annotations
 
@@ -29,45 +29,56 @@ QUARANTINE = "quarantine.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
+class SplitRecords:
+    """Records with their splits: what is packed."""
+
+    records: Sequence[ImageRecord]
+    split: Sequence[str]
+    """(N,) split of each record."""
+    patient_namespace: str | None = None
+    """The source that gave the patient IDs; None: the records' own source."""
+
+
+@dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """What one task packs."""
+    """The content of one shard, which one task packs."""
 
     name: str
-    """The tar's file name: train-00000.tar."""
+    """File name of the tar: train-00000.tar."""
     split: str
     records: tuple[tuple[str, ImageRecord], ...]
-    """(key of the tar's members, record) in the order of the tar."""
+    """(key of the members, record) in tar order."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackResult:
-    """What a pack left behind."""
+    """A finished dataset."""
 
     root: str
     images: int
     quarantined: int
     fresh: bool
-    """False where everything had been done before."""
+    """False if an earlier run had finished everything."""
 
 
 Progress = Callable[[int, int, int], None]
-"""Called with (images finished since the last call, of which quarantined, images in all)."""
+"""Called with (images finished since the last call, how many of them are quarantined, total images)."""
 
 
 def plan_shards(records: Sequence[ImageRecord], split: Sequence[str], pack: Pack) -> list[ShardPlan]:
-    """Group records into shards, a split at a time, patients in hashed order so that a sequential reader sees a mix.
+    """Group records into shards, split by split, with patients in hashed order so that a sequential reader sees a mix.
 
-    Pure: depends on the records, not on their order.
+    A pure function of the records; their order does not matter.
 
     Raises:
-        UserError: two records share an id.
+        UserError: two records have the same ID.
     """
     ids = [record.image_id for record in records]
     if len(set(ids)) != len(ids):
         twice = next(name for name in sorted(ids) if ids.count(name) > 1)
-        raise UserError(f"image {twice} stands twice in the archive; remove one of the files")
-    place = {patient: rank for rank, patient in enumerate(splits.shuffled([r.patient for r in records], seed=0))}
-    order = sorted(range(len(records)), key=lambda i: (split[i], place[records[i].patient], records[i].image_id))
+        raise UserError(f"image {twice} is in the source twice; remove one of the files")
+    rank_of = {patient: rank for rank, patient in enumerate(splits.shuffled([r.patient for r in records], seed=0))}
+    order = sorted(range(len(records)), key=lambda i: (split[i], rank_of[records[i].patient], records[i].image_id))
     keys = _member_keys(ids)
     plans = []
     for name in sorted(set(split)):
@@ -79,50 +90,44 @@ def plan_shards(records: Sequence[ImageRecord], split: Sequence[str], pack: Pack
 
 
 def pack(
-    records: Sequence[ImageRecord],
-    split: Sequence[str],
-    settings: Pack,
-    out: str,
-    *,
-    patients_from: str | None = None,
-    local: bool = False,
-    progress: Progress | None = None,
+    prepared: SplitRecords, settings: Pack, out: str, *, local: bool = False, progress: Progress | None = None
 ) -> PackResult:
-    """Write the dataset; what an earlier, interrupted call finished is kept, what it left half-done is swept away.
+    """Write a dataset. Shards that an earlier, interrupted call finished are kept; unfinished ones are removed.
 
     Args:
-        records: what an archive reader returned.
-        split: (N,) the split of each record.
-        out: a folder or fsspec address.
-        patients_from: the source whose patients these are; None: the archive's own.
+        prepared: the records of one source with their splits.
+        settings: the pack section.
+        out: a folder or an fsspec address.
         local: in this process instead of on Ray.
+        progress: called after every shard.
 
     Raises:
-        UserError: `out` holds shards of other input or settings, cannot be written, or nothing could be read.
+        UserError: `out` has shards of other records or settings, cannot be written, or no image could be read.
     """
+    records = prepared.records
     findings = _findings(records)
-    plans = plan_shards(records, split, settings)
+    plans = plan_shards(records, prepared.split, settings)
     digest = _input_digest(plans, settings)
-    done = _published_result(out, digest)
-    if done is not None:
-        return done
-    storage.sweep(out)
-    storage.sweep(storage.join(out, PARTS))
+    finished = _published_result(out, digest)
+    if finished is not None:
+        return finished
+    storage.remove_temporary_files(out)
+    storage.remove_temporary_files(storage.join(out, PARTS))
     jobs = [(plan, findings, settings, digest, out) for plan in plans]
     if progress:
         progress(0, 0, len(records))
     for part in run_tasks(pack_shard, jobs, local=local, workers=settings.workers):
         if progress:
             progress(part["images"] + part["quarantined"], part["quarantined"], len(records))
-    source = records[0].source
-    return _publish(plans, findings, settings, digest, out, source, patients_from or source)
+    origin = (records[0].source, prepared.patient_namespace or records[0].source)
+    return _publish(plans, findings, settings, digest, out, origin)
 
 
 def pack_shard(plan: ShardPlan, findings: tuple[str, ...], settings: Pack, digest: str, out: str) -> dict[str, int]:
-    """Write one tar, its index and its part of the manifest, unless they are there and whole.
+    """Write one tar, its index and its part of the manifest, unless they exist already and are complete.
 
     Returns:
-        How many images the tar holds and how many were quarantined.
+        Numbers of images in the tar and of quarantined images.
     """
     import webdataset  # only here: it imports torch, which takes seconds
 
@@ -135,7 +140,7 @@ def pack_shard(plan: ShardPlan, findings: tuple[str, ...], settings: Pack, diges
     quarantined: list[dict[str, str]] = []
     with storage.publishing(storage.join(out, plan.name)) as path:
         with path.open("wb") as file:
-            # mtime=0 and plain USTAR make the tar a function of its members alone.
+            # With mtime=0 and plain USTAR, the bytes of the tar depend on its members only.
             writer = webdataset.TarWriter(file, mtime=0, format=tarfile.USTAR_FORMAT, encoder=False)
             for key, record in plan.records:
                 try:
@@ -149,7 +154,7 @@ def pack_shard(plan: ShardPlan, findings: tuple[str, ...], settings: Pack, diges
         members = _read_back(path, samples)
         tar_digest, tar_bytes = storage.file_digest(path), path.stat().st_size
     storage.write(storage.join(out, plan.name.replace(".tar", ".idx")), _index(samples, members))
-    about = {
+    metadata = {
         "input": digest,
         "tar": {"blake3": tar_digest, "bytes": tar_bytes},
         "images": len(samples),
@@ -157,8 +162,8 @@ def pack_shard(plan: ShardPlan, findings: tuple[str, ...], settings: Pack, diges
     }
     rows = _rows(plan, findings, samples, members)
     with storage.publishing(part_address) as path:
-        pq.write_table(rows.replace_schema_metadata({b"part": json.dumps(about).encode()}), path)
-    return _counts(about)
+        pq.write_table(rows.replace_schema_metadata({b"part": json.dumps(metadata).encode()}), path)
+    return _counts(metadata)
 
 
 def _counts(part: dict[str, Any]) -> dict[str, int]:
@@ -166,7 +171,7 @@ def _counts(part: dict[str, Any]) -> dict[str, int]:
 
 
 def _member_keys(ids: Sequence[str]) -> dict[str, str]:
-    """Tar member names: no dots (they would end the key), under 100 characters, unique."""
+    """Image ID -> name of its tar members: unique, below 100 characters, without dots (WebDataset's key ends there)."""
     keys: dict[str, str] = {}
     taken: set[str] = set()
     for image_id in sorted(ids):
@@ -181,15 +186,18 @@ def _member_keys(ids: Sequence[str]) -> dict[str, str]:
 
 def _findings(records: Sequence[ImageRecord]) -> tuple[str, ...]:
     if not records:
-        raise UserError("the archive has no images; check the folder")
+        raise UserError("the source has no images; check the folder")
     named = {name for record in records for name in record.findings}
     known = [name for name in NIH14 if name in named]
     return (*known, *sorted(named - set(known)))
 
 
 def _input_digest(plans: Sequence[ShardPlan], settings: Pack) -> str:
-    """Names input and settings; `workers` and the place of the archive do not change what is written."""
-    choices = settings.model_dump(mode="json", exclude={"workers", "max_quarantined"})
+    """Identifies records and settings; `workers` and the folder of the source do not change what is written."""
+    options = settings.model_dump(mode="json", exclude={"workers", "max_quarantined"})
+    # Under the field names and values of version 0.1, so that `cxrscale shard` still recognizes its datasets.
+    options["patients"] = options.pop("patient_ids")
+    options["repeats"] = {"keep": "keep", "merge": "unite"}[options.pop("duplicates")]
     rows = [
         (
             plan.name,
@@ -206,33 +214,33 @@ def _input_digest(plans: Sequence[ShardPlan], settings: Pack) -> str:
         for plan in plans
         for key, r in plan.records
     ]
-    return storage.digest(json.dumps([manifest.FORMAT, choices, rows], sort_keys=True).encode())
+    return storage.digest(json.dumps([manifest.FORMAT, options, rows], sort_keys=True).encode())
 
 
 def _published_result(out: str, digest: str) -> PackResult | None:
     address = storage.join(out, manifest.NAME)
     if not storage.exists(address):
         return None
-    about = manifest.load(out).about[0]
-    if about["input"] != digest:
-        raise UserError(f"{out} holds shards of another archive or other settings; give another --out or remove it")
-    return PackResult(out, about["images"], len(about["quarantined"]), fresh=False)
+    metadata = manifest.load(out).metadata[0]
+    if metadata["input"] != digest:
+        raise UserError(f"{out} holds shards of another source or other settings; give another --out or remove it")
+    return PackResult(out, metadata["images"], len(metadata["quarantined"]), fresh=False)
 
 
 def _finished_part(address: str, digest: str, tar: str) -> dict[str, int] | None:
-    """The counts of a shard that an earlier run finished; None where it is missing, other, or its tar is not whole."""
+    """The counts of a shard that an earlier run finished; None if it is missing, different or damaged."""
     if not storage.exists(address) or not storage.exists(tar):
         return None
-    about = json.loads(pq.read_schema(pa.BufferReader(storage.read(address))).metadata[b"part"])
-    if about["input"] != digest or storage.digest(storage.read(tar)) != about["tar"]["blake3"]:
+    metadata = json.loads(pq.read_schema(pa.BufferReader(storage.read(address))).metadata[b"part"])
+    if metadata["input"] != digest or storage.digest(storage.read(tar)) != metadata["tar"]["blake3"]:
         return None
-    return _counts(about)
+    return _counts(metadata)
 
 
 def _read_back(
     path: Path, samples: Sequence[tuple[str, ImageRecord, EncodedSample]]
 ) -> dict[str, tuple[int, int, int]]:
-    """Member name -> (offset, length, CRC-32), read from the finished tar and checked against what was meant."""
+    """Member name -> (offset, length, CRC-32), read from the finished tar and checked against the encoded bytes."""
     members = {}
     with tarfile.open(path) as tar:
         for member in tar:
@@ -242,12 +250,14 @@ def _read_back(
     for key, record, sample in samples:
         for suffix, crc in sample.crcs.items():
             if members[f"{key}.{suffix}"][2] != crc:
-                raise UserError(f"{path}: {record.image_id} read back differently than written; check the disk")
+                raise UserError(
+                    f"{path}: {record.image_id} was read back with other bytes than were written; check the disk"
+                )
     return members
 
 
 def _index(samples: Sequence[tuple[str, ImageRecord, EncodedSample]], members: dict[str, tuple[int, int, int]]) -> str:
-    """DALI's index of the tar (wds2idx v1.2), for `fn.readers.webdataset(index_paths=...)`."""
+    """Index of the tar in DALI's format (wds2idx v1.2), for `fn.readers.webdataset(index_paths=...)`."""
     lines = [f"v1.2 {len(samples)}"]
     for key, _, sample in samples:
         fields = [(suffix, *members[f"{key}.{suffix}"][:2], f"{key}.{suffix}") for suffix in sample.crcs]
@@ -283,34 +293,37 @@ def _publish(
     settings: Pack,
     digest: str,
     out: str,
-    source: str,
-    patients_from: str,
+    origin: tuple[str, str],
 ) -> PackResult:
-    """Join the parts: quarantine list, fingerprints, and the manifest last, so that nothing half-done is ever seen."""
-    storage.sweep(out)  # a task that was killed and run again has left its half behind
+    """Join the parts: quarantine list, fingerprints, and the manifest last, so that no reader sees a partial dataset.
+
+    Args:
+        origin: (source, source that gave the patient IDs).
+    """
+    storage.remove_temporary_files(out)  # a task that was killed and run again has left a temporary file
     tables, shards, quarantined = [], {}, []
     for plan in plans:
         table = pq.read_table(io.BytesIO(storage.read(storage.join(out, PARTS, plan.name + ".parquet"))))
-        about = json.loads(table.schema.metadata[b"part"])
+        part = json.loads(table.schema.metadata[b"part"])
         tables.append(table.replace_schema_metadata(None))
-        shards[plan.name] = about["tar"]
-        quarantined += about["quarantined"]
+        shards[plan.name] = part["tar"]
+        quarantined += part["quarantined"]
     rows = pa.concat_tables(tables)
     if not len(rows):
         raise UserError(f"none of the {len(quarantined)} images could be read; the first: {quarantined[0]['reason']}")
     if quarantined:
         storage.write(storage.join(out, QUARANTINE), "".join(json.dumps(line) + "\n" for line in quarantined))
-    prints = rows.select(["image_id", "patient", "split", "dhash", "thumbnail"])
+    fingerprints = rows.select(["image_id", "patient", "split", "dhash", "thumbnail"])
     with storage.publishing(storage.join(out, manifest.FINGERPRINTS)) as path:
-        pq.write_table(prints, path, compression="zstd")
+        pq.write_table(fingerprints, path, compression="zstd")
     total = float(np.sum(rows["pixels"].to_numpy()))
     mean = float(np.sum(rows["pixel_sum"].to_numpy())) / total
     square = float(np.sum(rows["pixel_squares"].to_numpy())) / total
-    about = {
+    metadata = {
         "format": manifest.FORMAT,
         "version": __version__,
-        "source": source,
-        "patients_from": patients_from,
+        "source": origin[0],
+        "patients_from": origin[1],
         "input": digest,
         "pack": settings.model_dump(mode="json", exclude={"workers"}),
         "shards": shards,
@@ -320,7 +333,7 @@ def _publish(
         "pixel_std": float(np.sqrt(max(0.0, square - mean * mean))) / 255,
     }
     names = [*(name for name, _ in manifest.FIELDS), *(manifest.LABEL + name for name in findings)]
-    manifest.write(storage.join(out, manifest.NAME), rows.select(names), about)
+    manifest.write(storage.join(out, manifest.NAME), rows.select(names), metadata)
     for plan in plans:
         storage.remove(storage.join(out, PARTS, plan.name + ".parquet"))
     storage.remove_empty_folder(storage.join(out, PARTS))

@@ -1,4 +1,4 @@
-"""Re-read every byte of a dataset and hold it against its manifest."""
+"""Re-read every byte of a dataset and compare it with the manifest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cxrscale.shards import manifest
 
 
 def verify(root: str, progress: Callable[[int], None] | None = None) -> list[str]:
-    """Everything wrong with a dataset, a line each; empty when it is whole.
+    """All faults of a dataset, one line per fault; empty if it is intact.
 
     Args:
         root: the dataset.
@@ -22,19 +22,19 @@ def verify(root: str, progress: Callable[[int], None] | None = None) -> list[str
         UserError: there is no manifest.
     """
     data = manifest.load(root)
-    expected = data.about[0]["shards"]
-    wrong = [f"{name}: missing" for name in expected if not storage.exists(storage.join(root, name))]
-    wrong += [f"{name}: not in the manifest" for name in storage.listing(root, ".tar") if name not in expected]
+    expected = data.metadata[0]["shards"]
+    faults = [f"{name}: missing" for name in expected if not storage.exists(storage.join(root, name))]
+    faults += [f"{name}: not in the manifest" for name in storage.listing(root, ".tar") if name not in expected]
     shard = data.column("shard")
     for name, tar in expected.items():
         address = storage.join(root, name)
         if not storage.exists(address):
             continue
         rows = np.flatnonzero(shard == name)
-        wrong += _shard_faults(name, storage.read(address), tar, data, rows)
+        faults += _shard_faults(name, storage.read(address), tar, data, rows)
         if progress:
             progress(len(rows))
-    return wrong
+    return faults
 
 
 def _shard_faults(
@@ -42,9 +42,8 @@ def _shard_faults(
 ) -> list[str]:
     faults = []
     if len(content) != tar["bytes"]:
-        faults.append(f"{name}: {len(content)} bytes, the manifest says {tar['bytes']}")
-    whole = storage.digest(content) == tar["blake3"]
-    if whole and not faults:
+        faults.append(f"{name}: {len(content)} bytes, the manifest has {tar['bytes']}")
+    if storage.digest(content) == tar["blake3"] and not faults:
         return []
     view = memoryview(content)
     for kind in ("image", "mask", "json"):

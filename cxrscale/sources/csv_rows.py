@@ -1,4 +1,4 @@
-"""Rows of an archive's CSV tables, with the line that an error must name."""
+"""Rows of a source's CSV tables, with the line numbers that error messages need."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from cxrscale.types import UserError
 
 
 def read_rows(path: str) -> Iterator[tuple[int, list[str]]]:
-    """(line number, values) of the header and every row that holds any.
+    """(line number, values) of the header and of every row that is not empty.
 
     Raises:
-        UserError: it does not exist, or is no CSV table in UTF-8.
+        UserError: the file does not exist, or is not a CSV table in UTF-8.
     """
     try:
         table = csv.reader(io.StringIO(storage.read(path).decode("utf-8-sig"), newline=""), strict=True)

@@ -1,4 +1,4 @@
-"""RSNA Pneumonia Detection Challenge (2018): DICOM files and a table of boxes around what may be pneumonia."""
+"""RSNA Pneumonia Detection Challenge (2018): DICOM files and a table of boxes around possible pneumonia."""
 
 from __future__ import annotations
 
@@ -9,34 +9,35 @@ from collections.abc import Mapping
 
 from cxrscale.config import ABSENT, PRESENT
 from cxrscale.io import storage
+from cxrscale.sources.registry import Source
 from cxrscale.types import Box, ImageRecord, UserError
 
-SOURCE = "rsna"
+NAME = "rsna"
 FINDING = "Pneumonia"
 FOLDERS = ("stage_2_train_images", "stage_2_test_images")
 LABEL_TABLE = "stage_2_train_labels.csv"
 CLASS_TABLE = "stage_2_detailed_class_info.csv"
 CLASSES = {"Lung Opacity": PRESENT, "No Lung Opacity / Not Normal": ABSENT, "Normal": ABSENT}
-"""The class table's values and the state of pneumonia that each stands for."""
+"""The values of the class table, each with the state of pneumonia that it means."""
 
 
 def read(root: str) -> list[ImageRecord]:
-    """All DICOM files of a whole or partial RSNA archive, in the order of their ids; none is opened.
+    """All DICOM files of a complete or partial copy, in the order of their IDs; none is opened.
 
-    An image's id is its patientId, which is its file's name without `.dcm`; a file without a row (all of
-    `stage_2_test_images`) is unlabeled, a row without a file is left out. View, sex, age and spacing stand in the
-    DICOM headers only and are None here; the archive publishes no split.
+    The ID of an image is its patientId, which is its file name without `.dcm`. A file without a row (all of
+    `stage_2_test_images`) is unlabeled; a row without a file is left out. View, sex, age and spacing are only in the
+    DICOM headers and are None here. No split is published.
 
-    patientId says less than its name: there is one an image, while the images are 30,000 of ChestX-ray14's, whose
-    patients have several. A split by patientId can therefore part a patient. Where ChestX-ray14 is at hand, shard this
-    archive as duplicates of it (`patients_from_dataset` of `shards.build`): patient and official split then come from there.
+    patientId does not identify patients: every image has its own, although the images are 30,000 of those of
+    ChestX-ray14, whose patients have several. A split by patientId can therefore put one patient into two splits. If
+    you have a dataset of ChestX-ray14, give it as `--patients-from`: patients and splits are then taken from there.
 
     Args:
         root: a local folder or an fsspec address. Local paths in the records are absolute.
 
     Raises:
         UserError: there is no DICOM file or no label table, a table is damaged or lacks a column, the rows of a
-            patient contradict each other, or two folders hold a file of the same name.
+            patient contradict each other, or two folders have a file of the same name.
     """
     if not storage.is_remote(root):
         root = str(storage.local_path(root).absolute())
@@ -50,7 +51,7 @@ def read(root: str) -> list[ImageRecord]:
     return [
         ImageRecord(
             image_id=image_id,
-            source=SOURCE,
+            source=NAME,
             path=path,
             patient=image_id,
             findings=_findings(boxes, image_id),
@@ -61,7 +62,7 @@ def read(root: str) -> list[ImageRecord]:
 
 
 def read_table(path: str) -> dict[str, tuple[Box, ...]]:
-    """The label table: patientId -> the boxes of all of its rows, () where it has no pneumonia (Target 0).
+    """The label table: patientId -> the boxes of all of its rows; () without pneumonia (Target 0).
 
     Args:
         path: stage_2_train_labels.csv, a local path or an fsspec address.
@@ -70,14 +71,14 @@ def read_table(path: str) -> dict[str, tuple[Box, ...]]:
         Boxes in pixels of the original image (1024 x 1024 as published), in the order of the rows.
 
     Raises:
-        UserError: the file is absent, is no CSV, lacks a column; a Target is neither 0 nor 1, a box is not four
-            numbers with an area, or a patient has two Targets.
+        UserError: the file is missing, is not a CSV table, or lacks a column; or a Target is neither 0 nor 1, a box
+            is not four numbers with an area, or a patient has two Targets.
     """
     boxes: dict[str, tuple[Box, ...]] = {}
     for line, row in _rows(path, ("patientId", "x", "y", "width", "height", "Target")):
         patient, target = row["patientId"], row["Target"]
         if target not in ("0", "1"):
-            raise UserError(f"{path}, line {line}: Target of {patient} is {target!r}, not 0 or 1; mend the row")
+            raise UserError(f"{path}, line {line}: Target of {patient} is {target!r}, not 0 or 1; correct the row")
         if patient in boxes and bool(boxes[patient]) != (target == "1"):
             raise UserError(f"{path}, line {line}: patient {patient} has Target 0 and Target 1; keep one of them")
         boxes[patient] = boxes.get(patient, ())
@@ -89,19 +90,20 @@ def read_table(path: str) -> dict[str, tuple[Box, ...]]:
 
 
 def read_classes(path: str) -> dict[str, str]:
-    """The table that tells healthy images from those with another finding: patientId -> one of CLASSES.
+    """The table that distinguishes healthy images from those with another finding: patientId -> one of CLASSES.
 
     Args:
         path: stage_2_detailed_class_info.csv, a local path or an fsspec address.
 
     Raises:
-        UserError: the file is absent, is no CSV, lacks a column, or a patient has an unknown class or two of them.
+        UserError: the file is missing, is not a CSV table, or lacks a column; or a patient has an unknown class or
+            two classes.
     """
     classes: dict[str, str] = {}
     for line, row in _rows(path, ("patientId", "class")):
         patient, name = row["patientId"], row["class"]
         if name not in CLASSES:
-            raise UserError(f"{path}, line {line}: class {name!r} of {patient} is none of {', '.join(CLASSES)}")
+            raise UserError(f"{path}, line {line}: class {name!r} of {patient} is not one of {', '.join(CLASSES)}")
         if classes.setdefault(patient, name) != name:
             raise UserError(
                 f"{path}, line {line}: patient {patient} is {classes[patient]!r} and {name!r}; keep one of them"
@@ -116,13 +118,13 @@ def _findings(boxes: Mapping[str, tuple[Box, ...]], image_id: str) -> dict[str, 
 
 
 def _check_classes(path: str, classes: Mapping[str, str], boxes: Mapping[str, tuple[Box, ...]]) -> None:
-    """The two tables say the same of pneumonia; where they do not, one of them belongs to another archive."""
+    """Check that the two tables agree on pneumonia; if they do not, they are from different editions."""
     for patient, name in classes.items():
         if patient in boxes and bool(boxes[patient]) != (CLASSES[name] == PRESENT):
             target = int(bool(boxes[patient]))
             raise UserError(
                 f"{path}: patient {patient} is {name!r}, but has Target {target} in {LABEL_TABLE}; "
-                "take both tables as published"
+                "use both tables as published"
             )
 
 
@@ -133,28 +135,29 @@ def _box(path: str, line: int, row: Mapping[str, str]) -> Box:
         width = height = math.nan
     if not (width > 0 and height > 0 and math.isfinite(x + y + width + height)):
         raise UserError(
-            f"{path}, line {line}: the box of patient {row['patientId']} is not four numbers with an area; mend the row"
+            f"{path}, line {line}: the box of patient {row['patientId']} is not four numbers with an area; "
+            "correct the row"
         )
     return Box(FINDING, x, y, width, height)
 
 
 def _rows(path: str, needed: tuple[str, ...]) -> list[tuple[int, dict[str, str]]]:
-    """(line number, column -> text without spaces around it) of every row, each with a patientId."""
+    """(line number, column -> value without surrounding spaces) of every row; each has a patientId."""
     try:
         table = csv.DictReader(io.StringIO(storage.read(path).decode("utf-8-sig")), strict=True, skipinitialspace=True)
         header = [name.strip() for name in table.fieldnames or ()]
         if missing := [name for name in needed if name not in header]:
-            raise UserError(f"{path}: no column {missing[0]!r}; take the table with the header that RSNA published")
+            raise UserError(f"{path}: no column {missing[0]!r}; use the table with the published header")
         table.fieldnames = header
         rows = [(table.line_num, row) for row in table]
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a readable CSV table ({error}); copy it again") from None
     for line, row in rows:
-        # A row with too few values has None for the rest of them; one with too many has them under the key None.
+        # DictReader fills missing values with None and puts surplus values under the key None.
         if None in row or None in row.values() or not row["patientId"].strip():
-            raise UserError(f"{path}, line {line}: a row needs {len(header)} values, among them patientId; mend it")
-        if not row["patientId"].isprintable():  # a stray quote swallows the ends of lines
-            raise UserError(f"{path}, line {line}: patientId {row['patientId'][:80]!r} is damaged; mend the row")
+            raise UserError(f"{path}, line {line}: a row needs {len(header)} values, patientId among them; correct it")
+        if not row["patientId"].isprintable():  # an unclosed quote swallows line ends
+            raise UserError(f"{path}, line {line}: patientId {row['patientId'][:80]!r} is damaged; correct the row")
     return [(line, {name: text.strip() for name, text in row.items()}) for line, row in rows]
 
 
@@ -168,5 +171,8 @@ def _image_paths(root: str) -> dict[str, str]:
                 raise UserError(f"{name} is in two folders, {images[image_id]} and {path}; remove one of them")
             images[image_id] = path
     if not images:
-        raise UserError(f"{root}: no .dcm file in {' or '.join(FOLDERS)}; give the folder that holds them")
+        raise UserError(f"{root}: no .dcm file in {' or '.join(FOLDERS)}; give the folder that contains them")
     return images
+
+
+SOURCE = Source(NAME, read, reliable_patient_ids=False)

@@ -1,7 +1,11 @@
 from . import checkpoint as checkpoint
 from . import launch as launch
+from . import loop as loop
 from . import overfit as overfit
 from . import run_info as run_info
 from . import scoring as scoring
 from . import tracking as tracking
 from .distributed import LocalWorker as LocalWorker
+from .run_info import RunInfo as RunInfo
+from .run_info import RunInputs as RunInputs
+from .run_info import read_run_info as read_run_info

@@ -1,6 +1,6 @@
-"""Who this process is in a run, and how it speaks with the others; the loop knows no Ray.
+"""The processes of a run: what the loop needs of one (`Worker`), and the collective operations over all of them.
 
-Two forms behind one small interface: a process of its own (`LocalWorker`) and a Ray Train worker (`RayWorker`).
+The loop does not know Ray: a worker is either this very process (`LocalWorker`) or one of Ray Train (`RayWorker`).
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Protocol
@@ -16,52 +16,50 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
+import torch.distributed
 from torch import nn
 
 from cxrscale.io import storage
+from cxrscale.types import DistContext
 
 
 class Worker(Protocol):
-    """What the loop needs of the world around it."""
+    """What the loop needs of the process that it runs in."""
 
-    rank: int
-    world: int
-    device: torch.device
+    dist: DistContext
 
     def report(self, metrics: Mapping[str, float]) -> None:
         """Called by every rank at the end of an epoch."""
 
     def should_stop(self) -> bool:
-        """Whether this rank has been asked to write a checkpoint and leave."""
+        """Whether this rank has been asked to write a checkpoint and stop."""
 
     def should_save(self) -> bool:
-        """Whether this rank has been asked to write a checkpoint and go on; every rank asks as often."""
+        """Whether this rank has been asked to write a checkpoint and go on; every rank asks equally often."""
 
 
 class LocalWorker:
     """The only worker of a run, in this very process: breakpoints work."""
 
-    rank, world = 0, 1
-
     def __init__(self, device: str | None = None) -> None:
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.dist = DistContext(device=torch.device(name))
         self._stop = threading.Event()
 
     def report(self, metrics: Mapping[str, float]) -> None:
-        """Nobody else listens."""
+        """Nothing to do: there is no driver to report to."""
 
     def should_stop(self) -> bool:
-        """Whether SIGTERM came inside `obeying_sigterm`."""
+        """Whether SIGTERM arrived inside `stop_on_sigterm`."""
         return self._stop.is_set()
 
     def should_save(self) -> bool:
-        """Nobody asks for that."""
+        """Never: nothing can ask for it."""
         return False
 
     @contextmanager
-    def obeying_sigterm(self) -> Iterator[None]:
-        """Meanwhile SIGTERM (preemption) asks for a checkpoint instead of killing at once; main thread only."""
+    def stop_on_sigterm(self) -> Iterator[None]:
+        """Inside, SIGTERM (preemption) asks for a checkpoint instead of killing at once; main thread only."""
         with handle_sigterm(self._stop.set):
             yield
 
@@ -72,32 +70,30 @@ class RayWorker:
     STOP_SECONDS = 0.5
     """How often rank 0 looks for the file that asks the run to stop; on an object store each look is a request."""
 
-    def __init__(self, stop: str) -> None:
-        """`stop` is the address of the file whose existence asks the run to leave."""
+    def __init__(self, stop_file: str) -> None:
+        """`stop_file` is the address of the file whose existence asks the run to stop."""
         import ray.train
         import ray.train.torch
 
         context = ray.train.get_context()
-        self.rank: int = context.get_world_rank()
-        self.world: int = context.get_world_size()
-        self.device: torch.device = ray.train.torch.get_device()
+        self.dist = DistContext(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
         self._report: Any = ray.train.report
         self._preemption: Any = ray.train.get_preemption_info
-        self._stop, self._looked, self._saved = stop, 0.0, False
+        self._stop_file, self._checked_at, self._saved = stop_file, 0.0, False
 
     def report(self, metrics: Mapping[str, float]) -> None:
         """Hand the metrics to Ray; checkpoints are our own files."""
         self._report(dict(metrics))
 
     def should_stop(self) -> bool:
-        """Whether the driver, which gets the signals, has left the file that asks for it."""
-        if self.rank or time.monotonic() - self._looked < self.STOP_SECONDS:
+        """Whether the driver, which gets the signals, has written the file that asks for it."""
+        if self.dist.rank or time.monotonic() - self._checked_at < self.STOP_SECONDS:
             return False
-        self._looked = time.monotonic()
-        return storage.exists(self._stop)
+        self._checked_at = time.monotonic()
+        return storage.exists(self._stop_file)
 
     def should_save(self) -> bool:
-        """Whether a node of this run is about to be taken away: true once, for Ray then starts the group again."""
+        """Whether a node of this run is about to be taken away: true once, for Ray then restarts the group."""
         if self._saved or self._preemption() is None:
             return False
         self._saved = True
@@ -105,71 +101,72 @@ class RayWorker:
 
 
 @contextmanager
-def handle_sigterm(react: Any) -> Iterator[None]:
-    """Call `react` on SIGTERM instead of dying; outside of the main thread, where none arrives, do nothing."""
+def handle_sigterm(react: Callable[[], object]) -> Iterator[None]:
+    """Call `react` on SIGTERM instead of dying; outside of the main thread, where no signal arrives, do nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def caught(_number: int, _frame: FrameType | None) -> None:
+    def handler(_number: int, _frame: FrameType | None) -> None:
         react()
 
-    before = signal.signal(signal.SIGTERM, caught)
+    previous = signal.signal(signal.SIGTERM, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
 
 
-def wrap_ddp(net: nn.Module, worker: Worker) -> nn.Module:
-    """The model that averages gradients over the workers; the model itself where there is one worker."""
-    if worker.world == 1:
-        return net
-    devices = [worker.device] if worker.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(net, device_ids=devices, gradient_as_bucket_view=True)
+def wrap_ddp(model: nn.Module, dist: DistContext) -> nn.Module:
+    """The model in DistributedDataParallel, which averages gradients over the workers; unwrapped for one worker."""
+    if dist.world == 1:
+        return model
+    devices = [dist.device] if dist.device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
 
 @contextmanager
-def no_sync(net: nn.Module, really: bool) -> Iterator[None]:
-    """Gradients of a wrapped model stay on their worker meanwhile: only the last piece of a step is averaged."""
-    if really and isinstance(net, nn.parallel.DistributedDataParallel):
-        with net.no_sync():
+def no_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
+    """Inside, gradients of a wrapped model stay on their worker: only a step's last microbatch averages them."""
+    if enabled and isinstance(model, nn.parallel.DistributedDataParallel):
+        with model.no_sync():
             yield
     else:
         yield
 
 
-def all_reduce_sum(value: torch.Tensor, worker: Worker) -> torch.Tensor:
+def all_reduce_sum(value: torch.Tensor, dist: DistContext) -> torch.Tensor:
     """The sum over all workers, on each of them."""
-    if worker.world > 1:
-        dist.all_reduce(value)
+    if dist.world > 1:
+        torch.distributed.all_reduce(value)
     return value
 
 
-def all_gather(values: npt.NDArray[Any], worker: Worker) -> npt.NDArray[Any]:
-    """The workers' arrays one after another along the first axis, in rank order, on each of them.
+def all_gather(values: npt.NDArray[Any], dist: DistContext) -> npt.NDArray[Any]:
+    """The workers' arrays concatenated along the first axis in rank order, on each of them.
 
-    Shapes must agree: the evaluation plan gives every rank the same number of rows.
+    Shapes must agree: the evaluation sampler gives every rank the same number of rows.
     """
-    if worker.world == 1:
+    if dist.world == 1:
         return values
-    mine = torch.from_numpy(np.ascontiguousarray(values)).to(worker.device)
-    everyone = [torch.empty_like(mine) for _ in range(worker.world)]
-    dist.all_gather(everyone, mine)
-    return torch.cat(everyone).cpu().numpy()
+    own = torch.from_numpy(np.ascontiguousarray(values)).to(dist.device)
+    gathered = [torch.empty_like(own) for _ in range(dist.world)]
+    torch.distributed.all_gather(gathered, own)
+    return torch.cat(gathered).cpu().numpy()
 
 
-def broadcast_buffers(net: nn.Module, worker: Worker) -> None:
-    """Give every rank rank 0's buffers: batch-norm statistics drift apart between the forward passes of DDP."""
-    if worker.world > 1:
-        for buffer in net.buffers():
-            dist.broadcast(buffer, src=0)
+def broadcast_buffers(model: nn.Module, dist: DistContext) -> None:
+    """Give every rank the buffers of rank 0: batch-norm statistics drift apart between the forward passes of DDP."""
+    if dist.world > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, src=0)
 
 
 def sync_signals(worker: Worker) -> tuple[bool, bool]:
     """(stop, save): whether any rank was asked to; the same answer on every rank."""
-    asked = worker.should_stop(), worker.should_save()
-    if worker.world == 1:
-        return asked
-    stop, save = all_reduce_sum(torch.tensor(asked, dtype=torch.float32, device=worker.device), worker).tolist()
+    own = worker.should_stop(), worker.should_save()
+    if worker.dist.world == 1:
+        return own
+    flags = torch.tensor(own, dtype=torch.float32, device=worker.dist.device)
+    stop, save = all_reduce_sum(flags, worker.dist).tolist()
     return stop > 0, save > 0

@@ -1,26 +1,24 @@
-"""run.json: what a run was made from, with what, on what, how long it took and what it cost."""
+"""run.json: what a run was made from, with which versions, on what hardware, how long it took and what it cost."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from cxrscale import __version__
-from cxrscale.io import storage
+from cxrscale.io import Artifact, ArtifactPart, read_artifact, storage, write_artifact
 from cxrscale.training import tracking
-from cxrscale.types import UserError
 
 RUN_INFO = "run.json"
-RESULT = "outcome.json"
-"""What rank 0 leaves for the driver at the end: whether it finished, its device, the number of workers."""
+OUTCOME = "outcome.json"
+"""Written by rank 0 at the end for the driver, which moves it into run.json."""
 PACKAGES = (
     "torch",
     "timm",
@@ -32,75 +30,148 @@ PACKAGES = (
 )
 
 
-def read_run_info(run: str) -> dict[str, Any]:
+class RunInputs(ArtifactPart):
+    """What a run is made from."""
+
+    recipe: str = ""
+    """The stem of the recipe's file."""
+    shards: tuple[str, ...] = ()
+    """Folders or addresses of the datasets."""
+    manifest: str
+    """Digest of their manifests."""
+    inputs: tuple[Any, ...] = ()
+    """For each dataset, the input that it was built from, as its manifest has it."""
+    files: Mapping[str, str] = {}
+    """Address -> digest of each further file that the recipe names: weights, predictions of hard images."""
+
+
+class Hardware(ArtifactPart):
+    """The driver's machine."""
+
+    machine: str
+    """Its architecture, e.g. x86_64."""
+    cpus: int | None
+    memory_gb: float
+
+
+class Environment(ArtifactPart):
+    """What runs, and where."""
+
+    versions: Mapping[str, str]
+    """cxrscale, Python, and the packages that results depend on."""
+    hardware: Hardware
+    git: str | None
+    """The checkout's commit; None outside of one."""
+
+
+class Session(ArtifactPart):
+    """One launch of a run; times are Unix seconds."""
+
+    began: float
+    ended: float | None = None
+    """None while it runs, or after a kill."""
+    workers: int
+    device: str | None = None
+    """The name of the GPU, or CPU; None until the session ends normally."""
+
+
+class Usage(ArtifactPart):
+    """What all sessions of a run took together."""
+
+    seconds: float = 0.0
+    """Wall time."""
+    worker_hours: float = 0.0
+    gpu_hours: float = 0.0
+    cost: float | None = None
+    """Of the GPU hours, or of the worker hours where there is no GPU; None without a price."""
+
+
+class Outcome(Artifact):
+    """How a session ended."""
+
+    schema_version: int = 1
+    finished: bool
+    epochs: int
+    best: float | None
+    """The best value of train.monitor."""
+    device: str
+    workers: int
+
+
+class RunInfo(Usage, Environment, RunInputs, Artifact):
+    """The content of run.json; the environment is that of the last session's driver."""
+
+    schema_version: int = 1
+    finished: bool = False
+    """False where the run was stopped or killed; re-run the same command to resume."""
+    epochs: int | None = None
+    """Epochs done; None where no session has ended normally."""
+    best: float | None = None
+    """The best value of train.monitor."""
+    sessions: tuple[Session, ...] = ()
+
+
+def read_run_info(run: str) -> RunInfo:
     """A run's run.json.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it is not one.
     """
-    address = storage.join(run, RUN_INFO)
-    if not storage.exists(address):
-        raise UserError(f"{address} does not exist; give the folder that `cxrscale train` printed")
-    found: dict[str, Any] = json.loads(storage.read(address))
-    return found
+    return read_artifact(RunInfo, storage.join(run, RUN_INFO), "give the folder that `cxrscale train` printed")
 
 
 @contextmanager
-def record_session(run: str, inputs: Mapping[str, Any], workers: int, price: float | None) -> Iterator[None]:
+def record_session(run: str, inputs: RunInputs, workers: int, price: float | None) -> Iterator[None]:
     """Keep run.json while a run is trained: each launch is a session of it, and time lost to kills is counted too.
 
     Args:
         inputs: what the run is made from.
-        workers: the most workers of this session.
+        workers: the maximum of workers of this session.
         price: of an hour of a GPU, or of a worker where there is none.
     """
-    sessions = _earlier(run)
-    sessions.append({"began": round(time.time(), 1), "ended": None, "workers": workers, "device": None})
-    about = {**inputs, "versions": versions(), "hardware": hardware(), "git": git_commit(), "finished": False}
-    _write(run, about, sessions, price)
+    address = storage.join(run, RUN_INFO)
+    earlier = _earlier_sessions(run)
+    session = Session(began=round(time.time(), 1), workers=workers)
+    base = {**dict(inputs), **dict(environment())}
+    sessions = (*earlier, session)
+    write_artifact(address, RunInfo(**base, **dict(sum_usage(sessions, price)), sessions=sessions))
     try:
         yield
     finally:
-        sessions[-1]["ended"] = round(time.time(), 1)
-        said = storage.join(run, RESULT)
-        if storage.exists(said):
-            outcome = json.loads(storage.read(said))
-            sessions[-1] |= {"device": outcome["device"], "workers": outcome["workers"]}
-            about |= {name: outcome[name] for name in ("finished", "epochs", "best")}
-            storage.remove(said)
-        _write(run, about, sessions, price)
+        session = session.model_copy(update={"ended": round(time.time(), 1)})
+        if storage.exists(storage.join(run, OUTCOME)):
+            outcome = read_artifact(Outcome, storage.join(run, OUTCOME), "remove it")
+            session = session.model_copy(update={"device": outcome.device, "workers": outcome.workers})
+            base |= {"finished": outcome.finished, "epochs": outcome.epochs, "best": outcome.best}
+            storage.remove(storage.join(run, OUTCOME))
+        sessions = (*earlier, session)
+        write_artifact(address, RunInfo(**base, **dict(sum_usage(sessions, price)), sessions=sessions))
 
 
-def totals(sessions: list[dict[str, Any]], price: float | None) -> dict[str, float | None]:
-    """Wall seconds, hours of GPUs and of workers over all sessions, and the price of these."""
-    # A session that was killed did not say what it ran on: what the run's other sessions ran on, as far as known.
-    known = next((s["device"] for s in reversed(sessions) if s["device"]), None)
-    spans = [(s["ended"] - s["began"], s["workers"], s["device"] or known) for s in sessions if s["ended"]]
+def sum_usage(sessions: Sequence[Session], price: float | None) -> Usage:
+    """Wall seconds, hours of GPUs and of workers over all sessions, and their price."""
+    # A killed session has no device: assume that of the run's other sessions, as far as known.
+    known = next((session.device for session in reversed(sessions) if session.device), None)
+    spans = [
+        (session.ended - session.began, session.workers, session.device or known)
+        for session in sessions
+        if session.ended
+    ]
     workers = sum(seconds * count for seconds, count, _ in spans) / 3600
     gpus = sum(seconds * count for seconds, count, device in spans if device not in (None, "CPU")) / 3600
-    return {
-        "seconds": round(sum(seconds for seconds, _, _ in spans), 1),
-        "worker_hours": round(workers, 4),
-        "gpu_hours": round(gpus, 4),
-        "cost": None if price is None else round((gpus or workers) * price, 2),
-    }
+    return Usage(
+        seconds=round(sum(seconds for seconds, _, _ in spans), 1),
+        worker_hours=round(workers, 4),
+        gpu_hours=round(gpus, 4),
+        cost=None if price is None else round((gpus or workers) * price, 2),
+    )
 
 
-def versions() -> dict[str, str]:
-    """What runs: cxrscale, Python, and the packages that results hang on."""
-    found = {"cxrscale": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def hardware() -> dict[str, Any]:
-    """The driver's machine."""
+def environment() -> Environment:
+    """The versions, the hardware and the commit of this process."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    return {"machine": platform.machine(), "cpus": os.cpu_count(), "memory_gb": round(memory, 1)}
+    hardware = Hardware(machine=platform.machine(), cpus=os.cpu_count(), memory_gb=round(memory, 1))
+    return Environment(versions=_versions(), hardware=hardware, git=git_commit())
 
 
 def git_commit() -> str | None:
@@ -112,17 +183,26 @@ def git_commit() -> str | None:
         return None
 
 
-def _earlier(run: str) -> list[dict[str, Any]]:
+def _versions() -> dict[str, str]:
+    versions = {"cxrscale": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def _earlier_sessions(run: str) -> tuple[Session, ...]:
     """The sessions so far; one that was killed ended with the last line that it logged."""
     if not storage.exists(storage.join(run, RUN_INFO)):
-        return []
-    sessions: list[dict[str, Any]] = read_run_info(run)["sessions"]
-    last = max((line["time"] for line in tracking.read_log(run)), default=0.0)
-    for each in sessions:
-        each["ended"] = each["ended"] or max(each["began"], last)
-    return sessions
+        return ()
+    return close_sessions(read_run_info(run).sessions, tracking.read_log(run))
 
 
-def _write(run: str, about: Mapping[str, Any], sessions: list[dict[str, Any]], price: float | None) -> None:
-    content = {**about, **totals(sessions, price), "sessions": sessions}
-    storage.write(storage.join(run, RUN_INFO), json.dumps(content, indent=2) + "\n")
+def close_sessions(sessions: Sequence[Session], lines: Sequence[Mapping[str, Any]]) -> tuple[Session, ...]:
+    """The sessions with an end each: where a kill left none, the time of the run's last log line."""
+    last = max((line["time"] for line in lines), default=0.0)
+    return tuple(
+        session.model_copy(update={"ended": session.ended or max(session.began, last)}) for session in sessions
+    )

@@ -1,4 +1,4 @@
-"""A model over batches -> one row of scores an image, gathered from all workers, each image exactly once."""
+"""A model over batches -> one row of scores per image, gathered from all workers, each image exactly once."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from cxrscale.config import Loss, Train
+from cxrscale.config import Recipe
 from cxrscale.evaluation import metrics
-from cxrscale.models import ClassWeights, autocast, losses, model_input
-from cxrscale.training.distributed import Worker, all_gather, all_reduce_sum, broadcast_buffers
-from cxrscale.types import Batch, ScoreHistograms
+from cxrscale.models import ClassWeights, forward, losses, probabilities
+from cxrscale.training.distributed import all_gather, all_reduce_sum, broadcast_buffers
+from cxrscale.types import Batch, DistContext, ScoreHistograms
 
 BINS = 256
 """Bins of the score histograms: thresholds on maps come in steps of 1/256."""
@@ -28,88 +28,78 @@ class ScoredRows:
     score_NF: npt.NDArray[np.float32]
     """Probabilities; for segmentation one column, the map's highest pixel."""
     maps: ScoreHistograms | None
+    """For segmentation."""
     loss: float
-    """The recipe's loss over all of them; NaN without a loss section."""
-    bad: int
+    """The recipe's loss over all of them; NaN where no class weights were given."""
+    unreadable: int
     """Images that could not be read and are not among the N."""
 
 
 @torch.no_grad()
 def score(
-    net: nn.Module,
+    model: nn.Module,
     batches: Iterable[Batch],
-    train: Train,
-    worker: Worker,
-    loss: Loss | None = None,
+    recipe: Recipe,
+    dist: DistContext,
     weights: ClassWeights | None = None,
 ) -> ScoredRows:
     """Score every valid row of all ranks' batches; all ranks return the same.
 
     Args:
-        net: (B, 1, H, W) -> logits (B, F) or (B, 1, H, W); left in the mode it was in.
-        loss: also compute this loss, with the class weights.
+        model: (B, 1, H, W) -> logits (B, F) or (B, 1, H, W); its training mode is restored afterwards.
+        weights: the class weights of the recipe's loss, which is then computed too.
     """
-    was_training = net.training
-    net.eval()
-    broadcast_buffers(net, worker)
-    rows, scores, valid, everything, inside = [], [], [], [], []
+    was_training = model.training
+    model.eval()
+    broadcast_buffers(model, dist)
+    rows, scores, valid, all_pixels, mask_pixels = [], [], [], [], []
     sums = torch.zeros(0)
     for batch in batches:
-        with autocast(train, worker.device):
-            logits = net(model_input(batch, train)).float()
-        if loss is not None and weights is not None:
-            found = torch.stack([losses.terms(logits, batch, loss, weights), losses.counts(batch, loss)], dim=1)
-            sums = found if not len(sums) else sums + found
-        probability = logits.sigmoid()
+        logits = forward(model, batch, recipe.train, dist.device)
+        if weights is not None:
+            terms = losses.terms(logits, batch, recipe.loss, weights)
+            batch_sums = torch.stack([terms, losses.counts(batch, recipe.loss)], dim=1)
+            sums = sums + batch_sums if len(sums) else batch_sums
+        probability = probabilities(logits)
         rows.append(batch.row_B.cpu().numpy())
         valid.append(batch.valid_B.cpu().numpy())
         if probability.ndim == 4:
-            counts = histograms(probability, batch.mask_B1HW)
-            everything.append(counts.all_NT)
-            inside.append(counts.true_NT)
+            histograms = score_histograms(probability, batch.mask_B1HW)
+            all_pixels.append(histograms.all_NT)
+            mask_pixels.append(histograms.true_NT)
             probability = probability.flatten(1).amax(dim=1, keepdim=True)
         scores.append(probability.cpu().numpy())
-    net.train(was_training)
-    ok = all_gather(np.concatenate(valid), worker)
-    row = all_gather(np.concatenate(rows), worker)
-    order = np.flatnonzero(ok)[np.argsort(row[ok], kind="stable")]
+    model.train(was_training)
+    valid_N = all_gather(np.concatenate(valid), dist)
+    row_N = all_gather(np.concatenate(rows), dist)
+    order = np.flatnonzero(valid_N)[np.argsort(row_N[valid_N], kind="stable")]
     maps = None
-    if everything:
-        both = [all_gather(np.concatenate(part), worker)[order] for part in (everything, inside)]
-        maps = ScoreHistograms(*both)
-    total = all_reduce_sum(sums.to(worker.device), worker).cpu()
-    value = float((total[:, 0] / total[:, 1].clamp_min(1)).sum()) if len(total) else float("nan")
-    planned = len(np.unique(row))
-    return ScoredRows(row[order], all_gather(np.concatenate(scores), worker)[order], maps, value, planned - len(order))
+    if all_pixels:
+        maps = ScoreHistograms(*(all_gather(np.concatenate(part), dist)[order] for part in (all_pixels, mask_pixels)))
+    total = all_reduce_sum(sums.to(dist.device), dist).cpu()
+    loss = float((total[:, 0] / total[:, 1].clamp_min(1)).sum()) if len(total) else float("nan")
+    unreadable = len(np.unique(row_N)) - len(order)
+    return ScoredRows(row_N[order], all_gather(np.concatenate(scores), dist)[order], maps, loss, unreadable)
 
 
 def summary(rows: ScoredRows, label_NF: npt.NDArray[np.float32], findings: Sequence[str]) -> dict[str, float]:
-    """Validation metrics: auroc, auprc, f1, accuracy and brier, as means over the findings that have both classes and,
-    of several, the first three for each (`auroc.Mass`); for segmentation dice, dice_positives and iou too.
+    """Validation metrics: auroc, auprc, f1, accuracy and brier, as means over the findings that have both classes; with
+    several findings also the first three of each (`auroc.Mass`); for segmentation also dice, dice_positives and iou.
 
     Args:
-        label_NF: (N, F) of the scored rows.
+        label_NF: (N, F) labels of the scored rows.
 
-    Calls are made at 0.5; maps are cut at 0.5. What is undefined is NaN.
+    Decisions are made at threshold 0.5, also for the pixels of maps. What is undefined is NaN.
     """
-    each: dict[str, list[float]] = {name: [] for name in ("auroc", "auprc", "f1", "accuracy", "brier")}
-    found: dict[str, float] = {}
+    values: dict[str, list[float]] = {name: [] for name in ("auroc", "auprc", "f1", "accuracy", "brier")}
+    by_finding: dict[str, float] = {}
     for f, finding in enumerate(findings):
-        score, label = rows.score_NF[:, f], label_NF[:, f]
-        counts = metrics.confusion(score, label, 0.5)
-        known = ~np.isnan(label)
-        values = {
-            "auroc": metrics.auroc(score, label).value,
-            "auprc": metrics.auprc(score, label).value,
-            "f1": metrics.f1(counts),
-            "accuracy": metrics.ratio(counts["tp"] + counts["tn"], counts["fp"] + counts["fn"]),
-            "brier": float(np.square(score[known] - label[known]).mean()) if known.any() else float("nan"),
-        }
-        for name, value in values.items():
-            each[name].append(value)
+        metrics_of_finding = _finding_metrics(rows.score_NF[:, f], label_NF[:, f])
+        for name, value in metrics_of_finding.items():
+            values[name].append(value)
             if len(findings) > 1 and name in ("auroc", "auprc", "f1"):
-                found[f"{name}.{finding}"] = value
-    means = {name: float(np.nanmean(v)) if np.isfinite(v).any() else float("nan") for name, v in each.items()}
+                by_finding[f"{name}.{finding}"] = value
+    means = {name: float(np.nanmean(v)) if np.isfinite(v).any() else float("nan") for name, v in values.items()}
     if rows.maps is not None:
         dice = metrics.map_dice(rows.maps, top=0.5, min_area=0, bottom=0.5)
         positive = rows.maps.true_NT.sum(axis=1) > 0
@@ -117,17 +107,30 @@ def summary(rows: ScoredRows, label_NF: npt.NDArray[np.float32], findings: Seque
         means["dice_positives"] = float(dice[positive].mean()) if positive.any() else float("nan")
         # Intersection over union of two sets is d / (2 - d) of their Dice coefficient d.
         means["iou"] = float((dice / (2 - dice)).mean())
-    return means | found
+    return means | by_finding
 
 
-def histograms(probability_B1HW: torch.Tensor, mask_B1HW: torch.Tensor | None) -> ScoreHistograms:
-    """Score histograms of each map: all pixels, and those inside the mask (zeros without one)."""
+def _finding_metrics(score_N: npt.NDArray[np.float32], label_N: npt.NDArray[np.float32]) -> dict[str, float]:
+    counts = metrics.confusion(score_N, label_N, 0.5)
+    labeled = ~np.isnan(label_N)
+    return {
+        "auroc": metrics.auroc(score_N, label_N).value,
+        "auprc": metrics.auprc(score_N, label_N).value,
+        "f1": metrics.f1(counts),
+        "accuracy": metrics.ratio(counts["tp"] + counts["tn"], counts["fp"] + counts["fn"]),
+        "brier": float(np.square(score_N[labeled] - label_N[labeled]).mean()) if labeled.any() else float("nan"),
+    }
+
+
+def score_histograms(probability_B1HW: torch.Tensor, mask_B1HW: torch.Tensor | None) -> ScoreHistograms:
+    """Histograms of each score map: over all pixels, and over those inside the mask (zeros without one)."""
     count = probability_B1HW.shape[0]
     bin_BP = (probability_B1HW.flatten(1) * BINS).long().clamp_(0, BINS - 1)
-    offset_BP = bin_BP + torch.arange(count, device=bin_BP.device)[:, None] * BINS
-    every = torch.bincount(offset_BP.flatten(), minlength=count * BINS).view(count, BINS)
-    within = torch.zeros_like(every)
+    # Each image gets bins of its own, so that one bincount serves the batch.
+    bin_BP = bin_BP + torch.arange(count, device=bin_BP.device)[:, None] * BINS
+    all_BT = torch.bincount(bin_BP.flatten(), minlength=count * BINS).view(count, BINS)
+    true_BT = torch.zeros_like(all_BT)
     if mask_B1HW is not None:
-        true = mask_B1HW.flatten(1) > 0.5
-        within = torch.bincount(offset_BP[true], minlength=count * BINS).view(count, BINS)
-    return ScoreHistograms(every.cpu().numpy().astype(np.int32), within.cpu().numpy().astype(np.int32))
+        inside = mask_B1HW.flatten(1) > 0.5
+        true_BT = torch.bincount(bin_BP[inside], minlength=count * BINS).view(count, BINS)
+    return ScoreHistograms(all_BT.cpu().numpy().astype(np.int32), true_BT.cpu().numpy().astype(np.int32))

@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: metrics.jsonl and samples.png always, Weights & Biases when asked. Rank 0 only."""
+"""The log of a run: train_log.jsonl and samples.png always, Weights & Biases when asked for. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from cxrscale.config import Tracking
 from cxrscale.io import encode_png, storage
 from cxrscale.types import UserError
 
-TRAIN_LOG = "metrics.jsonl"
+TRAIN_LOG = "train_log.jsonl"
 SAMPLES = "samples.png"
 REMOTE_SECONDS = 20.0
-"""An object store cannot append: metrics.jsonl is put there anew this often, and after every validation."""
+"""An object store cannot append: there train_log.jsonl is rewritten this often, and after every validation."""
 
 
 class Tracker:
-    """Keeps metrics.jsonl and, when asked, a wandb run that survives restarts."""
+    """Writes train_log.jsonl and, when asked, a wandb run that survives restarts."""
 
     def __init__(self, run: str, tracking: Tracking, recipe: Mapping[str, Any], start_step: int) -> None:
-        """Lines of steps that a resumed run will do again are dropped first.
+        """Lines of steps that a resumed run will repeat are dropped first.
 
         Args:
             run: the run's folder or address.
-            start_step: the step the run goes on from.
+            start_step: the step that the run resumes from.
         """
         self.run, self.address = run, storage.join(run, TRAIN_LOG)
         self._lines = [json.dumps(line) for line in read_log(run) if line["step"] <= start_step]
-        self._put = time.monotonic()
+        self._written_at = time.monotonic()
         self._file = None
         if not storage.is_remote(run):
             storage.write(self.address, "".join(line + "\n" for line in self._lines))
@@ -45,20 +45,20 @@ class Tracker:
         self._wandb: Any = _start_wandb(run, tracking, recipe) if tracking.wandb != "disabled" else None
 
     def log(self, kind: str, step: int, values: Mapping[str, float | int | None]) -> None:
-        """Write a line; `kind` is train or val, `step` the optimizer steps done. NaN becomes null."""
+        """Append a line; `kind` is train or val, `step` the optimizer steps done. NaN becomes null."""
         plain = {name: _finite(value) for name, value in values.items()}
         line = json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **plain})
         if self._file is not None:
             self._file.write(line + "\n")
         else:
             self._lines.append(line)
-            if kind != "train" or time.monotonic() - self._put > REMOTE_SECONDS:
+            if kind != "train" or time.monotonic() - self._written_at > REMOTE_SECONDS:
                 self.flush()
-        known = {f"{kind}/{name}": value for name, value in plain.items() if value is not None}
-        self._copy(lambda run: run.log(known, step=step))
+        defined = {f"{kind}/{name}": value for name, value in plain.items() if value is not None}
+        self._to_wandb(lambda run: run.log(defined, step=step))
 
     def samples(self, image_BCHW: npt.NDArray[np.float32]) -> None:
-        """Keep images as the model sees them, side by side, each stretched to its own extremes."""
+        """Save images as the model sees them, side by side, each stretched to its own extremes."""
         low, high = (extreme(image_BCHW, axis=(1, 2, 3), keepdims=True) for extreme in (np.min, np.max))
         image_BHW = (255 * (image_BCHW - low) / np.maximum(high - low, 1e-6)).round().astype(np.uint8)[:, 0]
         columns = math.ceil(len(image_BHW) ** 0.5)
@@ -67,36 +67,36 @@ class Tracker:
         rows = [np.concatenate(list(grid[i : i + columns]), axis=1) for i in range(0, len(grid), columns)]
         sheet = np.concatenate(rows, axis=0)
         storage.write(storage.join(self.run, SAMPLES), encode_png(sheet))
-        self._copy(lambda run: run.log({"samples": _wandb_image(sheet)}, step=0))
+        self._to_wandb(lambda run: run.log({"samples": _wandb_image(sheet)}, step=0))
 
     def close(self) -> None:
-        """Finish both."""
+        """Close the file and finish the wandb run."""
         if self._file is not None:
             self._file.close()
         self.flush()
-        self._copy(lambda run: run.finish())
+        self._to_wandb(lambda run: run.finish())
 
-    def _copy(self, act: Callable[[Any], None]) -> None:
-        """Tell wandb too. It is a copy of metrics.jsonl: when its service dies, that ends, and the run goes on."""
+    def _to_wandb(self, action: Callable[[Any], None]) -> None:
+        """Do the same in wandb. It is a copy of train_log.jsonl: when its service dies, the run goes on without."""
         if self._wandb is None:
             return
         try:
-            act(self._wandb)
+            action(self._wandb)
         except Exception as error:  # wandb's service, files and network fail in many types, none of them ours
             self._wandb = None
             logging.getLogger(__name__).warning(
-                "%s: wandb has stopped (%s: %s); metrics.jsonl goes on", self.run, type(error).__name__, error
+                "%s: wandb has stopped (%s: %s); train_log.jsonl goes on", self.run, type(error).__name__, error
             )
 
     def flush(self) -> None:
-        """Make sure that a killed process takes no line with it."""
+        """Write all lines, so that a killed process loses none; a local file has them already."""
         if self._file is None:
             storage.write(self.address, "".join(line + "\n" for line in self._lines))
-            self._put = time.monotonic()
+            self._written_at = time.monotonic()
 
 
 def read_log(run: str) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, none where there is no file; a last line that a kill cut short is left out."""
+    """The lines of train_log.jsonl, none where there is no file; a last line that a kill cut short is left out."""
     address = storage.join(run, TRAIN_LOG)
     lines = []
     for text in storage.read(address).decode().splitlines() if storage.exists(address) else ():
@@ -120,16 +120,16 @@ def _wandb_image(image_HW: npt.NDArray[np.uint8]) -> Any:
 def _start_wandb(run: str, tracking: Tracking, recipe: Mapping[str, Any]) -> Any:
     import wandb
 
-    # The same id after a restart joins the pieces to one run: wandb sync --id ID run/wandb/offline-run-*
-    identity = hashlib.blake2b(run.encode(), digest_size=6).hexdigest()
-    # Ray's workers change directory: wandb's files go into the run's folder, or, for want of one, into a temporary.
+    # The same id after a restart joins the parts to one run: wandb sync --id ID run/wandb/offline-run-*
+    run_id = hashlib.blake2b(run.encode(), digest_size=6).hexdigest()
+    # Ray's workers change directory: wandb's files go into the run's folder, or for a remote run into a temporary one.
     folder = Path(tempfile.mkdtemp(prefix="wandb-")) if storage.is_remote(run) else storage.local_path(run)
     try:
         return wandb.init(
             project=tracking.project,
             group=tracking.group,
             name=run.rstrip("/").rsplit("/", 1)[-1],
-            id=identity,
+            id=run_id,
             resume="allow",
             mode=tracking.wandb,
             dir=str(folder),

@@ -10,3 +10,4 @@ from .results import judge as judge
 from .results import totals as totals
 from .search_space import Domain as Domain
 from .search_space import Space as Space
+from .sweep import SearchResult as SearchResult

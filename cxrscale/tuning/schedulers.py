@@ -1,13 +1,15 @@
-"""Which point comes next, and which trial goes on: Ray Tune's schedulers and Optuna's sampler over our domains."""
+"""Which point comes next, and which trial goes on: Ray Tune's schedulers and Optuna's sampler over our domains.
+
+Population based training is not among them: the values of its best trial change while it trains, so that no `best.yaml`
+could reproduce it.
+"""
 
 from __future__ import annotations
 
 import math
-import random
-from functools import partial
 from typing import Any
 
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from cxrscale.config import LOWER_IS_BETTER, Recipe
@@ -16,22 +18,22 @@ from cxrscale.tuning.trial import NUMBER
 
 
 class BaselineMixin:
-    """Mixed into a scheduler: the seeds' trainings of the unchanged recipe run to their ends, and decide nothing.
+    """Mixed into a scheduler: trainings of the unchanged recipe (the seeds) run to their ends, and decide nothing.
 
-    Nor is a trial stopped or given other weights after its last epoch: it is about to end with all that a run leaves.
+    Nor is a trial stopped after its last epoch: it is about to end by itself, with all the files of a finished run.
     """
 
     seeds: int
     epochs: int
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Go on with a seed, or at the end; else ask the scheduler."""
+        """Continue a seed, or a trial at its end; else ask the scheduler."""
         if trial.config[NUMBER] < self.seeds or result["epoch"] >= self.epochs:
             return TrialScheduler.CONTINUE
         return str(super().on_trial_result(controller, trial, result))  # type: ignore[misc]
 
     def on_trial_complete(self, controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Tell the scheduler, unless it was a seed."""
+        """Pass the result to the scheduler, unless it is a seed's."""
         if trial.config[NUMBER] >= self.seeds:
             super().on_trial_complete(controller, trial, result)  # type: ignore[misc]
 
@@ -40,61 +42,30 @@ class SparedASHA(BaselineMixin, ASHAScheduler):
     """Asynchronous successive halving (Li et al. 2020), which spares the seeds."""
 
 
-class SparedPBT(BaselineMixin, PopulationBasedTraining):
-    """Population based training (Jaderberg et al. 2017), which spares the seeds."""
-
-    def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        # Ray copies the whole configuration of the better trial: the number, and so the folder, stays the trial's own.
-        settings, operations = super()._get_new_config(trial, trial_to_clone)
-        return {**settings, NUMBER: trial.config[NUMBER]}, operations
-
-
-def scheduler(space: Space, recipe: Recipe) -> TrialScheduler:
-    """What stops trials, or moves weights between them."""
+def scheduler(recipe: Recipe) -> TrialScheduler:
+    """The scheduler that stops trials early, or one that stops none."""
     settings = recipe.tune
-    found: SparedASHA | SparedPBT
-    if settings.method in ("asha", "tpe"):
-        found = SparedASHA(
-            time_attr="epoch",
-            max_t=recipe.train.epochs,
-            grace_period=settings.grace_epochs,
-            reduction_factor=settings.reduction_factor,
-        )
-    elif settings.method == "pbt":
-        found = SparedPBT(
-            time_attr="epoch",
-            perturbation_interval=settings.grace_epochs,
-            hyperparam_mutations={name: _mutation(domain) for name, domain in space.items()},
-            custom_explore_fn=partial(_snapped, space=space),
-            log_config=False,
-        )
-    else:
+    if settings.method not in ("asha", "tpe"):
         return FIFOScheduler()  # type: ignore[no-untyped-call]
-    found.seeds, found.epochs = settings.baseline_seeds, recipe.train.epochs
-    return found
-
-
-def _mutation(domain: Domain) -> Any:
-    return list(domain.choices) if domain.kind == "choice" else partial(_sampled, domain)
-
-
-def _sampled(domain: Domain) -> Any:
-    return domain.at(random.random())
-
-
-def _snapped(config: dict[str, Any], space: Space) -> dict[str, Any]:
-    return {name: space[name].fit(value) if name in space else value for name, value in config.items()}
+    asha = SparedASHA(
+        time_attr="epoch",
+        max_t=recipe.train.epochs,
+        grace_period=settings.grace_epochs,
+        reduction_factor=settings.reduction_factor,
+    )
+    asha.seeds, asha.epochs = settings.baseline_seeds, recipe.train.epochs
+    return asha
 
 
 class Sampler(OptunaSearch):
-    """Optuna's TPE (Bergstra et al. 2011) over our domains; first come the seeds, of which it learns nothing."""
+    """Optuna's TPE (Bergstra et al. 2011) over our domains; the seeds come first, and it does not learn from them."""
 
     def __init__(self, space: Space, recipe: Recipe) -> None:
         from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
         def distribution(domain: Domain) -> Any:
             if domain.kind == "choice":
-                # By place: Optuna's categories may not be lists.
+                # By index: Optuna's categories may not be lists.
                 return CategoricalDistribution(list(range(len(domain.choices))))
             if domain.kind == "randint":
                 return IntDistribution(int(domain.low), int(domain.high))
@@ -107,27 +78,27 @@ class Sampler(OptunaSearch):
             mode="min" if recipe.train.monitor in LOWER_IS_BETTER else "max",
             seed=recipe.sampler.seed,
         )
-        self._domains, self._seeds, self._given = space, recipe.tune.baseline_seeds, 0
-        self._spared: set[str] = set()
+        self._domains, self._seeds, self._suggested = space, recipe.tune.baseline_seeds, 0
+        self._seed_ids: set[str] = set()
 
     def suggest(self, trial_id: str) -> Point | None:
         """The next seed, or the next point."""
-        number, self._given = self._given, self._given + 1
+        number, self._suggested = self._suggested, self._suggested + 1
         if number < self._seeds:
-            self._spared.add(trial_id)
+            self._seed_ids.add(trial_id)
             return {NUMBER: number, **dict.fromkeys(self._domains)}
-        found = super().suggest(trial_id) or {}
+        values = super().suggest(trial_id) or {}
         point = {
-            name: domain.choices[found[name]] if domain.kind == "choice" else domain.fit(found[name])
+            name: domain.choices[values[name]] if domain.kind == "choice" else domain.snap(values[name])
             for name, domain in self._domains.items()
         }
         return {NUMBER: number, **point}
 
     def on_trial_result(self, trial_id: str, result: Point) -> None:
-        """Nothing: TPE learns from ends alone."""
+        """Nothing: TPE learns from finished trials only."""
 
     def on_trial_complete(self, trial_id: str, result: Point | None = None, error: bool = False) -> None:
         """Learn from the best metric of a trial, stopped early or not."""
-        if trial_id not in self._spared:
+        if trial_id not in self._seed_ids:
             failed = error or not math.isfinite((result or {}).get("best", math.nan))
             super().on_trial_complete(trial_id, None if failed else result, failed)

@@ -1,4 +1,4 @@
-"""The search space: strings of the recipe -> domains -> points -> recipes. Pure; knows no Ray."""
+"""The search space: strings of the recipe -> domains -> points -> recipes. Pure; does not know Ray."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cxrscale.types import UserError
 
 FORMS = "uniform(a, b), loguniform(a, b), quniform(a, b, step), randint(a, b) or a list of choices"
 DIGITS = 4
-"""Significant digits of a drawn number: a recipe that people read, and exactly what was trained."""
+"""Significant digits of a sampled number: readable in a recipe, and exactly what was trained."""
 SEARCHED = frozenset({"data", "sampler", "augment", "model", "loss", "optim", "train"})
 """Sections that change what is learned."""
 FIXED = {
@@ -38,52 +38,47 @@ FIXED = {
     "train.checkpoint_steps": "it changes no metric",
 }
 """Fields that cannot be searched, and why."""
-PERTURBED = re.compile(r"loss\..+|augment\.(?!size$|preset$).+|optim\.(lr|clip_norm)")
-"""What pbt may change in the middle of a training: weights, optimizer state and steps an epoch must go on to fit."""
-
 Point = dict[str, Any]
 """Dotted field -> its value in one trial."""
 
 
 @dataclass(frozen=True, slots=True)
 class Domain:
-    """Where one field is searched."""
+    """The values of one field that are searched."""
 
     kind: Literal["uniform", "loguniform", "quniform", "randint", "choice"]
     low: float = 0.0
     high: float = 0.0
-    """Both bounds can be drawn."""
+    """Both bounds are included."""
     step: float = 0.0
     """quniform only."""
     choices: tuple[Any, ...] = ()
 
-    def at(self, share: float) -> Any:
-        """The value below which `share` (0..1) of the domain lies, with `DIGITS` significant digits."""
+    def ppf(self, unit: float) -> Any:
+        """The quantile of `unit` (0..1): the value below which that share of the domain lies, rounded to `DIGITS`."""
         if self.kind == "choice":
-            return self.choices[min(int(share * len(self.choices)), len(self.choices) - 1)]
+            return self.choices[min(int(unit * len(self.choices)), len(self.choices) - 1)]
         if self.kind == "randint":
-            return min(math.floor(self.low + share * (self.high - self.low + 1)), int(self.high))
+            return min(math.floor(self.low + unit * (self.high - self.low + 1)), int(self.high))
         if self.kind == "quniform":
-            steps = math.floor((self.high - self.low) / self.step + 1e-9)
-            return self.fit(self.low + min(int(share * (steps + 1)), steps) * self.step)
+            return self.snap(self.low + min(int(unit * (self._steps + 1)), self._steps) * self.step)
         if self.kind == "loguniform":
-            return self.fit(math.exp(math.log(self.low) + share * (math.log(self.high) - math.log(self.low))))
-        return self.fit(self.low + share * (self.high - self.low))
+            return self.snap(math.exp(math.log(self.low) + unit * (math.log(self.high) - math.log(self.low))))
+        return self.snap(self.low + unit * (self.high - self.low))
 
-    def fit(self, value: Any) -> Any:
-        """The nearest value of the domain to one that a sampler made up; a choice must be one of the choices."""
+    def snap(self, value: Any) -> Any:
+        """The nearest value of the domain to one that a sampler suggests; a choice must be one of the choices."""
         if self.kind == "choice":
             return value
         bounded = min(max(value, self.low), self.high)
         if self.kind == "randint":
             return round(bounded)
         if self.kind == "quniform":
-            steps = math.floor((self.high - self.low) / self.step + 1e-9)
-            bounded = self.low + min(round((bounded - self.low) / self.step), steps) * self.step
+            bounded = self.low + min(round((bounded - self.low) / self.step), self._steps) * self.step
         return min(max(float(f"{bounded:.{DIGITS}g}"), self.low), self.high)
 
-    def share(self, value: Any) -> float:
-        """Where a value lies between the ends, 0..1; choices at even distances in their order."""
+    def unit(self, value: Any) -> float:
+        """Position of a value between the bounds, 0..1; choices at equal distances in their order."""
         if self.kind == "choice":
             return self.choices.index(value) / max(1, len(self.choices) - 1)
         if self.kind == "loguniform":
@@ -91,11 +86,16 @@ class Domain:
         return float((value - self.low) / (self.high - self.low))
 
     @property
+    def _steps(self) -> int:
+        """How many steps of a quniform fit between its bounds."""
+        return math.floor((self.high - self.low) / self.step + 1e-9)
+
+    @property
     def probes(self) -> tuple[Any, ...]:
-        """Values that must all fit the recipe: every choice, or both ends and one odd place between them."""
+        """Values that must all fit the recipe: every choice, or both bounds and one value between them."""
         if self.kind == "choice":
             return self.choices
-        return self.fit(self.low), self.fit(self.high), self.at(0.37)
+        return self.snap(self.low), self.snap(self.high), self.ppf(0.37)
 
 
 Space = dict[str, Domain]
@@ -105,7 +105,7 @@ def parse_space(given: Mapping[str, Any]) -> Space:
     """The recipe's `tune.space` as domains, in its order.
 
     Raises:
-        UserError: empty, or a value that is of none of the forms; names the field and the forms.
+        UserError: it is empty, or a value has none of the forms; names the field and the forms.
     """
     if not given:
         raise UserError(f"tune.space is empty; give e.g. tune.space={{optim.lr: loguniform(1e-4, 1e-2)}} ({FORMS})")
@@ -118,82 +118,76 @@ def _domain(name: str, value: Any) -> Domain:
         if not value:
             raise UserError(f"{wrong}: no choices; give {FORMS}")
         return Domain("choice", choices=tuple(value))
-    found = re.fullmatch(r"\s*(\w+)\s*\((.*)\)\s*", value) if isinstance(value, str) else None
-    if found is None:
+    match = re.fullmatch(r"\s*(\w+)\s*\((.*)\)\s*", value) if isinstance(value, str) else None
+    if match is None:
         raise UserError(f"{wrong}: is not searched; give {FORMS}, or set {name} in the recipe itself")
-    kind, inside = found.groups()
-    wanted = {"uniform": 2, "loguniform": 2, "quniform": 3, "randint": 2}
-    if kind not in wanted:
+    kind, arguments = match.groups()
+    expected = {"uniform": 2, "loguniform": 2, "quniform": 3, "randint": 2}
+    if kind not in expected:
         raise UserError(f"{wrong}: no such form; there are {FORMS}")
     try:
-        numbers = [float(part) for part in inside.split(",")]
+        numbers = [float(part) for part in arguments.split(",")]
     except ValueError:
-        raise UserError(f"{wrong}: {inside!r} are not numbers; give {FORMS}") from None
-    if len(numbers) != wanted[kind] or not all(map(math.isfinite, numbers)):
-        raise UserError(f"{wrong}: {kind} takes {wanted[kind]} finite numbers; the forms are {FORMS}")
+        raise UserError(f"{wrong}: {arguments!r} are not numbers; give {FORMS}") from None
+    if len(numbers) != expected[kind] or not all(map(math.isfinite, numbers)):
+        raise UserError(f"{wrong}: {kind} takes {expected[kind]} finite numbers; the forms are {FORMS}")
     low, high = numbers[:2]
     if low >= high:
         raise UserError(f"{wrong}: the smaller bound comes first: {kind}({high:g}, {low:g}...)")
     if kind == "loguniform" and low <= 0:
         raise UserError(f"{wrong}: loguniform wants bounds above 0; the logarithm of {low:g} does not exist")
     if kind == "randint" and (low % 1 or high % 1):
-        raise UserError(f"{wrong}: randint takes whole numbers; uniform takes any")
+        raise UserError(f"{wrong}: randint takes integers; uniform takes any number")
     if kind == "quniform" and not 0 < numbers[2] <= high - low:
         raise UserError(f"{wrong}: the step lies between 0 and b - a = {high - low:g}")
     return Domain(kind, low, high, *numbers[2:])  # type: ignore[arg-type]
 
 
 def check_space(space: Space, recipe: Recipe) -> list[Recipe]:
-    """The recipes at the ends of each field (the others as they stand), of which each must be valid.
+    """The recipes at the bounds or choices of each field, one field changed at a time; each must be valid.
 
     Raises:
-        UserError: an unknown field (with the one you may have meant), one that a search may not touch, a bound or
-            choice that the recipe does not take, or a method that cannot search this space.
+        UserError: an unknown field (with the one you may have meant), one that a search may not change, a bound or
+            choice that the recipe does not accept, or a method that cannot search this space.
     """
-    ends = []
+    recipes = []
     for name, domain in space.items():
         if domain.kind == "choice" and any(isinstance(choice, Mapping) for choice in domain.choices):
             raise UserError(f"tune.space: {name}: choices are numbers, words or lists; search the fields one by one")
         for value in domain.probes:
             try:
-                ends.append(apply_point(recipe, {name: value}))
+                recipes.append(apply_point(recipe, {name: value}))
             except UserError as error:
                 raise UserError(f"{error}{_integer_remedy(name, domain, recipe)}") from None
-        _allowed(name, domain, recipe)
+        _check_searchable(name, domain, recipe)
     if recipe.train.monitor == "loss" and any(name.startswith("loss.") for name in space):
         searched = ", ".join(name for name in space if name.startswith("loss."))
         raise UserError(
             f"train.monitor=loss changes with {searched}, so trials cannot be compared by it; set train.monitor=auroc "
             "or another that does not"
         )
-    return ends
+    return recipes
 
 
-def _allowed(name: str, domain: Domain, recipe: Recipe) -> None:
+def _check_searchable(name: str, domain: Domain, recipe: Recipe) -> None:
     if name.split(".")[0] not in SEARCHED:
         sections = ", ".join(sorted(SEARCHED))
         raise UserError(f"tune.space: {name} does not change what is learned; search fields of {sections}")
     if name in FIXED:
         raise UserError(f"tune.space: {name} cannot be searched: {FIXED[name]}")
-    method = recipe.tune.method
-    if method == "grid" and domain.kind != "choice":
+    if recipe.tune.method == "grid" and domain.kind != "choice":
         raise UserError(f"tune.space: {name}: grid takes lists of choices; give a list or another tune.method")
-    if method == "pbt" and not PERTURBED.fullmatch(name):
-        raise UserError(
-            f"tune.space: {name} cannot change in the middle of a training; pbt takes optim.lr, optim.max_grad_norm, "
-            "loss.* and augment.* but its size; use another tune.method"
-        )
 
 
 def _integer_remedy(name: str, domain: Domain, recipe: Recipe) -> str:
-    """A remedy where only the whole numbers of a domain fit the field."""
+    """A remedy where only the integers of a domain fit the field."""
     if domain.kind not in ("uniform", "loguniform", "quniform"):
         return ""
     try:
         apply_point(recipe, {name: math.ceil(domain.low)})
     except UserError:
         return ""
-    return f"; if {name} takes whole numbers, randint({math.ceil(domain.low)}, {math.floor(domain.high)})"
+    return f"; if {name} takes integers, randint({math.ceil(domain.low)}, {math.floor(domain.high)})"
 
 
 def apply_point(recipe: Recipe, point: Mapping[str, Any]) -> Recipe:
@@ -204,57 +198,57 @@ def apply_point(recipe: Recipe, point: Mapping[str, Any]) -> Recipe:
     """
     tree = recipe.model_dump(mode="json")
     if "augment.preset" in point:
-        # What the preset filled in would otherwise count as the recipe's own and win over the trial's preset.
+        # Else the values that the preset filled in would count as the recipe's own and win over the trial's preset.
         filled = Augment(preset=recipe.augment.preset).model_dump(mode="json")
         tree["augment"] = {key: value for key, value in tree["augment"].items() if value != filled[key]}
     for name, value in point.items():
         *parents, leaf = name.split(".")
-        here = tree
+        section = tree
         for parent in parents:
-            here = here.setdefault(parent, {})
-            if not isinstance(here, dict):
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
                 raise UserError(f"tune.space: {name}: {parent} is a value, not a section")
-        here[leaf] = list(value) if isinstance(value, tuple) else value
+        section[leaf] = list(value) if isinstance(value, tuple) else value
     return config.parse(Recipe, tree, where="tune.space")
 
 
 def points(space: Space, recipe: Recipe) -> list[Point]:
-    """The trials of the methods that know them beforehand, the same for the same recipe.
+    """The points of the methods that know them beforehand, the same for the same recipe.
 
     grid: every combination, the last field changing fastest. Others: `tune.trials` points of a scrambled Halton
-    sequence (Owen 2017) of the plan's seed, which leaves fewer holes than independent draws, and of which the first n
-    are the same however many follow.
+    sequence (Owen 2017) seeded with sampler.seed, which covers the space more evenly than independent samples, and of
+    which the first n are the same however many follow.
     """
     if recipe.tune.method == "grid":
-        every = itertools.product(*(domain.choices for domain in space.values()))
-        return [dict(zip(space, values, strict=True)) for values in every]
-    share_ND = qmc.Halton(d=len(space), scramble=True, rng=recipe.sampler.seed).random(recipe.tune.trials)
+        combinations = itertools.product(*(domain.choices for domain in space.values()))
+        return [dict(zip(space, values, strict=True)) for values in combinations]
+    unit_ND = qmc.Halton(d=len(space), scramble=True, rng=recipe.sampler.seed).random(recipe.tune.trials)
     return [
-        {name: domain.at(float(share)) for (name, domain), share in zip(space.items(), share_D, strict=True)}
-        for share_D in share_ND
+        {name: domain.ppf(float(unit)) for (name, domain), unit in zip(space.items(), unit_D, strict=True)}
+        for unit_D in unit_ND
     ]
 
 
 def absolute_space(space: Space) -> Space:
-    """The space with the paths among its choices made absolute: workers run in other directories."""
-    paths = {name for name in ("model.weights", "sampler.hard_predictions") if name in space}
+    """The space with absolute paths among its choices: workers run in other directories."""
 
-    def far(choice: Any) -> Any:
+    def absolute(choice: Any) -> Any:
         return storage.absolute(choice) if isinstance(choice, str) and choice not in ("imagenet", "none") else choice
 
-    moved: Space = {}
-    for name in paths:
-        moved[name] = Domain("choice", choices=tuple(map(far, space[name].choices)))
-    return {**space, **moved}
+    paths = {name for name in ("model.weights", "sampler.hard_predictions") if name in space}
+    return {
+        **space,
+        **{name: Domain("choice", choices=tuple(map(absolute, space[name].choices))) for name in sorted(paths)},
+    }
 
 
 def differences(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """Section -> the fields that differ from the defaults: what a recipe file states."""
+    """Section -> the fields that differ from the defaults: the content of a recipe file."""
     default = Recipe().model_dump(mode="json")
     default["augment"] = {**Augment(preset=recipe.augment.preset).model_dump(mode="json"), "preset": "none"}
     tree = recipe.model_dump(mode="json")
-    stated = {
+    changed = {
         section: {name: value for name, value in values.items() if value != default[section][name]}
         for section, values in tree.items()
     }
-    return {section: values for section, values in stated.items() if values}
+    return {section: values for section, values in changed.items() if values}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -22,24 +21,25 @@ from cxrscale import config
 from cxrscale.cluster import ray_session
 from cxrscale.config import LOWER_IS_BETTER, Recipe
 from cxrscale.io import storage
-from cxrscale.reporting import tuning_page
-from cxrscale.training import launch, run_info
+from cxrscale.training import RunInputs, launch, run_info
 from cxrscale.tuning import results, trial
+from cxrscale.tuning.results import TrialRow
 from cxrscale.tuning.schedulers import Sampler, scheduler
+from cxrscale.tuning.search_info import SearchInfo, SearchSession, is_search, read_search_info, write_search_info
 from cxrscale.tuning.search_space import Point, Space, absolute_space, check_space, parse_space, points
 from cxrscale.tuning.trial import NUMBER, Study
-from cxrscale.types import UserError
+from cxrscale.types import UserError, last_line
 
-SEARCH_INFO = "sweep.json"
-RECIPE = "recipe.yaml"
-NOTES = "ray"
-"""Ray's own notes of the search, by which it goes on after a kill."""
-FREE_TO_CHANGE = frozenset({"scaling", "tracking", "pack", "threshold"})
-"""Sections that may differ when a search goes on."""
+RAY_FOLDER = "ray"
+"""Ray's own state of the search, from which it resumes after a kill."""
+FREE_TO_CHANGE = frozenset({"scaling", "tracking", "pack", "threshold", "reference"})
+"""Sections that may differ when a search is resumed."""
 LOG = logging.getLogger("cxrscale")
 
-Shown = Callable[[str, int | None, str | None], AbstractContextManager[Any]]
-"""Makes a bar: title, total, unit."""
+ShowBar = Callable[[str, int | None, str | None], AbstractContextManager[Any]]
+"""Title, total, unit -> a progress bar."""
+WritePage = Callable[[Sequence[TrialRow], Recipe, Space, str], None]
+"""Writes the page and plots of a search: its rows, recipe, space and folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,136 +49,130 @@ class SearchResult:
     run: str
     """Its folder or address."""
     finished: bool
-    """False where it was interrupted; the same command goes on."""
+    """False where it was interrupted; re-run the same command to resume."""
     verdict: str
-    """Whether the best trial beats the unchanged recipe."""
+    """Whether the best trial beats the unchanged recipe; empty until finished."""
 
 
 _bars: dict[str, Any] = {}
-"""The bar of a search, by its folder: Ray pickles callbacks for a later restore, and a bar cannot be."""
+"""The progress bar of a search, by its folder: Ray pickles callbacks for a later restore, and a bar cannot be."""
 
 
-def tune(recipe: Recipe, stem: str, shown: Shown) -> SearchResult:
-    """Search the recipe's `tune.space`; an unfinished search of the same tracking.name goes on.
+def tune(recipe: Recipe, stem: str, show_bar: ShowBar, write_page: WritePage | None = None) -> SearchResult:
+    """Search the recipe's `tune.space`; an unfinished search of the same tracking.name is resumed.
 
     Args:
-        stem: the recipe file's stem, for the name of a new search.
-        shown: makes the bar.
+        stem: the stem of the recipe's file, for the name of a new search.
+        show_bar: makes a progress bar.
+        write_page: called at the end.
 
     Returns:
-        Where the search is. Finished, it holds best.yaml, best.pt, trials.parquet, tune.html and plots; each trial is a
-        run in trials/.
+        Where the search is. Once finished it holds best.yaml, best.pt and trials.parquet; each trial is a run in
+        trials/.
 
     Raises:
         UserError: space, shards or cluster do not fit the recipe, or an earlier search of that name was another.
     """
     recipe = launch.absolute_paths(recipe)
     space = absolute_space(parse_space(recipe.tune.space))
-    inputs = _preflight(recipe, space)
-    run = _prepare(recipe, stem, inputs)
-    _environment()
+    inputs = _preflight(recipe, space, stem)
+    run = _prepare(recipe, inputs)
+    _set_environment()
     ray_session.connect()
     study = Study(run, recipe.model_dump(mode="json"), inputs, _use_gpu(recipe))
-    most = _slots(recipe, study.use_gpu)
-    about = _begin(run, inputs)
+    max_trials = _max_concurrent_trials(recipe, study.use_gpu)
+    began = round(time.time(), 1)
+    info = _new_info(inputs, (*read_search_info(run).sessions, SearchSession(began=began)))
+    write_search_info(run, info)
     try:
-        total, done = _fit(study, space, most, shown)
-        if done:
-            own = _own_thresholds(study, total, shown)
-            rows = results.read_trials(study, space, own)
+        total, finished = _run_trials(study, space, max_trials, show_bar)
+        if finished:
+            rows = results.read_trials(study, space, _score_at_own_thresholds(study, total, show_bar))
             verdict = results.write_results(rows, recipe, space, run)
-            tuning_page.write(rows, recipe, space, run)
-            about |= {"finished": True, "verdict": verdict.sentence, **results.totals(rows)}
+            if write_page is not None:
+                write_page(rows, recipe, space, run)
+            outcome = {"finished": True, "verdict": verdict.sentence, **dict(results.totals(rows))}
+            info = info.model_copy(update=outcome)
     finally:
-        about["sessions"][-1][1] = round(time.time(), 1)
-        _note(run, about)
-    return SearchResult(run, done, about.get("verdict", ""))
+        session = SearchSession(began=began, ended=round(time.time(), 1))
+        write_search_info(run, info.model_copy(update={"sessions": (*info.sessions[:-1], session)}))
+    return SearchResult(run, finished, info.verdict)
 
 
 # Before anything starts
 
 
-def _preflight(recipe: Recipe, space: Space) -> dict[str, Any]:
+def _preflight(recipe: Recipe, space: Space, stem: str) -> RunInputs:
     ends = check_space(space, recipe)
-    method, trials, workers = recipe.tune.method, recipe.tune.trials, recipe.tune.workers
-    if method == "tpe" and importlib.util.find_spec("optuna") is None:
+    if recipe.tune.method == "tpe" and importlib.util.find_spec("optuna") is None:
         raise UserError("tune.method=tpe needs Optuna: pip install 'cxrscale[tune]', or use tune.method=asha")
-    if method == "pbt" and workers > 1:
-        raise UserError(f"tune.method=pbt moves weights between trials of one worker, not of tune.workers={workers}")
-    if method == "pbt" and trials < 4:
-        raise UserError(f"tune.method=pbt wants a population: tune.trials={trials} is less than 4")
     if recipe.tune.grace_epochs > recipe.train.epochs:
         raise UserError(
             f"tune.grace_epochs={recipe.tune.grace_epochs} is more than train.epochs={recipe.train.epochs}; lower it"
         )
-    inputs = launch.preflight(recipe)
+    inputs = launch.preflight(recipe, stem)
     names = [name for name, domain in space.items() for _ in domain.probes]
     for name, end in zip(names, ends, strict=True):
         if name.startswith(("data.", "sampler.", "augment.", "model.")):
-            # Leaks do not hang on these; looking for them once is enough.
+            # Leaks do not depend on these fields; checking for them once is enough.
             launch.preflight(end.model_copy(update={"data": end.data.model_copy(update={"allow_leaks": True})}))
     return inputs
 
 
-def _prepare(recipe: Recipe, stem: str, inputs: Mapping[str, Any]) -> str:
-    """Make the search's folder, or find the unfinished one of that name."""
-    name = recipe.tracking.name or f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+def _prepare(recipe: Recipe, inputs: RunInputs) -> str:
+    """Create the search's folder, or return the unfinished one of that name."""
+    name = recipe.tracking.name or f"{inputs.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     run = storage.join(recipe.tracking.runs_dir, name)
-    address = storage.join(run, RECIPE)
+    address = storage.join(run, launch.RECIPE)
     if storage.exists(address):
-        if not storage.exists(storage.join(run, SEARCH_INFO)):
-            raise UserError(f"{run} is no search; give another tracking.name")
-        before, now = yaml.safe_load(storage.read(address)), yaml.safe_load(config.to_yaml(recipe))
-        for tree in (before, now):
-            tree["tune"].pop("max_concurrent_trials")
-        changed = [s for s in now if s not in FREE_TO_CHANGE and now[s] != before.get(s)]
-        old = json.loads(storage.read(storage.join(run, SEARCH_INFO)))
-        if changed:
-            raise UserError(
-                f"search {name} was begun with other settings in {', '.join(changed)}; give another tracking.name"
-            )
-        if old["manifest"] != inputs["manifest"] or old["files"] != inputs["files"]:
-            raise UserError(f"search {name} was begun with other shards or files; give another tracking.name")
-        if old["finished"]:
-            page_there = storage.join(run, tuning_page.PAGE)
-            raise UserError(f"search {name} is finished, see {page_there}; give another tracking.name for a new one")
+        _check_resumable(recipe, inputs, run)
     # Before the recipe, which makes the folder a search.
-    if not storage.exists(storage.join(run, SEARCH_INFO)):
-        _note(run, {**inputs, "finished": False, "sessions": []})
+    if not is_search(run):
+        write_search_info(run, _new_info(inputs))
     storage.write(address, config.to_yaml(recipe))
     return run
 
 
+def _check_resumable(recipe: Recipe, inputs: RunInputs, run: str) -> None:
+    name = run.rsplit("/", 1)[-1]
+    if not is_search(run):
+        raise UserError(f"{run} is not a search; give another tracking.name")
+    stored = yaml.safe_load(storage.read(storage.join(run, launch.RECIPE)))
+    # How many trials run at a time may change.
+    stored.get("tune", {})["max_concurrent_trials"] = recipe.tune.max_concurrent_trials
+    changed = launch.changed_sections(recipe, stored, FREE_TO_CHANGE)
+    old = read_search_info(run)
+    if changed:
+        raise UserError(
+            f"search {name} was begun with other settings in {', '.join(changed)}; give another tracking.name"
+        )
+    if old.manifest != inputs.manifest or old.files != inputs.files:
+        raise UserError(f"search {name} was begun with other shards or files; give another tracking.name")
+    if old.finished:
+        raise UserError(f"search {name} is finished, see {run}; give another tracking.name for a new one")
+
+
+def _new_info(inputs: RunInputs, sessions: tuple[SearchSession, ...] = ()) -> SearchInfo:
+    return SearchInfo(**dict(inputs), **dict(run_info.environment()), sessions=sessions)
+
+
 def resumed(recipe: Recipe, name: str) -> Recipe:
-    """The recipe under the name of a search that was begun.
+    """The recipe under the name of an existing search.
 
     Raises:
         UserError: there is none of that name.
     """
-    if not storage.exists(storage.join(recipe.tracking.runs_dir, name, SEARCH_INFO)):
-        raise UserError(
-            f"{storage.join(recipe.tracking.runs_dir, name)} is no search; check --resume and tracking.runs_dir"
-        )
+    run = storage.join(recipe.tracking.runs_dir, name)
+    if not is_search(run):
+        raise UserError(f"{run} is not a search; check --resume and tracking.runs_dir")
     return recipe.model_copy(update={"tracking": recipe.tracking.model_copy(update={"name": name})})
 
 
-def _begin(run: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    about: dict[str, Any] = json.loads(storage.read(storage.join(run, SEARCH_INFO)))
-    about |= {**inputs, "versions": run_info.versions(), "hardware": run_info.hardware(), "git": run_info.git_commit()}
-    about["sessions"].append([round(time.time(), 1), None])
-    _note(run, about)
-    return about
-
-
-def _note(run: str, about: Mapping[str, Any]) -> None:
-    storage.write(storage.join(run, SEARCH_INFO), json.dumps(about, indent=2) + "\n")
-
-
-def _environment() -> None:
-    # Ray notes the state of the search this often: what a kill of the driver makes it forget of.
+def _set_environment() -> None:
+    # Ray saves the state of the search this often; it is what a kill of the driver loses.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "2")
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
-    # Our own metrics.jsonl holds what its loggers would write once more.
+    # Our own train_log.jsonl holds what its loggers would write again.
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
@@ -191,8 +185,8 @@ def _use_gpu(recipe: Recipe) -> bool:
     return recipe.scaling.use_gpu if recipe.scaling.use_gpu is not None else ray_session.gpus() > 0
 
 
-def _slots(recipe: Recipe, use_gpu: bool) -> int | None:
-    """The most trials at a time; None: Ray fits in what it can, on a cluster that may grow."""
+def _max_concurrent_trials(recipe: Recipe, use_gpu: bool) -> int | None:
+    """None: as many as Ray finds room for, on a cluster that may grow."""
     workers, share = recipe.tune.workers, recipe.tune.gpu_share
     room = int(ray_session.cpus() / recipe.scaling.cpus_per_worker)
     if use_gpu:
@@ -204,62 +198,65 @@ def _slots(recipe: Recipe, use_gpu: bool) -> int | None:
         )
     if workers == 1:
         return recipe.tune.max_concurrent_trials
-    # More trials than there is room for would hold each a part of their workers and wait for ever for the rest.
+    # Were there more trials than room, each would hold some of its workers and wait forever for the rest.
     return min(room // workers, recipe.tune.max_concurrent_trials or room)
 
 
 # The search
 
 
-def _fit(study: Study, space: Space, most: int | None, shown: Shown) -> tuple[int, bool]:
+def _run_trials(study: Study, space: Space, max_trials: int | None, show_bar: ShowBar) -> tuple[int, bool]:
     """Run the trials that are not finished: (trials with the seeds, False where it was interrupted)."""
-    recipe = study.resolved()
+    recipe = study.base_recipe()
+    path, files = _filesystem(storage.join(study.run, RAY_FOLDER))
     trainable = ray.tune.with_resources(
         partial(trial.run_trial, study=study), _resources(recipe, recipe.tune.workers, study.use_gpu)
     )
-    notes = storage.join(study.run, NOTES)
-    place, files = _filesystem(notes)
     known = points(space, recipe)
     total = recipe.tune.baseline_seeds + (recipe.tune.trials if recipe.tune.method == "tpe" else len(known))
-    follower = Follower(study.run, recipe.train.monitor, [study.name(number) for number in range(total)])
-    if ray.tune.Tuner.can_restore(f"{place}/search", storage_filesystem=files):
-        tuner = _restored(f"{place}/search", trainable, files)
+    if ray.tune.Tuner.can_restore(f"{path}/search", storage_filesystem=files):
+        tuner = _restored(f"{path}/search", trainable, files)
     else:
+        follower = Follower(study.run, recipe.train.monitor, [study.name(number) for number in range(total)])
         tuner = ray.tune.Tuner(
             trainable,
             param_space=None if recipe.tune.method == "tpe" else _parameters(recipe, space, known),
             tune_config=ray.tune.TuneConfig(
-                metric="value" if recipe.tune.method == "pbt" else "best",
+                metric="best",
                 mode="min" if recipe.train.monitor in LOWER_IS_BETTER else "max",
                 num_samples=total if recipe.tune.method == "tpe" else 1,
                 search_alg=Sampler(space, recipe) if recipe.tune.method == "tpe" else None,
-                scheduler=scheduler(space, recipe),
-                max_concurrent_trials=most,
+                scheduler=scheduler(recipe),
+                max_concurrent_trials=max_trials,
                 # A process that has imported torch trains the next trial too; nested trials end with theirs.
                 reuse_actors=recipe.tune.workers == 1,
             ),
             run_config=ray.tune.RunConfig(
                 name="search",
-                storage_path=place,
+                storage_path=path,
                 storage_filesystem=files,
                 failure_config=ray.tune.FailureConfig(max_failures=recipe.scaling.max_failures),
                 callbacks=[follower],
                 verbose=0,
             ),
         )
-    with shown(f"tuning {study.run.rsplit('/', 1)[-1]}", total, None) as bar:
+    with show_bar(f"tuning {study.run.rsplit('/', 1)[-1]}", total, None) as bar:
         _bars[study.run] = bar
         try:
-            found = tuner.fit()
+            ended = tuner.fit()
         finally:
             del _bars[study.run]
-    for result in found:
+    for result in ended:
         if result.error is not None and result.config is not None:
-            # A process that was lost more than scaling.max_failures times had no time to say so.
-            address = storage.join(study.folder(result.config[NUMBER]), trial.FAILED)
-            if not storage.exists(address):
-                storage.write(address, "its process was lost too often (out of memory?): " + _innermost(result.error))
-    return total, len(found) == total and all(r.error is not None or (r.metrics or {}).get("done") for r in found)
+            _record_lost(study.folder(result.config[NUMBER]), result.error)
+    return total, len(ended) == total and all(r.error is not None or (r.metrics or {}).get("done") for r in ended)
+
+
+def _record_lost(folder: str, error: BaseException) -> None:
+    """Write the reason for a trial whose process was lost more than scaling.max_failures times: it could not."""
+    address = storage.join(folder, trial.FAILED)
+    if not storage.exists(address):
+        storage.write(address, "its process was lost too often (out of memory?): " + last_line(error))
 
 
 def _restored(address: str, trainable: Any, files: Any) -> Any:
@@ -274,44 +271,43 @@ def _restored(address: str, trainable: Any, files: Any) -> Any:
 
 def _resources(recipe: Recipe, workers: int, use_gpu: bool) -> dict[str, float]:
     if workers > 1:
-        # The outer function only waits, its workers ask for their own. Ray wants it to take something: of a CPU even a
-        # hundredth would leave a worker too little, and all waiting for ever, where each CPU is a worker's. One byte.
+        # The outer function only waits; its workers request their own resources. Ray requires it to request something:
+        # even a hundredth of a CPU would leave a worker too little where each CPU is a worker's. So one byte of memory.
         return {"memory": 1}
     return {"cpu": recipe.scaling.cpus_per_worker, **({"gpu": recipe.tune.gpu_share} if use_gpu else {})}
 
 
 def _parameters(recipe: Recipe, space: Space, known: list[Point]) -> dict[str, Any]:
     """Ray's configuration of each trial: its number, and its point's fields (None for a seed, which has none)."""
-    listed: list[Point] = [dict.fromkeys(space)] * recipe.tune.baseline_seeds + known
+    all_points: list[Point] = [dict.fromkeys(space)] * recipe.tune.baseline_seeds + known
 
     def field(name: str) -> Any:
-        return ray.tune.sample_from(lambda config: listed[config[NUMBER]][name])
+        return ray.tune.sample_from(lambda config: all_points[config[NUMBER]][name])
 
-    return {NUMBER: ray.tune.grid_search(list(range(len(listed)))), **{name: field(name) for name in space}}
+    return {NUMBER: ray.tune.grid_search(list(range(len(all_points)))), **{name: field(name) for name in space}}
 
 
-def _filesystem(notes: str) -> tuple[str, Any]:
-    """Ray's storage: the path, and for a remote one the same file system that everything else of ours uses."""
-    if not storage.is_remote(notes):
-        return notes, None
+def _filesystem(address: str) -> tuple[str, Any]:
+    """Ray's storage: the path, and for a remote one the file system that `io.storage` uses too."""
+    if not storage.is_remote(address):
+        return address, None
     import fsspec
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-    files, path = fsspec.core.url_to_fs(notes)
+    files, path = fsspec.core.url_to_fs(address)
     return path, PyFileSystem(FSSpecHandler(files))
 
 
 class Follower(ray.tune.Callback):
-    """Moves the bar."""
+    """Updates the progress bar."""
 
     def __init__(self, run: str, metric: str, names: list[str]) -> None:
         self.run, self.metric, self.names = run, metric, names
-        self.done: set[str] = set()
         self.best: tuple[float, str] | None = None
 
     # ruff: noqa: ARG002 - the names of these arguments are Ray's
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Point, **info: Any) -> None:
-        """Note the best so far."""
+        """Update the best so far."""
         value, name = result["best"], self.names[trial.config[NUMBER]]
         sign = -1.0 if self.metric in LOWER_IS_BETTER else 1.0
         if math.isfinite(value) and (self.best is None or sign * value > sign * self.best[0]):
@@ -319,47 +315,41 @@ class Follower(ray.tune.Callback):
         self._show(trials)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Count it."""
+        """Count the trial."""
         self._show(trials, trial)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Count it too."""
+        """Count the trial."""
         self._show(trials, trial)
 
     def _show(self, trials: list[Any], ended: Any = None) -> None:
         bar = _bars.get(self.run)
         if bar is not None:
-            # Ray calls before it notes that a trial has ended.
-            states = ["TERMINATED" if each is ended else each.status for each in trials]
+            # Ray calls before it sets the status of a trial that has ended.
+            states = ["TERMINATED" if item is ended else item.status for item in trials]
             best = f"best {self.metric} {self.best[0]:.4f} ({self.best[1]})" if self.best else ""
             done = states.count("TERMINATED") + states.count("ERROR")
-            bar.to(done, f"{states.count('RUNNING')} running  {best}")
+            bar.update(done, f"{states.count('RUNNING')} running  {best}")
 
 
 # After it
 
 
-def _own_thresholds(study: Study, total: int, shown: Shown) -> dict[str, float]:
-    """Folder's name -> the trial's score at its own best thresholds, each computed where it was trained."""
+def _score_at_own_thresholds(study: Study, total: int, show_bar: ShowBar) -> dict[str, float]:
+    """Trial's name -> its score at its own best thresholds, each computed on the cluster."""
     names = [study.name(number) for number in range(total)]
-    recipe = study.resolved()
-    resources = _resources(recipe, 1, study.use_gpu)
-    score = ray.remote(num_cpus=resources["cpu"], num_gpus=resources.get("gpu", 0))(trial.at_own_thresholds)
-    waiting = {score.remote(storage.join(study.run, trial.TRIALS, name)): name for name in names}
-    found: dict[str, float] = {}
-    with shown("own thresholds", len(names), None) as bar:
-        while waiting:
-            for ready in ray.wait(list(waiting), num_returns=1)[0]:
-                name = waiting.pop(ready)
+    resources = _resources(study.base_recipe(), 1, study.use_gpu)
+    task = ray.remote(num_cpus=resources["cpu"], num_gpus=resources.get("gpu", 0))(trial.score_at_own_thresholds)
+    pending = {task.remote(storage.join(study.run, trial.TRIALS, name)): name for name in names}
+    scores: dict[str, float] = {}
+    with show_bar("own thresholds", len(names), None) as bar:
+        while pending:
+            for ready in ray.wait(list(pending), num_returns=1)[0]:
+                name = pending.pop(ready)
                 try:
-                    found[name] = ray.get(ready)
+                    scores[name] = ray.get(ready)
                 except ray.exceptions.RayError as error:
-                    LOG.warning("%s has no score at its own thresholds: %s", name, _innermost(error))
-                    found[name] = math.nan
-                bar.to(len(found))
-    return {name: found[name] for name in names}
-
-
-def _innermost(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
+                    LOG.warning("%s has no score at its own thresholds: %s", name, last_line(error))
+                    scores[name] = math.nan
+                bar.update(len(scores))
+    return {name: scores[name] for name in names}

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,19 +19,17 @@ from cxrscale.config import LOWER_IS_BETTER, Recipe
 from cxrscale.evaluation import metrics, thresholds
 from cxrscale.inference import predictions
 from cxrscale.io import storage
-from cxrscale.training import LocalWorker, checkpoint, launch, run_info, tracking
+from cxrscale.training import LocalWorker, RunInputs, checkpoint, launch, run_info, tracking
 from cxrscale.tuning import search_space
-from cxrscale.types import UserError
+from cxrscale.types import UserError, one_line
 
 TRIALS = "trials"
 FAILED = "failed.txt"
 """Why a trial failed, in its folder; the search goes on without it."""
-SCHEDULE = "schedule.jsonl"
-"""pbt: from which epoch on a trial trained with which values, and whose weights it took over."""
-PATIENCE_S = 600.0
-"""Seconds that a checkpoint may take to be written."""
+CHECKPOINT_SECONDS = 600.0
+"""How long the writing of a checkpoint may take."""
 NUMBER = "number"
-"""The trial's number in Ray's configuration of it; the seeds' come first."""
+"""Key of the trial's number in its configuration by Ray; the seeds come first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +39,12 @@ class Study:
     run: str
     """The search's folder or address."""
     recipe: dict[str, Any]
-    """The unchanged recipe."""
-    inputs: dict[str, Any]
-    """What run.json says of the inputs."""
+    """The unchanged recipe, as a tree."""
+    inputs: RunInputs
     use_gpu: bool
 
-    def resolved(self) -> Recipe:
-        """The unchanged recipe, as its sections."""
+    def base_recipe(self) -> Recipe:
+        """The unchanged recipe."""
         return config.parse(Recipe, self.recipe, where="the search's recipe")
 
     def name(self, number: int) -> str:
@@ -62,9 +56,9 @@ class Study:
         """The trial's run folder."""
         return storage.join(self.run, TRIALS, self.name(number))
 
-    def trial(self, number: int, point: Mapping[str, Any]) -> Recipe:
-        """The recipe of a trial, or of the unchanged recipe with its number-th seed."""
-        base = self.resolved()
+    def trial_recipe(self, number: int, point: Mapping[str, Any]) -> Recipe:
+        """The recipe of a trial, or the unchanged recipe with its number-th seed."""
+        base = self.base_recipe()
         if number < base.tune.baseline_seeds:
             point = {"sampler.seed": base.sampler.seed + number}
         own = {
@@ -73,169 +67,135 @@ class Study:
             "tracking.group": self.run.rstrip("/").rsplit("/", 1)[-1],
             "scaling.num_workers": base.tune.workers,
         }
-        # Another trial may take over any epoch's weights.
-        more = {"train.keep_checkpoints": base.train.epochs} if base.tune.method == "pbt" else {}
-        return search_space.apply_point(base, {**point, **own, **more})
+        return search_space.apply_point(base, {**point, **own})
 
 
-class Score:
-    """What Tune compares: the metric of the epoch in `value`, of the best so far in `best`; NaN without one."""
+class BestMetric:
+    """What Tune compares: the best value so far of the metric; NaN without one, and after a failure."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.metric = recipe.train.monitor
         self._sign = -1.0 if self.metric in LOWER_IS_BETTER else 1.0
-        # A population sorts its trials, which NaN would make arbitrary.
-        self._nothing = -1e30 * self._sign if recipe.tune.method == "pbt" else math.nan
-        self._best = self._nothing
+        self._best = math.nan
 
-    def of(self, found: Mapping[str, Any]) -> dict[str, float]:
-        """The report of an epoch's validation metrics."""
-        value = found.get(self.metric)
-        value = self._nothing if value is None or not math.isfinite(value) else float(value)
+    def report(self, line: Mapping[str, Any]) -> dict[str, float]:
+        """The report to Tune of an epoch's validation metrics."""
+        value = line.get(self.metric)
+        value = float(value) if value is not None and math.isfinite(value) else math.nan
+        # Written so that NaN, as of a failed trial, replaces the best.
         if not self._sign * value <= self._sign * self._best:
             self._best = value
-        return {"epoch": int(found["epoch"]), "value": value, "best": self._best}
+        return {"epoch": int(line["epoch"]), "best": self._best}
 
 
 class TrialWorker(LocalWorker):
     """The only worker of a trial, in a process of Ray Tune."""
 
-    def __init__(self, run: str, recipe: Recipe, score: Score, use_gpu: bool) -> None:
+    def __init__(self, run: str, best: BestMetric, use_gpu: bool) -> None:
         # On a machine with GPUs, Ray hides none from a process that asked for none.
         super().__init__(None if use_gpu else "cpu")
-        self._run, self._score, self._population = run, score, recipe.tune.method == "pbt"
+        self._run, self._best = run, best
 
     def report(self, metrics: Mapping[str, float]) -> None:
-        """Hand Tune the epoch's score; what Tune has heard of is on disk, so that a killed search loses nothing."""
-        step = written(self._run)
-        found = self._score.of(metrics)
-        if not self._population:
-            ray.tune.report(found)
-            return
-        # Tune moves weights between trials by its own checkpoints: ours only says where the files are.
-        with tempfile.TemporaryDirectory() as folder:
-            pointer = {"run": self._run, "step": step, "epoch": found["epoch"]}
-            (Path(folder) / "pointer.json").write_text(json.dumps(pointer))
-            ray.tune.report(found, checkpoint=ray.tune.Checkpoint.from_directory(folder))
+        """Report the epoch to Tune once its files are on disk, so that a killed search loses nothing."""
+        wait_for_checkpoint(self._run)
+        ray.tune.report(self._best.report(metrics))
 
 
-class Forward(TuneReportCallback):
-    """Brings the epochs of a trial with several workers to Tune."""
+class ForwardReports(TuneReportCallback):
+    """Reports the epochs of a trial with several workers to Tune."""
 
-    def __init__(self, run: str, score: Score) -> None:
+    def __init__(self, run: str, best: BestMetric) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._run, self._score = run, score
+        self._run, self._best = run, best
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         """As `TrialWorker.report`."""
-        written(self._run)
-        super().after_report(run_context, [self._score.of(metrics[0])], checkpoint)
+        wait_for_checkpoint(self._run)
+        super().after_report(run_context, [self._best.report(metrics[0])], checkpoint)
 
 
 def run_trial(settings: dict[str, Any], study: Study) -> None:
-    """A trial from its start or its newest checkpoint; a failure is the trial's own, written down in its folder."""
+    """Train a trial from its start or its newest checkpoint; a failure ends this trial only, its reason in a file."""
     _quiet()
     number = int(settings[NUMBER])
     folder = study.folder(number)
-    recipe = study.resolved()
-    score = Score(recipe)
-    for leftover in (FAILED, launch.ERROR_FILE, launch.STOP):
+    recipe = study.base_recipe()
+    best = BestMetric(recipe)
+    for leftover in (FAILED, launch.ERROR_FILE, launch.STOP_FILE):
         storage.remove(storage.join(folder, leftover))
     try:
-        recipe = study.trial(number, {name: value for name, value in settings.items() if name != NUMBER})
-        given = ray.tune.get_checkpoint() if recipe.tune.method == "pbt" else None
-        if given is not None:
-            _take_over(given, folder, settings)
-        else:
-            # Tune may have forgotten epochs between its last note and a kill.
-            for line in validated(folder):
-                ray.tune.report(score.of(line))
+        recipe = study.trial_recipe(number, {name: value for name, value in settings.items() if name != NUMBER})
+        # Tune may have lost epochs between its last save and a kill.
+        for line in validation_lines(folder):
+            ray.tune.report(best.report(line))
         if _finished(folder):
             return
         storage.write(storage.join(folder, launch.RECIPE), config.to_yaml(recipe))
         with run_info.record_session(folder, study.inputs, recipe.tune.workers, recipe.tracking.gpu_hour_price):
             if recipe.tune.workers == 1:
-                launch.train_here(recipe, folder, TrialWorker(folder, recipe, score, study.use_gpu))
+                launch.train_here(recipe, folder, TrialWorker(folder, best, study.use_gpu))
             else:
-                launch.fit(recipe, folder, study.use_gpu, [Forward(folder, score)])
+                launch.fit(recipe, folder, study.use_gpu, [ForwardReports(folder, best)])
     except Exception as error:  # whatever a combination of settings may lead to; other trials go on
-        reason = " ".join(str(error).split())[:500]
+        reason = one_line(error, limit=500)
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         storage.write(storage.join(folder, FAILED), kind + reason)
-        ray.tune.report(score.of({"epoch": recipe.train.epochs}))
+        ray.tune.report(best.report({"epoch": recipe.train.epochs}))
 
 
-def written(run: str) -> int:
-    """Wait until the checkpoint of the epoch that was validated last, or a later one, is there; returns its step.
+def wait_for_checkpoint(run: str) -> int:
+    """Wait until the checkpoint of the epoch that was validated last, or a later one, is written; returns its step.
 
-    It is written after best.pt, so that one is there too.
+    It is written after best.pt, so that file is complete too.
 
     Raises:
-        UserError: it does not come.
+        UserError: it is not written in time.
     """
     step = next(line["step"] for line in reversed(tracking.read_log(run)) if line["kind"] == "val")
-    deadline = time.monotonic() + PATIENCE_S
-    # A later one: by now the epoch's own may have been removed as one too many.
-    while _newest(run) < step:
+    deadline = time.monotonic() + CHECKPOINT_SECONDS
+    # A later one: by now the epoch's own may have been removed, as only the newest are kept.
+    while _newest_step(run) < step:
         if time.monotonic() > deadline:
-            raise UserError(f"{run}: no checkpoint of step {step} after {PATIENCE_S:.0f} s; is the disk full?")
+            raise UserError(f"{run}: no checkpoint of step {step} after {CHECKPOINT_SECONDS:.0f} s; is the disk full?")
         time.sleep(1.0 if storage.is_remote(run) else 0.01)
     return int(step)
 
 
-def validated(run: str) -> list[dict[str, Any]]:
-    """The validation lines of a run up to its newest checkpoint: what a resumed trial will not compute again."""
-    newest = _newest(run)
+def validation_lines(run: str) -> list[dict[str, Any]]:
+    """The validation lines of a run's log up to its newest checkpoint: what a resumed trial will not compute again."""
+    newest = _newest_step(run)
     return [line for line in tracking.read_log(run) if line["kind"] == "val" and line["step"] <= newest]
 
 
-def at_own_thresholds(run: str) -> float:
-    """The mean F1 over findings, each at its best threshold, or the Dice of the best triplet: validation split only.
+def score_at_own_thresholds(run: str) -> float:
+    """The mean F1 over findings, each at its best threshold, or the Dice of the best mask rule; validation split only.
 
-    NaN where no finding has a positive, or the trial never came to a checkpoint.
+    NaN where no finding has a positive, or the trial never wrote a checkpoint.
     """
     if not storage.exists(storage.join(run, checkpoint.BEST)):
         return math.nan
     scores = predictions.predict_split(run, "val")
     if scores.maps is not None:
         return thresholds.best_mask_rule(scores.maps).dice
-    found = []
+    values = []
     for score_N, label_N in zip(scores.score_NF.T, scores.label_NF.T, strict=True):
-        cut = thresholds.best_f1_threshold(score_N, label_N).value
-        found.append(metrics.f1(metrics.confusion(score_N, label_N, cut)) if math.isfinite(cut) else math.nan)
-    return float(np.nanmean(found)) if np.isfinite(found).any() else math.nan
-
-
-def _take_over(given: Any, folder: str, settings: Mapping[str, Any]) -> None:
-    """Population based training: go on from the checkpoint that Tune chose, which may be another trial's."""
-    with given.as_directory() as place:
-        pointer = json.loads((Path(place) / "pointer.json").read_text())
-    donor, step = pointer["run"], pointer["step"]
-    if donor != folder:
-        own, theirs = (storage.join(each, checkpoint.FOLDER) for each in (folder, donor))
-        for name in storage.listing(own, ".pt"):
-            storage.remove(storage.join(own, name))
-        for name, of in checkpoint.steps(theirs).items():
-            if of == step:
-                storage.write(storage.join(own, name), storage.read(storage.join(theirs, name)))
-        # The best so far of the weights that were taken over comes with them, as `Progress.best` does.
-        storage.write(storage.join(folder, checkpoint.BEST), storage.read(storage.join(donor, checkpoint.BEST)))
-    line = {"epoch": pointer["epoch"], "from": donor.rsplit("/", 1)[-1], **settings}
-    address = storage.join(folder, SCHEDULE)
-    before = storage.read(address) if storage.exists(address) else b""
-    storage.write(address, before + json.dumps(line).encode() + b"\n")
+        threshold = thresholds.best_f1_threshold(score_N, label_N).value
+        counts = metrics.confusion(score_N, label_N, threshold) if math.isfinite(threshold) else None
+        values.append(metrics.f1(counts) if counts is not None else math.nan)
+    return float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
 
 
 def _finished(folder: str) -> bool:
-    return storage.exists(storage.join(folder, run_info.RUN_INFO)) and bool(run_info.read_run_info(folder)["finished"])
+    return storage.exists(storage.join(folder, run_info.RUN_INFO)) and run_info.read_run_info(folder).finished
 
 
-def _newest(run: str) -> int:
+def _newest_step(run: str) -> int:
     return max(checkpoint.steps(storage.join(run, checkpoint.FOLDER)).values(), default=0)
 
 
 def _quiet() -> None:
-    # Stopping between epochs, a thread has as long to close its files before Ray gives its process up.
+    # When Tune stops a trial between epochs, its thread has this long to close its files before Ray ends the process.
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "20"
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
     logging.getLogger("ray").setLevel(logging.ERROR)

@@ -1,12 +1,13 @@
-"""What a training batch costs: our whole pipeline beside the usual loaders, interleaved in one run.
+"""The time of a training batch: our complete pipeline beside the usual loaders, interleaved in one run.
 
     python -m tests.benchmarks.batches --images DIR [--preset rsna] [--rounds 9] [--out results/batches.json]
     python -m tests.benchmarks.batches --images DIR --memory
     python -m tests.benchmarks.batches --images DIR --device mixed        (where there is a GPU)
 
 DIR is a folder of PNGs, e.g. NIH's images_001/images; they are packed into real shards first. Every contender delivers
-normalized batches of the same size under the same kind of augmentation; the contenders take turns, a batch each, in one
-process with one thread each, so that a machine whose speed wanders treats them alike. CPU is the time of all threads.
+normalized batches of the same size under the same kind of augmentation; the contenders take turns, one batch each, in
+one process with one thread each, so that changes of the machine's speed affect all alike. CPU is the time of all
+threads.
 Ratios are medians over rounds of the ratio within a round.
 
 Peers that are not installed are left out and named. They are no dependencies of cxrscale; in an environment of their
@@ -33,18 +34,19 @@ from typing import Any
 import cv2
 import torch
 
-from cxrscale.config import PRESETS, Augment, Data, Pack, Sampler
-from cxrscale.loader import sampler as planning
+from cxrscale.config import PRESETS, Augment, Data, Loader, Pack, Recipe, Sampler
 from cxrscale.loader.augment import sample_params
+from cxrscale.loader.loader import open_training_stream, training_batches
 from cxrscale.loader.reader import ShardReader
+from cxrscale.loader.sampler import training_indices
 from cxrscale.shards import manifest, pack
 from cxrscale.shards.manifest import Manifest
 from cxrscale.types import ImageRecord
 from tests.benchmarks import batches_device, batches_memory, batches_peers
 from tests.benchmarks.batches_peers import Contender, Material
 
-USUAL, READER, OURS, REFERENCE = "PIL + torchvision, raw PNG", "DALI readers.webdataset", "cxrscale", "cxrscale, OpenCV"
-PLAN, NUMBERS = "cxrscale: plan + source", "cxrscale: augmentation numbers"
+USUAL, READER, OURS, OPENCV = "PIL + torchvision, raw PNG", "DALI readers.webdataset", "cxrscale", "cxrscale, OpenCV"
+SAMPLER, PARAMS = "cxrscale: sampler + reader", "cxrscale: augmentation parameters"
 
 
 def packed(paths: list[Path], out: str, size: int) -> Manifest:
@@ -53,43 +55,44 @@ def packed(paths: list[Path], out: str, size: int) -> Manifest:
         ImageRecord(path.name, "nih", str(path), path.name.split("_")[0], {"Effusion": number % 2, "Mass": 0})
         for number, path in enumerate(paths)
     ]
-    pack.pack(records, ["train"] * len(records), Pack(size=size, samples_per_shard=60), out, local=True)
+    rows = pack.SplitRecords(records, ["train"] * len(records))
+    pack.pack(rows, Pack(size=size, samples_per_shard=60), out, local=True)
     return manifest.load(out)
 
 
-def settings(threads: int, reader: str = "dali") -> Data:
-    # Prefetching would move work out of the time that is measured.
-    return Data.model_validate({"findings": ("Effusion", "Mass"), "reader": reader, "threads": threads, "prefetch": 1})
+def recipe_of(augment: Augment, batch: int) -> Recipe:
+    """The recipe of our loader for the PNGs."""
+    return Recipe(data=Data(findings=("Effusion", "Mass")), sampler=Sampler(batch_size=batch), augment=augment)
 
 
-def plan_and_source(shards: Manifest, sampler: Sampler) -> Iterator[object]:
-    """Which rows, and their bytes, checked: what our pipeline does before its graph."""
-    rows, source = shards.rows("train"), ShardReader(shards)
-    label_NF = shards.labels(("Effusion", "Mass"))
-    for step in planning.training_indices(rows, label_NF[rows], shards.key[rows], sampler):
-        yield source.read(step.row_B, False), label_NF[step.row_B]
+def sampler_and_reader(shards: Manifest, recipe: Recipe) -> Iterator[object]:
+    """The rows and their checked bytes: what our pipeline does before its graph."""
+    reader, label_NF = ShardReader(shards), shards.labels(recipe.data.findings)
+    for step in training_indices(open_training_stream(shards, recipe)):
+        yield reader.read(step.row_B, False), label_NF[step.row_B]
 
 
-def numbers(shards: Manifest, sampler: Sampler, augment: Augment) -> Iterator[object]:
-    """Every random number of every image's augmentation, alone."""
-    rows, source = shards.rows("train"), ShardReader(shards)
-    for step in planning.training_indices(rows, shards.labels(("Effusion", "Mass"))[rows], shards.key[rows], sampler):
-        yield sample_params(augment, 0, shards.key[step.row_B], step.draw_B, *source.sizes(step.row_B), True)
+def params(shards: Manifest, recipe: Recipe) -> Iterator[object]:
+    """The parameters of every image's augmentation, alone."""
+    reader = ShardReader(shards)
+    for step in training_indices(open_training_stream(shards, recipe)):
+        key_B, size_B = shards.key[step.row_B], reader.sizes(step.row_B)
+        yield sample_params(recipe.augment, 0, key_B, step.stream_pos_B, size_B, True)
 
 
 def contenders(material: Material, threads: int) -> dict[str, Contender]:
     """All that can run here."""
-    from cxrscale.loader.loader import training_batches
-
-    sampler, augment, shards = Sampler(batch_size=material.batch), material.augment, material.shards
-    found: dict[str, Contender] = {USUAL: batches_peers.torchvision_on_png(material)}
-    found |= batches_peers.installed(material)
-    found[READER] = batches_peers.dali_reader(material, threads)
-    for name, reader in ((OURS, "dali"), (REFERENCE, "reference")):
-        found[name] = training_batches(shards, settings(threads, reader), sampler, augment).__next__
-    found[PLAN] = plan_and_source(shards, sampler).__next__
-    found[NUMBERS] = numbers(shards, sampler, augment).__next__
-    return found
+    shards, recipe = material.shards, recipe_of(material.augment, material.batch)
+    result: dict[str, Contender] = {USUAL: batches_peers.torchvision_on_png(material)}
+    result |= batches_peers.installed(material)
+    result[READER] = batches_peers.dali_reader(material, threads)
+    for name, backend in ((OURS, "dali"), (OPENCV, "opencv")):
+        # Prefetching would move work out of the time that is measured.
+        loader = Loader.model_validate({"backend": backend, "num_threads": threads, "prefetch": 1})
+        result[name] = training_batches(shards, recipe.model_copy(update={"loader": loader})).__next__
+    result[SAMPLER] = sampler_and_reader(shards, recipe).__next__
+    result[PARAMS] = params(shards, recipe).__next__
+    return result
 
 
 def cpu() -> float:
@@ -132,11 +135,11 @@ def ratio(times: dict[str, list[dict[str, float]]], above: str, below: str, kind
 
 
 def verdict(times: dict[str, list[dict[str, float]]]) -> dict[str, float]:
-    """Print and return how we stand: against the usual loader, each peer, and the share of plan and source."""
-    found = {f"{name}, cpu": ratio(times, name, OURS, "cpu") for name in times if name not in (OURS, PLAN, NUMBERS)}
+    """Print and return how we stand: against the usual loader, each peer, and the share of sampler and reader."""
+    found = {f"{name}, cpu": ratio(times, name, OURS, "cpu") for name in times if name not in (OURS, SAMPLER, PARAMS)}
     for name, value in found.items():
         print(f"{name:40} takes {value:5.2f} of cxrscale's CPU time")
-    for name in (PLAN, NUMBERS):
+    for name in (SAMPLER, PARAMS):
         found[f"{name}, share"] = ratio(times, name, OURS, "cpu")
         print(f"{name:40} {100 * found[f'{name}, share']:5.1f}% of cxrscale's CPU time")
     return found

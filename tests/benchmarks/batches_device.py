@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from cxrscale.config import PRESETS, Augment, Data, Sampler
+from cxrscale.config import PRESETS, Augment, Data, Recipe, Sampler
 from cxrscale.loader.loader import training_batches
 from cxrscale.loader.reader import ShardReader
 from cxrscale.shards.manifest import Manifest
+from cxrscale.types import DistContext
 from tests.benchmarks.batches_peers import Contender
 
 BATCHES = 20
@@ -27,8 +28,8 @@ def measured(shards: Manifest, batch: int, size: int, rounds: int) -> dict[str, 
     work: dict[str, Contender] = {"decode alone": _decoding(shards, batch)}
     for preset in sorted(PRESETS):
         augment = Augment.model_validate({"preset": preset, "size": size})
-        data = Data(findings=("Effusion", "Mass"))
-        work[preset] = training_batches(shards, data, Sampler(batch_size=batch), augment, device="cuda").__next__
+        recipe = Recipe(data=Data(findings=("Effusion", "Mass")), sampler=Sampler(batch_size=batch), augment=augment)
+        work[preset] = training_batches(shards, recipe, DistContext(device=torch.device("cuda"))).__next__
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for number in range(rounds + 1):
         for name, contender in work.items():

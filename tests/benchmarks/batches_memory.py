@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from cxrscale.config import Augment, Data, Sampler
+from cxrscale.config import Augment, Data, Recipe, Sampler
 from cxrscale.loader.loader import training_batches
 from cxrscale.shards.manifest import Manifest
 
@@ -22,11 +22,11 @@ SHARE = 0.01
 
 def measured(shards: Manifest, steps: int) -> dict[str, Any]:
     """Go through `steps` batches; flat is growth below 1% or 5 MB from the first to the last tenth after warm-up."""
-    data = Data(findings=("Effusion", "Mass"))
     augment = Augment.model_validate({"preset": "effusion", "size": SIZE, "blur": 0.1, "clahe": "random"})
     process, began = psutil.Process(), time.perf_counter()
     every, step_S, megabytes_S = max(1, steps // SAMPLES), [], []
-    batches = training_batches(shards, data, Sampler(batch_size=BATCH), augment)
+    recipe = Recipe(data=Data(findings=("Effusion", "Mass")), sampler=Sampler(batch_size=BATCH), augment=augment)
+    batches = training_batches(shards, recipe)
     for step in range(1, steps + 1):
         next(batches)
         if step % every == 0:

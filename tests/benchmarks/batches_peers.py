@@ -102,16 +102,16 @@ def installed(material: Material) -> dict[str, Contender]:
 def _augmented(files: Iterator[bytes], material: Material) -> Contender:
     """OpenCV on the next files: decode, one warp, and what else the preset wants."""
     augment, size_B = material.augment, np.full(material.batch, _stored(material.shards))
-    numbers = (
-        sample_params(augment, 0, np.arange(material.batch), np.arange(material.batch) + start, size_B, size_B, True)
+    params_of_batches = (
+        sample_params(augment, 0, np.arange(material.batch), np.arange(material.batch) + start, (size_B, size_B), True)
         for start in count(0, material.batch)
     )
 
     def batch() -> object:
-        drawn = next(numbers)
-        matrix_B23 = to_pixel_centers(drawn.matrix_B23)
+        params = next(params_of_batches)
+        matrix_B23 = to_pixel_centers(params.matrix_B23)
         encoded = (np.frombuffer(next(files), np.uint8) for _ in range(material.batch))
-        images = [opencv.augmented_image(file, i, matrix_B23[i], drawn, augment) for i, file in enumerate(encoded)]
+        images = [opencv.augmented_image(file, i, matrix_B23[i], params, augment) for i, file in enumerate(encoded)]
         return torch.from_numpy(np.stack(images)[:, None])
 
     return batch
@@ -229,7 +229,7 @@ def _moved(augment: Augment) -> bool:
 
 
 def _stored(shards: Manifest) -> int:
-    return int(shards.about[0]["pack"]["size"])
+    return int(shards.metadata[0]["pack"]["size"])
 
 
 def _endless(data: Iterable[Any]) -> Iterator[Any]:

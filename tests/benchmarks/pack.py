@@ -59,10 +59,15 @@ def bare(records: list[ImageRecord], out: Path) -> None:
         (out / f"{Path(record.path).stem}.jpg").write_bytes(jpeg.tobytes())
 
 
+def assigned(records: list[ImageRecord], settings: Pack) -> pack.SplitRecords:
+    """The records with their splits, as `cxrscale shard` packs them."""
+    return pack.SplitRecords(records, build.assign(records, settings))
+
+
 def ours(records: list[ImageRecord], out: Path) -> None:
     """cxrscale shard nih --local once the tables are read: checked, with manifest, fingerprints, CRCs and digests."""
     settings = Pack(size=SIZE)
-    pack.pack(records, build.assign(records, settings), settings, str(out / "shards"), local=True)
+    pack.pack(assigned(records, settings), settings, str(out / "shards"), local=True)
 
 
 def usual(records: list[ImageRecord], out: Path) -> None:
@@ -160,7 +165,7 @@ def siim_contenders(records: list[ImageRecord]) -> dict[str, Work]:
     settings = Pack(codec="source")
 
     def passed(out: Path) -> None:
-        pack.pack(records, build.assign(records, settings), settings, str(out / "shards"), local=True)
+        pack.pack(assigned(records, settings), settings, str(out / "shards"), local=True)
 
     def decoded(out: Path) -> None:
         with tarfile.open(out / "a.tar", "w") as tar:
@@ -253,7 +258,7 @@ def workers_contenders(records: list[ImageRecord]) -> dict[str, Work]:
 
     def spread(workers: int) -> Work:
         settings = Pack(size=SIZE, samples_per_shard=30, workers=workers)
-        return lambda out: pack.pack(records, build.assign(records, settings), settings, str(out / "shards"))
+        return lambda out: pack.pack(assigned(records, settings), settings, str(out / "shards"))
 
     return {"two workers": spread(2), "one worker": spread(1)}
 

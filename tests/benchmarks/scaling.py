@@ -49,7 +49,7 @@ def shards(folder: Path) -> str:
     """A small synthetic archive as shards, which the jobs train on."""
     drawn = archive.write(str(folder / "archive"), images=160, size=96)
     out = str(folder / "shards")
-    build.build("nih", str(drawn.nih), Pack(size=96, samples_per_shard=40), out, local=True)
+    build.build_shards("nih", str(drawn.nih), Pack(size=96, samples_per_shard=40), out, local=True)
     return out
 
 

@@ -22,7 +22,7 @@ from cxrscale.config import Recipe
 from cxrscale.loader import sampler
 from cxrscale.loader.loader import training_batches, training_epoch_length
 from cxrscale.models import losses
-from cxrscale.models.forward import autocast, model_input
+from cxrscale.models.forward import forward
 from cxrscale.shards import manifest
 from cxrscale.training import loop
 from cxrscale.training.distributed import RayWorker, Worker, no_sync
@@ -35,8 +35,7 @@ WARM_UP = 2
 def passes(context: TrainContext, batch: Batch, averaging: bool) -> None:
     """Forward and backward over a batch, as a step of `train` does them."""
     with no_sync(context.net, not averaging):
-        with autocast(context.recipe.train, context.worker.device):
-            logits = context.fast(model_input(batch, context.recipe.train))
+        logits = forward(context.compiled_model, batch, context.recipe.train, context.worker.dist.device)
         torch.autograd.backward(losses.terms(logits, batch, context.recipe.loss, context.weights).sum())
 
 
@@ -55,11 +54,9 @@ def probe(recipe: Recipe, worker: Worker, rounds: int) -> dict[str, Any]:
     """Milliseconds of each kind of work, round by round, and the bytes that a step sends."""
     data = manifest.load(*recipe.data.shards)
     learner = loop.build_state(recipe, worker)
-    steps = sampler.steps_per_epoch(training_epoch_length(data, recipe.data, recipe.sampler), recipe.sampler)
+    steps = sampler.steps_per_epoch(training_epoch_length(data, recipe), recipe.sampler)
     context = loop.make_context(recipe, worker, data, learner, steps, None)
-    batches = training_batches(
-        data, recipe.data, recipe.sampler, recipe.augment, worker.rank, worker.world, worker.device
-    )
+    batches = training_batches(data, recipe, worker.dist)
     batch = next(batches)
     batches.close()
     half = loop.microbatches(batch, 2)[0]

@@ -38,7 +38,7 @@ from cxrscale.models.networks import build_model
 from cxrscale.shards import build, manifest
 from cxrscale.sources.synthetic import archive
 from cxrscale.training import launch, optim, tracking
-from cxrscale.types import Batch
+from cxrscale.types import Batch, DistContext
 from tests.benchmarks import train_device
 
 LOG = 5
@@ -142,7 +142,7 @@ def loops(recipe: Recipe, device: torch.device, steps: int, rounds: int) -> dict
     data = manifest.load(*recipe.data.shards)
 
     def fed() -> Batches:
-        return training_batches(data, recipe.data, recipe.sampler, recipe.augment, device=device)
+        return training_batches(data, recipe, DistContext(device=device))
 
     stream = fed()
     ready = list(itertools.islice(stream, 4))
@@ -185,8 +185,8 @@ def phantom_shards(folder: Path, images: int, size: int) -> tuple[str, str]:
     """Shards of a drawn archive: NIH's side, and SIIM's side with masks."""
     drawn = archive.write(str(folder / "archive"), images=images, size=size, seed=0)
     nih, siim = str(folder / "nih"), str(folder / "siim")
-    build.build("nih", str(drawn.nih), Pack(size=size), nih, local=True)
-    build.build("siim", str(drawn.siim), Pack(size=size, masks=True), siim, patients_from_dataset=nih, local=True)
+    build.build_shards("nih", str(drawn.nih), Pack(size=size), nih, local=True)
+    build.build_shards("siim", str(drawn.siim), Pack(size=size, masks=True), siim, patients_from_dataset=nih, local=True)
     return nih, siim
 
 

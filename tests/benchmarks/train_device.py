@@ -27,7 +27,7 @@ from cxrscale.training import loop, tracking
 from cxrscale.training.checkpoint import Progress
 from cxrscale.training.distributed import LocalWorker
 from cxrscale.training.tracking import Tracker
-from cxrscale.types import Batch
+from cxrscale.types import Batch, DistContext
 
 PEAK_TFLOPS = {
     "H200": 989.0,
@@ -143,7 +143,7 @@ def flops(recipe: Recipe, batch: Batch, device: torch.device) -> int:
 
 def first_batch(recipe: Recipe, data: Manifest, device: torch.device) -> Batch:
     """A batch of the recipe's own feed."""
-    batches = training_batches(data, recipe.data, recipe.sampler, recipe.augment, device=device)
+    batches = training_batches(data, recipe, DistContext(device=device))
     batch = next(batches)
     batches.close()
     return batch
@@ -230,7 +230,7 @@ def recipe_alone(path: str, shards: tuple[str, str], device: torch.device, steps
     recipe = tree.model_copy(
         update={section: getattr(tree, section).model_copy(update=fields) for section, fields in changes.items()}
     )
-    batches = training_batches(data, recipe.data, recipe.sampler, recipe.augment, device=device)
+    batches = training_batches(data, recipe, DistContext(device=device))
     worker = LocalWorker(str(device))
     learner = loop.build_state(recipe, worker)
     waits: list[float] = []

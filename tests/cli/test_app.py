@@ -28,7 +28,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, list[str]
     return code, captured.out.splitlines(), captured.err
 
 
-def test_the_whole_way_by_verbs(drawn: SyntheticPaths, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_whole_way_by_commands(drawn: SyntheticPaths, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / "small.yaml"
     recipe.write_text("train: {epochs: 1}\n")
     shards = str(tmp_path / "nih")
@@ -38,8 +38,8 @@ def test_the_whole_way_by_verbs(drawn: SyntheticPaths, tmp_path: Path, capsys: p
     assert (code, out[-1]) == (0, shards)
     code, out, _ = run(capsys, "audit", shards, "--out", str(tmp_path / "audit.html"))
     assert (code, out[-1]) == (0, str(tmp_path / "audit.html"))
-    assert "No leak found: no patient and no image stands in two splits." in out
-    assert json.loads((tmp_path / "audit.json").read_text())["patients_in_two_splits"] == []
+    assert "No leak found: no patient and no image is in two splits." in out
+    assert json.loads((tmp_path / "audit.json").read_text())["leaks"]["patients_in_two_splits"] == []
     overrides = [*TINY_CLASSIFIER, f"data.shards=[{shards}]", f"tracking.runs_dir={tmp_path}", "tracking.name=small"]
     code, out, _ = run(capsys, "train", str(recipe), *overrides, "--local")
     assert (code, out[-1]) == (0, str(tmp_path / "small"))
@@ -48,7 +48,7 @@ def test_the_whole_way_by_verbs(drawn: SyntheticPaths, tmp_path: Path, capsys: p
     code, out, _ = run(capsys, "threshold", str(tmp_path / "small"), "threshold.goal=youden", "--resamples", "20")
     assert (code, out[-1]) == (0, str(tmp_path / "small" / "thresholds.json"))
     code, out, _ = run(capsys, "evaluate", str(tmp_path / "small"), "--resamples", "20")
-    assert out[-2:] == [str(tmp_path / "small" / name) for name in ("metrics.json", "report.html")]
+    assert out[-2:] == [str(tmp_path / "small" / name) for name in ("test_metrics.json", "report.html")]
     found = json.loads(Path(out[-2]).read_text())
     assert found["recipe"]["data"]["shards"] == [shards]
     assert {"manifest", "checkpoint"} <= found.keys()
@@ -125,5 +125,28 @@ def test_a_bucket_that_cannot_be_reached_is_one_line(keys: dict[str, str], said:
 
 def test_help_teaches() -> None:
     shown = subprocess.run([sys.executable, "-m", "cxrscale", "--help"], capture_output=True, text=True, check=True)
-    for verb in ("demo", "shard", "verify", "audit", "train", "threshold", "evaluate", "predict", "config"):
-        assert verb in shown.stdout
+    for command in ("demo", "shard", "verify", "audit", "preview", "overfit", "train", "tune", "threshold", "evaluate"):
+        assert command in shown.stdout
+    for command in ("compare", "predict", "doctor", "submit", "config"):
+        assert command in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "old", "new"),
+    [
+        (["batches", "jobs/demo.yaml"], "batches", "preview"),
+        (["ablation", "jobs/demo.yaml"], "ablation", "overfit"),
+        (["shard", "siim", "x", "--twins", "y"], "--twins", "--patients-from"),
+        (["doctor", "--free-orphans"], "--free-orphans", "--remove-orphans"),
+        (["train", "jobs/demo.yaml", "plan.batch=4"], "plan.batch", "sampler.batch_size"),
+    ],
+)
+def test_an_old_name_is_one_line_with_the_new_one(
+    words: list[str], old: str, new: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
+    code, _, err = run(capsys, *words)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert old in err
+    assert new in err

@@ -17,7 +17,7 @@ import jsonschema
 import pytest
 import yaml
 
-from cxrscale import config
+from cxrscale import __version__, config
 from tests.conftest import REAL
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,6 +28,8 @@ PIN = next(
     if line[:5] == "ray=="
 )
 """The Ray version that everything in cluster/ has to be of."""
+TAG = f"{__version__}-ray{PIN}"
+"""Of the image: what runs, and the Ray that everything on a cluster has to share."""
 KUBERAY = {"kuberay-raycluster.yaml": "ray.io_rayclusters.yaml", "kuberay-rayjob.yaml": "ray.io_rayjobs.yaml"}
 """Our file -> the CRD of KubeRay that it is an instance of."""
 SECRET = re.compile(r"(key|token|password|secret)$", re.IGNORECASE)
@@ -221,7 +223,7 @@ def gib(quantity: str) -> float:
 def test_kube_is_of_the_pinned_ray(kube: dict[str, Any]) -> None:
     assert kube["apiVersion"] == "ray.io/v1"
     assert cluster_of(kube)["rayVersion"] == PIN
-    assert {container(group)["image"].rsplit(":")[-1] for group in groups(kube)} == {PIN}
+    assert {container(group)["image"].rsplit(":")[-1] for group in groups(kube)} == {TAG}
 
 
 def test_kube_asks_for_what_it_gets(kube: dict[str, Any]) -> None:
@@ -356,7 +358,7 @@ def test_one_image_for_every_node(launcher: dict[str, Any]) -> None:
     assert not {"head_image", "worker_image"} & set(launcher["docker"])
     text = (CLUSTER / "Dockerfile").read_text()
     assert f"-t {launcher['docker']['image']} ." in text
-    assert launcher["docker"]["image"].endswith(f":{PIN}")
+    assert launcher["docker"]["image"].endswith(f":{TAG}")
     assert re.search(rf"^ray=={re.escape(PIN)}$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
 
 
@@ -375,7 +377,7 @@ def test_dockerfile_passes_hadolint() -> None:
 
 
 def test_readme_counts_the_images_that_the_recipe_trains_on(launcher: dict[str, Any]) -> None:
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "cluster" / "README.md").read_text()
     train, val, test = 75_312, 11_212, 25_596
     epochs = config.load_recipe(ROOT / "jobs" / "chexnet14.yaml").train.epochs
     images = epochs * (train + val) + val + test

@@ -1,20 +1,19 @@
 """Calibrators and prior shift against scikit-learn, brute force, hand computation and data whose truth is known."""
 
-import json
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, logit
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
 from cxrscale.evaluation import calibration, metrics
-from cxrscale.types import UserError
 
 KINDS = ("platt", "temperature", "isotonic")
+CALIBRATOR: TypeAdapter[calibration.Calibrator] = TypeAdapter(calibration.Calibrator)
 drawn = st.lists(st.tuples(st.integers(1, 19), st.booleans()), min_size=4, max_size=60).filter(
     lambda rows: len({present for _, present in rows}) == 2
 )
@@ -51,8 +50,8 @@ def test_calibration_of_unseen_scores_lowers_brier_and_ece(kind: str) -> None:
     before = metrics.probability_metrics(scores, unseen)
     after = metrics.probability_metrics(calibration.fit(kind, score, label).apply(scores), unseen)
     for name in ("brier", "ece", "ece_equal_mass"):
-        assert after[name].value < before[name].value
-    assert after["ece"].value < (0.05 if kind == "temperature" else 0.02)  # one number mends no shift
+        assert getattr(after, name).value < getattr(before, name).value
+    assert after.ece.value < (0.05 if kind == "temperature" else 0.02)  # a single parameter corrects no shift
 
 
 @given(rows=drawn)
@@ -60,8 +59,8 @@ def test_calibration_of_unseen_scores_lowers_brier_and_ece(kind: str) -> None:
 def test_platt_is_logistic_regression_on_the_logit_with_platts_targets(rows: list[tuple[int, bool]]) -> None:
     score = np.array([value for value, _ in rows]) / 20
     label = np.array([float(present) for _, present in rows])
-    found = calibration.fit("platt", score, label)
-    assert isinstance(found, calibration.Platt)
+    result = calibration.fit("platt", score, label)
+    assert isinstance(result, calibration.Platt)
     positives, negatives = label.sum(), len(label) - label.sum()
     target = np.where(label == 1, (positives + 1) / (positives + 2), 1 / (negatives + 2))
     twice = np.r_[logit(score), logit(score)][:, None]
@@ -70,19 +69,19 @@ def test_platt_is_logistic_regression_on_the_logit_with_platts_targets(rows: lis
     )
     theirs = fitted.predict_proba(logit(score)[:, None])[:, 1]
     if fitted.coef_[0, 0] > 0:
-        assert found.apply(score) == pytest.approx(theirs, abs=2e-3)
-    else:  # higher scores are no likelier to be positive: then the score says nothing
-        assert found.slope == pytest.approx(0, abs=1e-9)
-        assert found.apply(score) == pytest.approx(np.full(len(score), target.mean()), abs=2e-3)
+        assert result.apply(score) == pytest.approx(theirs, abs=2e-3)
+    else:  # higher scores are not more likely to be positive: then the score has no information
+        assert result.slope == pytest.approx(0, abs=1e-9)
+        assert result.apply(score) == pytest.approx(np.full(len(score), target.mean()), abs=2e-3)
 
 
 @given(rows=drawn)
 @settings(deadline=None)
-def test_no_temperature_is_likelier(rows: list[tuple[int, bool]]) -> None:
+def test_no_temperature_has_a_higher_likelihood(rows: list[tuple[int, bool]]) -> None:
     score = np.array([value for value, _ in rows]) / 20
     label = np.array([float(present) for _, present in rows])
-    found = calibration.fit("temperature", score, label)
-    ours = nll(np.clip(found.apply(score), 1e-12, 1 - 1e-12), label)
+    result = calibration.fit("temperature", score, label)
+    ours = nll(np.clip(result.apply(score), 1e-12, 1 - 1e-12), label)
     for temperature in np.geomspace(0.02, 90, 60):
         assert ours <= nll(np.clip(expit(logit(score) / temperature), 1e-12, 1 - 1e-12), label) + 1e-6
 
@@ -95,9 +94,9 @@ def test_isotonic_is_scikit_learns_and_survives_json(rows: list[tuple[int, bool]
     theirs = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(score, label)
     grid = np.linspace(0, 1, 101)
     for kind in KINDS:
-        found = calibration.fit(kind, score, label)
-        again = calibration.read(json.loads(json.dumps(calibration.plain(found))))
-        assert again == found
+        result = calibration.fit(kind, score, label)
+        again = CALIBRATOR.validate_json(CALIBRATOR.dump_json(result))
+        assert again == result
         applied = again.apply(grid)
         assert (np.diff(applied) >= -1e-12).all()
         assert ((applied >= 0) & (applied <= 1)).all()
@@ -105,14 +104,14 @@ def test_isotonic_is_scikit_learns_and_survives_json(rows: list[tuple[int, bool]
             assert applied == pytest.approx(theirs.predict(grid))
 
 
-def test_what_cannot_be_fitted_changes_nothing_and_says_why() -> None:
-    found = calibration.fit("platt", [0.2, 0.7, 0.9], [0, 0, np.nan])
-    assert found == calibration.Unchanged("no image with the finding in validation")
-    assert found.apply([0.1, 0.9]).tolist() == [0.1, 0.9]
+def test_scores_that_cannot_be_calibrated_stay_unchanged_with_the_reason() -> None:
+    result = calibration.fit("platt", [0.2, 0.7, 0.9], [0, 0, np.nan])
+    assert result == calibration.Unchanged("no image with the finding in validation")
+    assert result.apply([0.1, 0.9]).tolist() == [0.1, 0.9]
     assert calibration.fit("none", [0.2, 0.7], [0, 1]) == calibration.Unchanged()
-    assert calibration.read(calibration.plain(found)) == found
-    with pytest.raises(UserError, match=r"thresholds\.json: .*'kind': 'spline'.* is no calibrator"):
-        calibration.read({"kind": "spline"}, where="thresholds.json")
+    assert CALIBRATOR.validate_json(CALIBRATOR.dump_json(result)) == result
+    with pytest.raises(ValidationError, match="'spline' found using 'kind' does not match any of the expected tags"):
+        CALIBRATOR.validate_python({"kind": "spline"})
 
 
 def test_saturated_scores_stay_finite() -> None:
@@ -122,49 +121,48 @@ def test_saturated_scores_stay_finite() -> None:
 
 
 def test_prior_shift_by_hand() -> None:
-    # From 10% to 40%: 0.2 x 4 = 0.8 stands against 0.8 x 0.6 / 0.9 = 0.5333, so 0.8 / 1.3333 = 0.6.
+    # From 10% to 40%: 0.2 x 4 = 0.8 against 0.8 x 0.6 / 0.9 = 0.5333, so 0.8 / 1.3333 = 0.6.
     shift = calibration.PriorShift(0.1, 0.4)
     assert shift.apply([0.2]) == pytest.approx([0.6])
     assert shift.apply([0.0, 1.0]).tolist() == [0.0, 1.0]
     assert calibration.PriorShift(0.4, 0.1).apply(shift.apply([0.05, 0.5])) == pytest.approx([0.05, 0.5])
-    assert calibration.read(calibration.plain(shift)) == shift
 
 
 def test_the_prior_of_three_scores_by_hand() -> None:
     # Two scores of 0.9 and one of 0.1, calibrated at one half: the likelihood of a prior q is
     # (0.2 + 1.6 q)^2 (1.8 - 1.6 q); its derivative is 0 where 3.6 - 3.2 q = 0.2 + 1.6 q, at q = 3.4 / 4.8.
-    assert calibration.estimated_prior([0.9, 0.9, 0.1], 0.5).value == pytest.approx(3.4 / 4.8, abs=1e-6)
+    assert calibration.estimate_prior([0.9, 0.9, 0.1], 0.5).value == pytest.approx(3.4 / 4.8, abs=1e-6)
 
 
 @given(seed=st.integers(0, 1000), source=st.sampled_from([0.05, 0.3, 0.5]))
 @settings(deadline=None, max_examples=30)
-def test_expectation_maximization_ends_at_the_likeliest_prior(seed: int, source: float) -> None:
+def test_expectation_maximization_ends_at_the_most_likely_prior(seed: int, source: float) -> None:
     score = np.random.default_rng(seed).beta(0.8, 1.5, 300)
-    found = calibration.estimated_prior(score, source)
+    result = calibration.estimate_prior(score, source)
 
     def loss(prior: float) -> float:
         return -float(np.log(score * prior / source + (1 - score) * (1 - prior) / (1 - source)).sum())
 
     likeliest = minimize_scalar(loss, bounds=(1e-9, 1 - 1e-9), method="bounded", options={"xatol": 1e-10}).x
-    assert found.value == pytest.approx(likeliest, abs=1e-4)
+    assert result.value == pytest.approx(likeliest, abs=1e-4)
 
 
 @pytest.mark.parametrize("target", [0.02, 0.1, 0.35])
-def test_the_truth_of_shifted_data_is_found(target: float) -> None:
+def test_the_true_prevalence_of_shifted_data_is_estimated(target: float) -> None:
     """Scores that are right at 5%, images of which another share has the finding (NIH's test split: 3% to 10%)."""
     source, rng = 0.05, np.random.default_rng(7)
     label = (rng.random(60_000) < target).astype(float)
     feature = rng.normal(label * 2.0)
     score = expit(logit(source) + 2.0 * feature - 2.0)  # Bayes' rule for unit normals at 0 and 2
-    found = calibration.estimated_prior(score, source)
-    assert found.value == pytest.approx(target, abs=0.005)
-    corrected = calibration.PriorShift(source, found.value).apply(score)
+    result = calibration.estimate_prior(score, source)
+    assert result.value == pytest.approx(target, abs=0.005)
+    corrected = calibration.PriorShift(source, result.value).apply(score)
     assert metrics.ece(corrected, label).value < 0.01
     assert metrics.ece(corrected, label).value < metrics.ece(score, label).value
     assert metrics.brier(corrected, label).value < metrics.brier(score, label).value
 
 
-def test_a_prior_that_cannot_be_estimated_says_why() -> None:
-    assert calibration.estimated_prior([], 0.2).reason == "no score"
-    assert calibration.estimated_prior([0.2, 0.3], 0.0).reason.startswith("one class only")
-    assert calibration.estimated_prior([0.0, 0.0], 0.5).reason == "one class left"
+def test_a_prior_that_cannot_be_estimated_has_the_reason() -> None:
+    assert calibration.estimate_prior([], 0.2).reason == "no score"
+    assert calibration.estimate_prior([0.2, 0.3], 0.0).reason.startswith("one class only")
+    assert calibration.estimate_prior([0.0, 0.0], 0.5).reason == "one class left"

@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 from cxrscale.cli import app
 from cxrscale.cli.progress import watch_run
 from cxrscale.evaluation import comparison, metrics
+from cxrscale.evaluation.artifacts import Comparison
 from cxrscale.evaluation.thresholds import MaskRule
+from cxrscale.io import read_artifact
 from cxrscale.reporting import tables
 from cxrscale.training import launch
 from cxrscale.types import ScoreHistograms, Scores, UserError
@@ -45,7 +47,7 @@ def shuffled(scores: Scores, rows: np.ndarray) -> Scores:
 
 
 def with_maps(scores: Scores, seed: int) -> Scores:
-    """Maps of 100 pixels whose scores tell the true mask apart, more or less."""
+    """Maps of 100 pixels whose scores are higher inside the true mask."""
     rng, truth = np.random.default_rng(seed), np.random.default_rng(1)
     size = len(scores.image_id)
     inside = truth.integers(0, 40, size) * (truth.random(size) < 0.4)
@@ -56,88 +58,90 @@ def with_maps(scores: Scores, seed: int) -> Scores:
 
 def test_differences_are_those_of_paired_images() -> None:
     a, b = run(0.5, 1), run(1.5, 2)
-    found = comparison.compare_scores(a, b, resamples=300, seed=5)
+    result = comparison.compare_scores(a, b, resamples=300, seed=5)
     for f, name in ((0, "Mass"), (2, "Effusion")):
-        row = found["findings"][name]
+        row = result.findings[name]
         known = ~np.isnan(a.label_NF[:, f])
-        each = [roc_auc_score(a.label_NF[known, f], scores.score_NF[known, f]) for scores in (a, b)]
-        assert [row["a"], row["b"]] == pytest.approx(each)
-        assert row["difference"]["value"] == pytest.approx(each[0] - each[1])
-        assert row["difference"]["low"] > 0
-        assert max(row["p_delong"], row["p_delong_patients"], row["p_bootstrap"]) < 0.02
-        draws = metrics.bootstrap_weights(a.patient, 300, 5)
-        gap = [metrics.bootstrap_auroc(s.score_NF[:, f], s.label_NF[:, f], draws) for s in (a, b)]
-        expected = metrics.interval(each[0] - each[1], gap[0] - gap[1])
-        assert (row["difference"]["low"], row["difference"]["high"]) == pytest.approx((expected.low, expected.high))
-    tests = [found["findings"][name]["p_delong_patients"] for name in ("Mass", "Effusion")]
-    assert [found["findings"][name]["p_holm"] for name in ("Mass", "Effusion")] == pytest.approx(metrics.holm(tests))
-    hernia = found["findings"]["Hernia"]
-    assert (hernia["a"], hernia["p_holm"], hernia["p_bootstrap"]) == (None, None, None)
-    assert hernia["difference"]["reason"] == hernia["p_reason"] == "no image with the finding"
-    mean = found["mean_auroc"]
-    assert mean["findings"] == 2
-    assert mean["a"] == pytest.approx(np.mean([found["findings"][name]["a"] for name in ("Mass", "Effusion")]))
-    assert 0 < mean["difference"]["low"] < mean["difference"]["value"] < mean["difference"]["high"]
-    json.dumps(found, allow_nan=False)
+        auroc = [roc_auc_score(a.label_NF[known, f], scores.score_NF[known, f]) for scores in (a, b)]
+        assert [row.a, row.b] == pytest.approx(auroc)
+        assert row.difference.value == pytest.approx(auroc[0] - auroc[1])
+        assert row.difference.low > 0
+        assert max(row.p_delong, row.p_delong_patients, row.p_bootstrap) < 0.02
+        weights_RN = metrics.bootstrap_weights(a.patient, 300, 5)
+        auroc_2R = [metrics.bootstrap_auroc(s.score_NF[:, f], s.label_NF[:, f], weights_RN) for s in (a, b)]
+        expected = metrics.interval(auroc[0] - auroc[1], auroc_2R[0] - auroc_2R[1])
+        assert (row.difference.low, row.difference.high) == pytest.approx((expected.low, expected.high))
+    tested = [result.findings[name] for name in ("Mass", "Effusion")]
+    adjusted = metrics.holm([row.p_delong_patients for row in tested])
+    assert [row.p_holm for row in tested] == pytest.approx(adjusted)
+    hernia = result.findings["Hernia"]
+    assert np.isnan([hernia.a, hernia.p_holm, hernia.p_bootstrap]).all()
+    assert hernia.difference.reason == hernia.p_reason == "no image with the finding"
+    mean = result.mean_auroc
+    assert mean.findings == 2
+    assert mean.a == pytest.approx(np.mean([row.a for row in tested]))
+    assert 0 < mean.difference.low < mean.difference.value < mean.difference.high
+    as_json = json.loads(result.model_dump_json(), parse_constant=pytest.fail)
+    assert Comparison.model_validate(as_json).model_dump_json() == result.model_dump_json()
 
 
 def test_the_order_of_images_and_findings_does_not_matter() -> None:
     a, b = with_maps(run(0.5, 1), 1), with_maps(run(1.5, 2), 2)
-    found = comparison.compare_scores(a, b, resamples=50)
+    expected = comparison.compare_scores(a, b, resamples=50)
     order = np.random.default_rng(9).permutation(300)
     other = shuffled(b, order)
     other = replace(
         other, score_NF=other.score_NF[:, ::-1], label_NF=other.label_NF[:, ::-1], findings=other.findings[::-1]
     )
-    assert comparison.compare_scores(a, other, resamples=50) == found
+    result = comparison.compare_scores(a, other, resamples=50)
+    assert result.model_dump_json() == expected.model_dump_json()
 
 
 def test_a_run_does_not_differ_from_itself() -> None:
     a = with_maps(run(0.5, 1), 1)
-    found = comparison.compare_scores(a, a, resamples=50)
-    for row in (found["findings"]["Mass"], found["mean_auroc"], found["dice"]["all"], found["dice"]["on_positives"]):
-        assert row["difference"] == {"value": 0, "low": 0, "high": 0}
-        assert row["p_bootstrap"] == 1
-    assert found["findings"]["Mass"]["p_delong_patients"] == 1
+    result = comparison.compare_scores(a, a, resamples=50)
+    assert result.dice is not None
+    for row in (result.findings["Mass"], result.mean_auroc, result.dice.all, result.dice.on_positives):
+        assert row.difference == metrics.Estimate(0, 0, 0)
+        assert row.p_bootstrap == 1
+    assert result.findings["Mass"].p_delong_patients == 1
 
 
 def test_without_a_difference_half_of_the_p_values_are_below_one_half() -> None:
     p = [
-        comparison.compare_scores(run(1.0, 2 * k), run(1.0, 2 * k + 1), resamples=200)["findings"]["Mass"][
-            "p_bootstrap"
-        ]
+        comparison.compare_scores(run(1.0, 2 * k), run(1.0, 2 * k + 1), resamples=200).findings["Mass"].p_bootstrap
         for k in range(40)
     ]
     assert 10 <= np.sum(np.array(p) < 0.5) <= 30
     assert np.sum(np.array(p) < 0.05) <= 6
 
 
-def test_dice_is_compared_at_each_runs_own_triplet() -> None:
+def test_dice_is_compared_at_each_runs_own_mask_rule() -> None:
     a, b = with_maps(run(0.5, 1), 1), with_maps(run(0.5, 1), 2)
     rules = (MaskRule(0.75, 5, 0.5, 0.0), MaskRule(0.5, 0, 0.5, 0.0))
-    found = comparison.compare_scores(a, b, resamples=100, triplets=rules)["dice"]
+    dice = comparison.compare_scores(a, b, resamples=100, mask_rules=rules).dice
+    assert dice is not None
     assert a.maps is not None
     assert b.maps is not None
     first, second = metrics.map_dice(a.maps, 0.75, 5, 0.5), metrics.map_dice(b.maps, 0.5, 0, 0.5)
     positive = a.maps.true_NT.sum(axis=1) > 0
-    assert found["positives"] == positive.sum()
-    assert found["all"]["difference"]["value"] == pytest.approx((first - second).mean())
-    assert found["on_positives"]["a"] == pytest.approx(first[positive].mean())
-    assert found["on_positives"]["b"] == pytest.approx(second[positive].mean())
+    assert dice.positives == positive.sum()
+    assert dice.all.difference.value == pytest.approx((first - second).mean())
+    assert dice.on_positives.a == pytest.approx(first[positive].mean())
+    assert dice.on_positives.b == pytest.approx(second[positive].mean())
     empty = ScoreHistograms(a.maps.all_NT, np.zeros_like(a.maps.true_NT))
-    nothing = comparison.compare_scores(replace(a, maps=empty), replace(b, maps=empty), resamples=10)["dice"][
-        "on_positives"
-    ]
-    assert nothing["difference"]["reason"] == "no image with a mask"
+    nothing = comparison.compare_scores(replace(a, maps=empty), replace(b, maps=empty), resamples=10).dice
+    assert nothing is not None
+    assert nothing.on_positives.difference.reason == "no image with a mask"
 
 
 def test_findings_of_one_run_are_named_and_left_out() -> None:
     a, b = run(0.5, 1), run(1.5, 2)
     less = replace(b, score_NF=b.score_NF[:, :1], label_NF=b.label_NF[:, :1], findings=("Mass",))
-    found = comparison.compare_scores(a, less, resamples=20)
-    assert list(found["findings"]) == ["Mass"]
-    assert (found["only_in_a"], found["only_in_b"]) == (["Hernia", "Effusion"], [])
-    assert found["findings"]["Mass"]["p_holm"] == found["findings"]["Mass"]["p_delong_patients"]
+    result = comparison.compare_scores(a, less, resamples=20)
+    assert list(result.findings) == ["Mass"]
+    assert (result.only_in_a, result.only_in_b) == (("Hernia", "Effusion"), ())
+    assert result.findings["Mass"].p_holm == result.findings["Mass"].p_delong_patients
 
 
 def test_what_cannot_be_compared_is_refused_in_one_line() -> None:
@@ -164,34 +168,34 @@ def test_what_cannot_be_compared_is_refused_in_one_line() -> None:
         assert "\n" not in str(raised.value)
 
 
-def test_the_table_says_what_the_json_says() -> None:
-    found = comparison.compare_scores(with_maps(run(0.5, 1), 1), with_maps(run(1.5, 2), 2), resamples=50)
-    table = tables.comparison_table(found)
+def test_the_table_shows_the_values_of_the_json_file() -> None:
+    result = comparison.compare_scores(with_maps(run(0.5, 1), 1), with_maps(run(1.5, 2), 2), resamples=50)
+    table = tables.comparison_table(result)
     cells = {
         name: list(column.cells) for name, column in zip(("name", "n", "a", "b", "gap"), table.columns, strict=False)
     }
     assert cells["name"] == [*FINDINGS, "mean of 2", "Dice, positives", "Dice, all (empty = 1)"]
     assert cells["gap"][1] == "no image with the finding"
-    assert str(cells["gap"][0]).startswith(f"{found['findings']['Mass']['difference']['value']:+.3f} (+")
+    assert str(cells["gap"][0]).startswith(f"{result.findings['Mass'].difference.value:+.3f} (+")
 
 
-def test_the_verb_compares_two_runs(nih_shards: str, tmp_path: Path) -> None:
+def test_the_command_compares_two_runs(nih_shards: str, tmp_path: Path) -> None:
     steps = ("train.epochs=1", "sampler.steps_per_epoch=2")
     runs = [
         launch.launch(tiny(nih_shards, tmp_path, *steps, f"tracking.name={name}", *more), "tiny", watch_run, local=True)
         for name, more in (("first", ()), ("second", ("sampler.seed=3", "data.findings=[Effusion, Mass]")))
     ]
     out = tmp_path / "compare.json"
-    told = CliRunner().invoke(app.app, ["compare", *map(str, runs), "--resamples", "50", "--out", str(out)])
-    assert told.exit_code == 0, told.output
-    assert told.stdout.splitlines()[-1] == str(out)
-    assert "only in first, not compared: Cardiomegaly" in told.stdout
-    found = json.loads(out.read_text())
-    assert (found["a"]["name"], found["b"]["name"], found["split"]) == ("first", "second", "test")
-    assert found["a"]["manifest"] == found["b"]["manifest"]
-    assert found["a"]["checkpoint"] != found["b"]["checkpoint"]
-    assert set(found["findings"]) == {"Effusion", "Mass"}
-    lost = CliRunner().invoke(app.app, ["compare", str(runs[0]), str(tmp_path / "nowhere")])
-    assert lost.exit_code == 2
-    assert lost.stderr.startswith("error: ")
-    assert lost.stderr.count("\n") == 1
+    done = CliRunner().invoke(app.app, ["compare", *map(str, runs), "--resamples", "50", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines()[-1] == str(out)
+    assert "only in first, not compared: Cardiomegaly" in done.stdout
+    result = read_artifact(Comparison, str(out), "compare again")
+    assert (result.a.name, result.b.name, result.split) == ("first", "second", "test")
+    assert result.a.manifest == result.b.manifest
+    assert result.a.checkpoint != result.b.checkpoint
+    assert set(result.findings) == {"Effusion", "Mass"}
+    missing = CliRunner().invoke(app.app, ["compare", str(runs[0]), str(tmp_path / "nowhere")])
+    assert missing.exit_code == 2
+    assert missing.stderr.startswith("error: ")
+    assert missing.stderr.count("\n") == 1

@@ -1,1 +1,1 @@
-"""Damaged inputs by the thousand: what reads them may refuse them with a reason, and nothing else."""
+"""Thousands of damaged inputs: a reader may refuse them with a reason and must not fail in any other way."""

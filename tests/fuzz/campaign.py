@@ -1,7 +1,7 @@
-"""Feed damaged inputs to the readers by the thousand: `python -m tests.fuzz.campaign --runs 1000 --seed 0`.
+"""Feed thousands of damaged inputs to the readers: `python -m tests.fuzz.campaign --runs 1000 --seed 0`.
 
-Each input goes to a child process, so that a native decoder that dies takes only the child along. An input's bytes
-follow from its kind, seed and number; `--keep FOLDER` writes those that went wrong.
+A child process reads each input, so that a crash of a native decoder ends only the child. The bytes of an input depend
+only on its kind, the seed and its number; `--keep FOLDER` saves the inputs with a fault.
 """
 
 from __future__ import annotations
@@ -37,79 +37,79 @@ SAME, OTHER, REFUSED = "same", "other", "refused"
 READY = "ready"
 WARNED, CRASH, DEATH, HANG = "warned", "crash", "death", "hang"
 STATUSES = (SAME, OTHER, REFUSED, WARNED, CRASH, DEATH, HANG)
-PICTURES = ("png", "png-resealed", "jpeg", "dicom")
+IMAGES = ("png", "png-resealed", "jpeg", "dicom")
 CHECKED = ("png",)
-"""Kinds with checksums that are looked at: to read one as another image is a fault there; elsewhere nothing tells."""
+"""Kinds with checksums: reading one as a different image is a fault; for other kinds it cannot be detected."""
 CPU_SECONDS = 2.0
-"""What one input may take."""
+"""The CPU time limit of one input."""
 WALL = 30.0
-"""Seconds without an answer that make a child a hanging one: far above CPU_SECONDS, for machines that are busy."""
+"""Seconds without an answer after which a child counts as hanging: far above CPU_SECONDS, for busy machines."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one input."""
+    """The result of reading one input."""
 
     kind: str
     seed: int
     number: int
     status: str
-    """same: read as if undamaged; other: read as something else; refused; warned: a warning came up; crash: any other
-    exception, or a reason that is none; death: of the process; hang."""
-    told: str = ""
+    """same: read like the undamaged file; other: read as something else; refused; warned: raised a warning; crash: any
+    other exception, or a reason that is not one line; death: the process died; hang."""
+    message: str = ""
     """The reason, the exception or the signal."""
     seconds: float = 0.0
     """CPU time."""
     peak_mb: int = 0
-    """The most memory that the child has ever held."""
+    """The peak memory of the child so far."""
 
     @property
     def is_fault(self) -> bool:
-        """Whether this must not happen. Of tables, pandas warns that it drops what stands beyond the header."""
+        """Whether this result is an error. For tables, pandas may warn that it drops values beyond the header."""
         never = {CRASH, DEATH, HANG}
-        never |= {WARNED} if self.kind in PICTURES else set()
+        never |= {WARNED} if self.kind in IMAGES else set()
         never |= {OTHER} if self.kind in CHECKED else set()
         return self.status in never or self.seconds > CPU_SECONDS
 
 
 def read_damaged(kind: str, seed: int, number: int, folder: Path) -> Outcome:
-    """Read one damaged input, in this process.
+    """Read one damaged input in this process.
 
     Args:
-        folder: where a table is written to be read.
+        folder: where a table is written before it is read.
     """
     which, data = mutated(kind, seed, number)
-    whole = _whole(kind, which, folder)
-    began = time.process_time()
+    undamaged = _undamaged(kind, which, folder)
+    start = time.process_time()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            found = _read(kind, data, folder)
-        status, told = (SAME if _equal(found, whole) else OTHER), ""
+            result = _read(kind, data, folder)
+        status, message = (SAME if _equal(result, undamaged) else OTHER), ""
     except (UnreadableImageError, UserError) as reason:
-        status, told = REFUSED, str(reason)
-        if not told.strip() or "\n" in told or "\r" in told:
-            status, told = CRASH, f"no reason of one line: {told[:200]!r}"
+        status, message = REFUSED, str(reason)
+        if not message.strip() or "\n" in message or "\r" in message:
+            status, message = CRASH, f"no reason of one line: {message[:200]!r}"
     except Warning as warning:
-        status, told = WARNED, f"{type(warning).__name__}: {warning}"
-    except BaseException as error:  # a decoder in Rust panics with what is no Exception
+        status, message = WARNED, f"{type(warning).__name__}: {warning}"
+    except BaseException as error:  # a panic of a decoder in Rust is not an Exception
         last = traceback.extract_tb(error.__traceback__)[-1]
-        status, told = (
+        status, message = (
             CRASH,
             f"{type(error).__name__}: {str(error)[:200]!r} at {Path(last.filename).name}:{last.lineno}",
         )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    return Outcome(kind, seed, number, status, told, time.process_time() - began, peak)
+    return Outcome(kind, seed, number, status, message, time.process_time() - start, peak)
 
 
 @cache
-def _whole(kind: str, which: int, folder: Path) -> Any:
+def _undamaged(kind: str, which: int, folder: Path) -> Any:
     return _read(kind, KINDS[kind].files()[which], folder)
 
 
 def _read(kind: str, data: bytes, folder: Path) -> Any:
-    if kind in PICTURES:
-        # Under .dcm a file with a damaged preamble is read too, and that is where damage must not hurt either.
+    if kind in IMAGES:
+        # With the suffix .dcm, a file with a damaged preamble is read too.
         return load_image(data, name="image.dcm" if kind == "dicom" else "image").image_HW
     path = folder / "table.csv"
     path.write_bytes(data)
@@ -122,8 +122,8 @@ def _read(kind: str, data: bytes, folder: Path) -> Any:
     return readers[kind](str(path))
 
 
-def _equal(found: Any, whole: Any) -> bool:
-    return np.array_equal(found, whole) if isinstance(whole, np.ndarray) else bool(found == whole)
+def _equal(result: Any, undamaged: Any) -> bool:
+    return np.array_equal(result, undamaged) if isinstance(undamaged, np.ndarray) else bool(result == undamaged)
 
 
 Attempt = Callable[[str, int, int, Path], Outcome]
@@ -138,21 +138,21 @@ def campaign(
     attempt: Attempt = read_damaged,
     wall: float = WALL,
 ) -> list[Outcome]:
-    """The outcomes of inputs 0 to `runs` of each kind, read by `workers` children at a time.
+    """The outcomes of inputs 0 to `runs` of each kind, read by `workers` children in parallel.
 
     Args:
-        attempt: what a child does with an input.
+        attempt: the function with which a child reads an input.
         wall: seconds after which a child counts as hanging.
     """
     tasks = [(kind, seed, number) for kind in kinds for number in range(runs)]
-    shares = [tasks[start::workers] for start in range(workers)]
+    shares = [tasks[first::workers] for first in range(workers)]
     with ThreadPoolExecutor(workers) as pool:
         done = list(pool.map(_by_children, shares, repeat(attempt), repeat(wall)))
     return sorted(chain(*done), key=lambda outcome: (kinds.index(outcome.kind), outcome.number))
 
 
 def _by_children(tasks: Sequence[tuple[str, int, int]], attempt: Attempt, wall: float) -> list[Outcome]:
-    """One child after another: the next one only where one died or hung."""
+    """One child after another: a new one starts only after the previous one died or hung."""
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as folder:
         waiting = iter(tasks)
@@ -177,7 +177,7 @@ def _ask(process: BaseProcess, line: Connection, task: tuple[str, int, int], wal
             process.kill()
             return Outcome(*task, HANG, f"no answer in {wall:g} s")
         answer = line.recv()
-    except (EOFError, ConnectionError):  # also where it died after its last answer
+    except (EOFError, ConnectionError):  # also if it died after its last answer
         process.join()
         return Outcome(*task, DEATH, f"exit code {process.exitcode}")
     if isinstance(answer, str):
@@ -187,7 +187,7 @@ def _ask(process: BaseProcess, line: Connection, task: tuple[str, int, int], wal
 
 
 def _start(attempt: Attempt, folder: str) -> tuple[BaseProcess, Connection]:
-    # A fork would inherit the threads' locks of whoever runs this; a fresh interpreter inherits nothing.
+    # A fork would inherit locks that are held by threads of this process; a new interpreter inherits none.
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, attempt, folder), daemon=True)
@@ -199,9 +199,9 @@ def _start(attempt: Attempt, folder: str) -> tuple[BaseProcess, Connection]:
 
 
 def _serve(line: Connection, attempt: Attempt, folder: str) -> None:
-    """The child: answers tasks until its parent hangs up."""
+    """The child: answers tasks until its parent closes the connection."""
     line.send(READY)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # native decoders write there what they also return
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # native decoders also write their errors to stderr
     while True:
         try:
             kind, seed, number = line.recv()
@@ -209,13 +209,13 @@ def _serve(line: Connection, attempt: Attempt, folder: str) -> None:
             return
         try:
             line.send(attempt(kind, seed, number, Path(folder)))
-        except Exception:  # a mistake of the campaign's own: the parent shall stop, not count a death
+        except Exception:  # a bug in this campaign: the parent must stop instead of counting a death
             line.send(traceback.format_exc())
             return
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """One line a kind: how many of each status, the slowest input, the most memory."""
+    """One line per kind: how many of each status, the slowest input, the peak memory."""
     lines = [f"{'kind':<14}{'inputs':>8}" + "".join(f"{name:>9}" for name in STATUSES) + "  slowest ms   peak MB"]
     for kind in dict.fromkeys(outcome.kind for outcome in outcomes):
         own = [outcome for outcome in outcomes if outcome.kind == kind]
@@ -231,17 +231,17 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--runs", type=int, default=1000, help="inputs a kind")
+    parser.add_argument("--runs", type=int, default=1000, help="inputs per kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
-    parser.add_argument("--workers", type=int, default=1, help="child processes at a time")
-    parser.add_argument("--keep", type=Path, help="a folder for the inputs that went wrong")
+    parser.add_argument("--workers", type=int, default=1, help="child processes in parallel")
+    parser.add_argument("--keep", type=Path, help="a folder for the inputs with a fault")
     given = parser.parse_args()
     outcomes = campaign(given.kinds, given.runs, given.seed, given.workers)
     print(table(outcomes))
     faults = [outcome for outcome in outcomes if outcome.is_fault]
     for fault in faults:
-        print(f"{fault.kind} {fault.number}: {fault.status} {fault.seconds:.1f} s {fault.told}")
+        print(f"{fault.kind} {fault.number}: {fault.status} {fault.seconds:.1f} s {fault.message}")
         if given.keep:
             given.keep.mkdir(parents=True, exist_ok=True)
             name = f"{fault.kind}-{given.seed}-{fault.number}"

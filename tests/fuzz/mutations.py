@@ -1,4 +1,4 @@
-"""Whole files of each kind, and the many ways in which they get damaged. Everything follows from a random generator."""
+"""Undamaged files of each kind, and the ways in which they are damaged. A random generator determines everything."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ PNG_MAGIC = 8
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A piece of a file that says how long it is: a PNG chunk, a JPEG segment, a DICOM element."""
+    """A part of a file with a length field: a PNG chunk, a JPEG segment, a DICOM element."""
 
     start: int
     end: int
-    length_at: int
-    """Where its length field stands."""
+    length_offset: int
+    """The offset of its length field."""
     field: str
-    """How the length is written, as `struct` has it."""
+    """The `struct` format of the length field."""
 
 
-# Whole files
+# Undamaged files
 
 
 @cache
 def png_files() -> tuple[bytes, ...]:
-    """Gray of 8, 16 and 1 bits, gray in color with alpha, interlaced with comments; several IDATs where large."""
+    """Gray with 8, 16 and 1 bits, gray as color with alpha, a palette; several IDATs in large files."""
     gray = gray_image(150, 130)
     deep = cv2.imencode(".png", gray_image(60, 50, dtype="u2"))[1].tobytes()
     rgba = cv2.imencode(".png", cv2.cvtColor(gray, cv2.COLOR_GRAY2BGRA))[1].tobytes()
@@ -53,7 +53,7 @@ def png_files() -> tuple[bytes, ...]:
 
 @cache
 def jpeg_files() -> tuple[bytes, ...]:
-    """Baseline gray, neutral color, progressive, with restart markers, and turned by EXIF."""
+    """Baseline gray, neutral color, progressive, with restart markers, and rotated by EXIF."""
     gray = gray_image(90, 110)
     color = cv2.cvtColor(gray, cv2.COLOR_GRAY2BGR)
     turned, exif = io.BytesIO(), Image.Exif()
@@ -70,26 +70,26 @@ def jpeg_files() -> tuple[bytes, ...]:
 
 @cache
 def dicom_files() -> tuple[bytes, ...]:
-    """Every way of storing pixels, with and without windows, and the tags that reading looks at."""
+    """Every way of storing pixels, with and without windows, and all tags that the reader uses."""
     small, deep = gray_image(64, 48), gray_image(64, 48, dtype="u2", bits=12)
-    about: dict[str, Any] = {"PatientSex": "F", "PatientAge": "051Y", "ViewPosition": "PA", "PatientID": "someone"}
+    metadata: dict[str, Any] = {"PatientSex": "F", "PatientAge": "051Y", "ViewPosition": "PA", "PatientID": "someone"}
     window: dict[str, Any] = {"WindowCenter": [2048, 1000], "WindowWidth": [4096, 900], "BitsStored": 12}
     slope: dict[str, Any] = {"RescaleSlope": "1.5", "RescaleIntercept": "-100", "BitsStored": 12}
-    of_8_bits = (uid.JPEGBaseline8Bit, uid.JPEGLosslessSV1, uid.RLELossless, uid.JPEGLSLossless, uid.JPEG2000)
-    of_12_bits = (uid.RLELossless, uid.JPEG2000Lossless)
+    syntaxes_8_bit = (uid.JPEGBaseline8Bit, uid.JPEGLosslessSV1, uid.RLELossless, uid.JPEGLSLossless, uid.JPEG2000)
+    syntaxes_12_bit = (uid.RLELossless, uid.JPEG2000Lossless)
     return (
-        dicom_file(small, PhotometricInterpretation="MONOCHROME1", PixelSpacing=[0.14, 0.14], **about),
+        dicom_file(small, PhotometricInterpretation="MONOCHROME1", PixelSpacing=[0.14, 0.14], **metadata),
         dicom_file(deep, syntax=uid.ImplicitVRLittleEndian, VOILUTFunction="SIGMOID", **window),
         dicom_file(deep, syntax=uid.ExplicitVRBigEndian, **slope),
         dicom_file(deep, syntax=uid.DeflatedExplicitVRLittleEndian, **window),
-        *(dicom_file(small, syntax=name, frames=[encoded(small, name)], **about) for name in of_8_bits),
-        *(dicom_file(deep, syntax=name, frames=[encoded(deep, name, bits=12)], **window) for name in of_12_bits),
+        *(dicom_file(small, syntax=name, frames=[encoded(small, name)], **metadata) for name in syntaxes_8_bit),
+        *(dicom_file(deep, syntax=name, frames=[encoded(deep, name, bits=12)], **window) for name in syntaxes_12_bit),
     )
 
 
 @cache
 def nih_labels() -> tuple[bytes, ...]:
-    """The label table's two editions."""
+    """The two editions of the label table."""
     header = (
         "Image Index,Finding Labels,Follow-up #,Patient ID,Patient {},{},View Position,OriginalImage[Width,Height],"
     )
@@ -131,42 +131,42 @@ def rsna_labels() -> tuple[bytes, ...]:
 
 def png_parts(data: bytes) -> list[Part]:
     """All chunks."""
-    parts, at = [], PNG_MAGIC
-    while at < len(data):
-        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
-        parts.append(Part(at, end, at, ">I"))
-        at = end
+    parts, offset = [], PNG_MAGIC
+    while offset < len(data):
+        end = offset + 12 + int.from_bytes(data[offset : offset + 4], "big")
+        parts.append(Part(offset, end, offset, ">I"))
+        offset = end
     return parts
 
 
 def jpeg_parts(data: bytes) -> list[Part]:
-    """All segments up to the first scan's header."""
-    parts, at = [], 2
-    while data[at + 1] != 0xDA:
-        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        parts.append(Part(at, end, at + 2, ">H"))
-        at = end
-    return [*parts, Part(at, len(data), at + 2, ">H")]
+    """All segments up to the header of the first scan."""
+    parts, offset = [], 2
+    while data[offset + 1] != 0xDA:
+        end = offset + 2 + int.from_bytes(data[offset + 2 : offset + 4], "big")
+        parts.append(Part(offset, end, offset + 2, ">H"))
+        offset = end
+    return [*parts, Part(offset, len(data), offset + 2, ">H")]
 
 
 def dicom_parts(data: bytes) -> list[Part]:
-    """All elements of the file meta information and, unless it is deflated, of the data set's first level."""
+    """All elements of the file meta information and, unless it is deflated, of the first level of the data set."""
     syntax = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True).file_meta.TransferSyntaxUID
-    parts, at = [], 132
-    while at < len(data):
-        is_meta = data[at : at + 2] == b"\x02\x00"
+    parts, offset = [], 132
+    while offset < len(data):
+        is_meta = data[offset : offset + 2] == b"\x02\x00"
         if not is_meta and syntax.is_deflated:
             break
         order = "<" if is_meta or syntax.is_little_endian else ">"
         implicit = not is_meta and syntax.is_implicit_VR
-        wide = not implicit and data[at + 4 : at + 6] in (b"OB", b"OW", b"SQ", b"UN", b"UT")
-        length_at = at + (8 if wide else 4 if implicit else 6)
+        wide = not implicit and data[offset + 4 : offset + 6] in (b"OB", b"OW", b"SQ", b"UN", b"UT")
+        length_offset = offset + (8 if wide else 4 if implicit else 6)
         field = order + ("I" if implicit or wide else "H")
-        length = struct.unpack_from(field, data, length_at)[0]
-        # Encapsulated pixels are the last element and of undefined length.
-        end = len(data) if length == 0xFFFFFFFF else length_at + struct.calcsize(field) + length
-        parts.append(Part(at, end, length_at, field))
-        at = end
+        length = struct.unpack_from(field, data, length_offset)[0]
+        # Encapsulated pixels are the last element and have an undefined length.
+        end = len(data) if length == 0xFFFFFFFF else length_offset + struct.calcsize(field) + length
+        parts.append(Part(offset, end, length_offset, field))
+        offset = end
     return parts
 
 
@@ -174,18 +174,18 @@ def dicom_parts(data: bytes) -> list[Part]:
 
 
 def bytewise(data: bytes, rng: Rng) -> bytes:
-    """What disks, downloads and copying do: flipped bits, runs overwritten, lost, doubled or swapped, a cut end."""
+    """Damage by disks, downloads and copying: flipped bits; overwritten, lost, doubled or swapped runs; truncation."""
     out = bytearray(data)
     length = len(data)
     start = int(rng.integers(length))
-    # Headers are small and matter most: half of all damage goes there.
+    # Headers are small and matter most: they get half of all damage.
     if rng.random() < 0.5:
         start = int(rng.integers(min(length, 700)))
     run = int(min(length - start, rng.choice([1, 2, 4, 16, 64, 512])))
     match int(rng.integers(8)):
         case 0:
-            for at in rng.integers(length, size=int(rng.integers(1, 9))):
-                out[at] ^= 1 << int(rng.integers(8))
+            for offset in rng.integers(length, size=int(rng.integers(1, 9))):
+                out[offset] ^= 1 << int(rng.integers(8))
         case 1:
             out[start] ^= 1 << int(rng.integers(8))
         case 2:
@@ -205,7 +205,7 @@ def bytewise(data: bytes, rng: Rng) -> bytes:
 
 
 def partwise(data: bytes, parts: list[Part], rng: Rng) -> bytes:
-    """What faulty writers do: parts swapped, missing, doubled, misnamed, or of another length than they say."""
+    """Errors of faulty writers: parts that are swapped, missing, doubled, misnamed, or have a wrong length field."""
     one, other = sorted(rng.integers(len(parts), size=2).tolist())
     a, b = parts[one], parts[other]
     match int(rng.integers(5)):
@@ -220,18 +220,18 @@ def partwise(data: bytes, parts: list[Part], rng: Rng) -> bytes:
         case 2:
             return data[: b.end] + data[a.start : a.end] + data[b.end :]
         case 3:
-            at = a.start + int(rng.integers(8))
-            return data[:at] + bytes([int(rng.integers(256))]) + data[at + 1 :]
+            offset = a.start + int(rng.integers(8))
+            return data[:offset] + bytes([int(rng.integers(256))]) + data[offset + 1 :]
         case _:
             most = 256 ** struct.calcsize(a.field) - 1
-            length = struct.unpack_from(a.field, data, a.length_at)[0]
+            length = struct.unpack_from(a.field, data, a.length_offset)[0]
             values = [0, 1, most, most >> 1, length - 1, length + 1, 2 * length, int(rng.integers(most))]
             value = values[int(rng.integers(len(values)))] % (most + 1)
-            return data[: a.length_at] + struct.pack(a.field, value) + data[a.length_at + struct.calcsize(a.field) :]
+            return data[: a.length_offset] + struct.pack(a.field, value) + data[a.length_offset + struct.calcsize(a.field) :]
 
 
 def resealed(data: bytes, rng: Rng) -> bytes:
-    """A PNG whose compressed pixels are damaged under CRCs that fit: only the Adler-32 of the pixels can tell."""
+    """A PNG with damaged compressed pixels but matching CRCs: only the Adler-32 of the pixels shows the damage."""
     chunks = [part for part in png_parts(data) if data[part.start + 4 : part.start + 8] == b"IDAT"]
     part = chunks[int(rng.integers(len(chunks)))]
     body = bytewise(data[part.start + 8 : part.end - 4], rng)
@@ -245,30 +245,30 @@ _BREAKS = (",", "\n", '"', ";", "\t", "\r", "\x00", "'", " ", ",,", "\u2028")
 
 
 def cellwise(data: bytes, rng: Rng) -> bytes:
-    """What spreadsheets and hand edits do to tables: cells, rows, columns and separators; other encodings."""
+    """Damage to tables by spreadsheets and manual edits: cells, rows, columns and separators; other encodings."""
     rows = [line.split(",") for line in data.decode().splitlines()]
-    at = int(rng.integers(len(rows))) if rng.random() < 0.7 else 0
-    cell = int(rng.integers(len(rows[at])))
+    offset = int(rng.integers(len(rows))) if rng.random() < 0.7 else 0
+    cell = int(rng.integers(len(rows[offset])))
     cells = _CELLS.split("|")
     match int(rng.integers(9)):
         case 0:
-            rows[at][cell] = cells[int(rng.integers(len(cells)))]
+            rows[offset][cell] = cells[int(rng.integers(len(cells)))]
         case 1:
-            del rows[at][cell]
+            del rows[offset][cell]
         case 2:
-            rows[at].insert(cell, cells[int(rng.integers(len(cells)))])
+            rows[offset].insert(cell, cells[int(rng.integers(len(cells)))])
         case 3:
-            rows.insert(at, list(rows[int(rng.integers(len(rows)))]))
+            rows.insert(offset, list(rows[int(rng.integers(len(rows)))]))
         case 4:
-            del rows[at]
+            del rows[offset]
         case 5:
-            rows[at][cell] += _BREAKS[int(rng.integers(len(_BREAKS)))]
+            rows[offset][cell] += _BREAKS[int(rng.integers(len(_BREAKS)))]
         case 6:
             for row in rows:
                 del row[min(cell, len(row) - 1)]
         case 7:
             other = int(rng.integers(len(rows)))
-            rows[at], rows[other] = rows[other], rows[at]
+            rows[offset], rows[other] = rows[other], rows[offset]
         case _:
             text = "\n".join(map(",".join, rows))
             return text.encode(("utf-16", "utf-8-sig", "utf-32", "cp500")[int(rng.integers(4))])
@@ -277,7 +277,7 @@ def cellwise(data: bytes, rng: Rng) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of input: its whole files and how they get damaged."""
+    """A kind of input: its undamaged files and how they are damaged."""
 
     files: Callable[[], tuple[bytes, ...]]
     parts: Callable[[bytes], list[Part]] | None = None
@@ -297,17 +297,17 @@ KINDS = {
 
 
 def mutated(kind: str, seed: int, number: int) -> tuple[int, bytes]:
-    """The damaged input of a number: which of the kind's files it was, and its bytes; one to three things are wrong."""
+    """The damaged input of a number: the index of the original file, and the bytes, which are damaged one to three times."""
     rng = np.random.default_rng([seed, list(KINDS).index(kind), number])
-    about = KINDS[kind]
-    files = about.files()
+    chosen = KINDS[kind]
+    files = chosen.files()
     which = int(rng.integers(len(files)))
     data = files[which]
-    parts, special = about.parts, about.special
-    draw = rng.random()
-    if special is not None and draw < 0.7:
+    parts, special = chosen.parts, chosen.special
+    sample = rng.random()
+    if special is not None and sample < 0.7:
         data = special(data, rng)
-    elif parts is not None and draw < 0.6:
+    elif parts is not None and sample < 0.6:
         data = partwise(data, parts(data), rng)
     else:
         data = bytewise(data, rng)

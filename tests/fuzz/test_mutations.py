@@ -1,4 +1,4 @@
-"""Damaged files and tables are refused with a reason or read; nothing crashes, dies, hangs, or passes a checksum."""
+"""Damaged files and tables are refused with a reason or read; no crash, no hang, and no damage passes a checksum."""
 
 import os
 import signal
@@ -31,7 +31,7 @@ def test_damaged_inputs_are_refused_or_read() -> None:
     print(table(outcomes))
     assert [outcome for outcome in outcomes if outcome.is_fault or outcome.status == WARNED] == []
     assert len(outcomes) == RUNS * len(KINDS)
-    for kind in KINDS:  # damage that hurts nobody would prove nothing
+    for kind in KINDS:  # harmless damage would prove nothing
         assert sum(outcome.status == REFUSED for outcome in outcomes if outcome.kind == kind) > RUNS / 4
 
 
@@ -44,20 +44,20 @@ def test_the_same_number_is_the_same_damage(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_whole_inputs_read_as_themselves(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_undamaged_inputs_are_read_unchanged(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for which, data in enumerate(KINDS[kind].files()):
         monkeypatch.setattr("tests.fuzz.campaign.mutated", lambda *_, which=which, data=data: (which, data))
         outcome = read_damaged(kind, 0, which, tmp_path)
-        assert (outcome.status, outcome.told) == (SAME, "")
+        assert (outcome.status, outcome.message) == (SAME, "")
 
 
 @pytest.mark.parametrize("kind", ["nih-labels", "nih-boxes", "siim-masks", "rsna-labels"])
-def test_a_value_too_many_or_too_few_is_refused(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In whichever row: read on, the values behind it would stand in columns where they mean something else."""
+def test_one_value_too_many_or_too_few_is_refused(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In any row: otherwise the values after it would be read into the wrong columns."""
     for which, data in enumerate(KINDS[kind].files()):
         lines = data.decode().splitlines()
         for number, line in enumerate(lines[:4]):
-            # The commas with which some rows end stand for no value.
+            # Trailing commas of some rows are not values.
             body = line.rstrip(",")
             cells, end = body.split(","), line[len(body) :]
             damaged = [[*cells[:at], "0", *cells[at:]] for at in range(len(cells) + 1)]
@@ -70,17 +70,17 @@ def test_a_value_too_many_or_too_few_is_refused(kind: str, tmp_path: Path, monke
 
 
 @pytest.mark.parametrize(
-    ("error", "status", "told"),
+    ("error", "status", "message"),
     [
         (KeyError("x"), CRASH, "KeyError: \"'x'\" at test_mutations.py"),
         (UserWarning("y"), "warned", "UserWarning: y"),
         (ValueError("two\nlines"), CRASH, "ValueError"),
     ],
 )
-def test_any_other_exception_counts(
-    error: Exception, status: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_any_other_exception_is_a_fault(
+    error: Exception, status: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read_damaged("png", 0, 0, tmp_path)  # so that the whole file is known
+    read_damaged("png", 0, 0, tmp_path)  # so that the undamaged image is cached
 
     def fails(*_: object, **__: object) -> None:
         raise error
@@ -88,7 +88,7 @@ def test_any_other_exception_counts(
     monkeypatch.setattr("cxrscale.io.images.load_image", fails)
     outcome = read_damaged("png", 0, 0, tmp_path)
     assert outcome.status == status
-    assert outcome.told.startswith(told)
+    assert outcome.message.startswith(message)
     assert outcome.is_fault
 
 
@@ -105,22 +105,22 @@ def second_hangs(kind: str, seed: int, number: int, _: Path) -> Outcome:
 
 
 def always_fails(*_: object) -> Outcome:
-    raise LookupError("the campaign's own mistake")
+    raise LookupError("a bug in the campaign")
 
 
-def test_a_death_is_counted_and_the_rest_goes_on() -> None:
+def test_a_death_is_counted_and_the_campaign_continues() -> None:
     outcomes = campaign(["png"], 4, SEED, attempt=third_dies)
     assert [outcome.status for outcome in outcomes] == [REFUSED, REFUSED, DEATH, REFUSED]
-    assert outcomes[2].told == f"exit code {-signal.SIGSEGV}"
+    assert outcomes[2].message == f"exit code {-signal.SIGSEGV}"
 
 
-def test_a_hang_is_counted_and_the_rest_goes_on() -> None:
+def test_a_hang_is_counted_and_the_campaign_continues() -> None:
     outcomes = campaign(["png"], 3, SEED, attempt=second_hangs, wall=3.0)
     assert [outcome.status for outcome in outcomes] == [REFUSED, HANG, REFUSED]
 
 
-def test_a_mistake_of_the_campaign_is_no_outcome() -> None:
-    with pytest.raises(RuntimeError, match="the campaign's own mistake"):
+def test_a_bug_in_the_campaign_is_not_an_outcome() -> None:
+    with pytest.raises(RuntimeError, match="a bug in the campaign"):
         campaign(["png"], 2, SEED, attempt=always_fails)
 
 

@@ -34,7 +34,7 @@ def run(recipe: Recipe, strict: bool) -> int:
     """
     worker = LocalWorker("cuda")
     data, learner = manifest.load(*recipe.data.shards), loop.build_state(recipe, worker)
-    batches = training_batches(data, recipe.data, recipe.sampler, recipe.augment, device=worker.device)
+    batches = training_batches(data, recipe, worker.dist)
     steps = recipe.sampler.steps_per_epoch
     assert steps is not None
     context = loop.make_context(recipe, worker, data, learner, steps, None)

@@ -1,4 +1,4 @@
-"""DICOM files of every kind of tone, written here, against the standard's formulas; and what a header says."""
+"""Gray values of DICOM files, against the formulas of the standard; and the metadata of their headers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHIPPED = Path(pydicom.__file__).parent / "data" / "test_files"
 
 
 def in_window(x: float, center: float, width: float, function: str) -> float:
-    """PS3.3 C.11.2.1.2 and C.11.2.1.3 with ymin = 0 and ymax = 255, written as the standard writes it."""
+    """PS3.3 C.11.2.1.2 and C.11.2.1.3 with ymin = 0 and ymax = 255, exactly as in the standard."""
     if function == "SIGMOID":
         return 255 / (1 + math.exp(-4 * (x - center) / width))
     if function == "LINEAR_EXACT":
@@ -47,7 +47,7 @@ def gray_of(stored: Stored, **tags: Any) -> GrayImage:
 
 
 def assert_close(gray: GrayImage, expected: np.ndarray[Any, Any], levels: float = 0.5) -> None:
-    """Rounding is half a level; nothing else may differ."""
+    """Equal except for rounding, which is at most half a gray level."""
     assert gray.dtype == np.uint8
     assert gray.shape == expected.shape
     assert np.abs(gray - expected).max() <= levels + 1e-9
@@ -60,7 +60,7 @@ DEPTHS = [("u1", 8), ("i1", 8), ("u1", 7), ("u2", 10), ("u2", 12), ("u2", 16), (
 @pytest.mark.parametrize("function", [None, "LINEAR", "LINEAR_EXACT", "SIGMOID"])
 @pytest.mark.parametrize(("slope", "intercept"), [(None, None), (1, -1024), (0.684, 200), (-2.5, 4095)])
 @pytest.mark.parametrize(("dtype", "bits"), DEPTHS)
-def test_windows(
+def test_windows_follow_the_standard(
     dtype: str, bits: int, slope: float | None, intercept: float | None, function: str | None, photometric: str
 ) -> None:
     stored = gray_image(dtype=dtype, bits=bits)
@@ -85,7 +85,7 @@ def test_windows(
     ("center", "width", "function"),
     [(100, 1, "LINEAR"), (100.5, 1, "LINEAR_EXACT"), (100, 1e-3, "SIGMOID"), (1e6, 2, "LINEAR"), (-1e6, 2, "SIGMOID")],
 )
-def test_narrow_and_far_windows_are_steps(center: float, width: float, function: str) -> None:
+def test_a_narrow_or_distant_window_is_a_step(center: float, width: float, function: str) -> None:
     stored = np.arange(256, dtype=np.uint8).reshape(16, 16)
     gray = gray_of(stored, WindowCenter=center, WindowWidth=width, VOILUTFunction=function)
     expected = 255 * (stored >= center)
@@ -93,7 +93,7 @@ def test_narrow_and_far_windows_are_steps(center: float, width: float, function:
     assert np.array_equal(gray[~near], expected[~near])
 
 
-def test_the_first_of_several_windows_counts() -> None:
+def test_the_first_of_several_windows_is_used() -> None:
     stored = gray_image(dtype="u2", bits=12)
     two = gray_of(stored, BitsStored=12, WindowCenter=[450, 200], WindowWidth=[790, 443])
     assert np.array_equal(two, gray_of(stored, BitsStored=12, WindowCenter=450, WindowWidth=790))
@@ -101,7 +101,7 @@ def test_the_first_of_several_windows_counts() -> None:
 
 @pytest.mark.parametrize("slope", [2.0, -1.5])
 @pytest.mark.parametrize(("dtype", "bits"), [depth for depth in DEPTHS if depth[1] < 16])
-def test_without_a_window_the_stored_bits_are_the_range(dtype: str, bits: int, slope: float) -> None:
+def test_without_a_window_the_stored_bits_define_the_range(dtype: str, bits: int, slope: float) -> None:
     stored = gray_image(dtype=dtype, bits=bits)
     unit = (stored.astype(float) - (-(1 << bits - 1) if dtype[0] == "i" else 0)) / ((1 << bits) - 1)
     assert_close(gray_of(stored, BitsStored=bits), 255 * unit)
@@ -110,15 +110,15 @@ def test_without_a_window_the_stored_bits_are_the_range(dtype: str, bits: int, s
     assert_close(rescaled, 255 * (unit if slope > 0 else 1 - unit))
 
 
-def test_8_bits_without_a_window_stay_as_they_are() -> None:
-    stored = gray_image()[:20] // 3  # far from using the range
+def test_8_bits_without_a_window_are_unchanged() -> None:
+    stored = gray_image()[:20] // 3  # uses only a part of the range
     assert np.array_equal(gray_of(stored), stored)
     assert np.array_equal(gray_of(stored, PhotometricInterpretation="MONOCHROME1"), 255 - stored)
     assert np.array_equal(gray_of(stored.astype(np.uint16), BitsStored=8), stored)
 
 
 @pytest.mark.parametrize("bits", [8, 10, 12, 15, 16])
-def test_a_claim_of_16_bits_is_held_against_the_values(bits: int) -> None:
+def test_16_declared_bits_are_checked_against_the_values(bits: int) -> None:
     stored = gray_image(dtype="u2", bits=bits)
     assert stored.max() == (1 << bits) - 1
     assert_close(gray_of(stored), stored * (255 / ((1 << bits) - 1)))
@@ -128,7 +128,7 @@ def test_a_claim_of_16_bits_is_held_against_the_values(bits: int) -> None:
         assert_close(gray_of(negative), (negative + (1 << bits - 1)) * (255 / ((1 << bits) - 1)))
 
 
-def test_padding_does_not_count_as_a_value() -> None:
+def test_padding_is_ignored_in_the_range() -> None:
     stored = gray_image(dtype="i2", bits=12)
     stored[:3] = -32768
     gray = gray_of(stored, PixelPaddingValue=-32768)
@@ -149,11 +149,11 @@ def test_lookup_tables(dtype: str, bits: int, vr: str, signed: bool) -> None:
     expected = output * (255 / ((1 << bits) - 1))
     assert_close(gray_of(stored, BitsStored=12, VOILUTSequence=[lut]), expected)
     assert_close(gray_of(stored, BitsStored=12, ModalityLUTSequence=[lut]), expected)
-    beside = gray_of(stored, BitsStored=12, VOILUTSequence=[lut], WindowCenter=1, WindowWidth=2)
-    assert_close(beside, expected)
+    with_window = gray_of(stored, BitsStored=12, VOILUTSequence=[lut], WindowCenter=1, WindowWidth=2)
+    assert_close(with_window, expected)
     inverted = gray_of(stored, BitsStored=12, VOILUTSequence=[lut], PhotometricInterpretation="MONOCHROME1")
     assert_close(inverted, 255 - expected)
-    # A signed first input under the VR of an unsigned one, as some writers have it.
+    # Some writers store a signed first input with an unsigned VR.
     lut["LUTDescriptor"].VR = "US"
     lut["LUTDescriptor"].value = [2501, first % 65536, bits]
     assert_close(gray_of(stored, BitsStored=12, ModalityLUTSequence=[lut]), expected)
@@ -161,22 +161,22 @@ def test_lookup_tables(dtype: str, bits: int, vr: str, signed: bool) -> None:
     assert_close(window, windowed(output, 100, 150, "LINEAR"))
 
 
-def test_a_voi_table_takes_what_rescale_puts_out() -> None:
+def test_a_voi_table_is_applied_after_rescale() -> None:
     stored = gray_image(dtype="u2", bits=12)
     entries = np.linspace(0, 255, 2001).astype(np.uint8)
     lut = lut_item(entries, first=-1000, bits=8, signed=True)
     gray = gray_of(stored, BitsStored=12, RescaleSlope=0.5, RescaleIntercept=-1024, VOILUTSequence=[lut])
-    place = np.clip(np.rint(stored * 0.5 - 1024) + 1000, 0, 2000).astype(int)
-    assert np.array_equal(gray, entries[place])
+    index_HW = np.clip(np.rint(stored * 0.5 - 1024) + 1000, 0, 2000).astype(int)
+    assert np.array_equal(gray, entries[index_HW])
 
 
-def test_tables_of_every_shape() -> None:
+def test_tables_with_unusual_lengths_and_bits() -> None:
     stored = np.arange(65536, dtype=np.uint16).reshape(256, 256)
-    whole = lut_item(stored.ravel()[::-1].copy())  # 65,536 entries are written as 0
-    assert_close(gray_of(stored, VOILUTSequence=[whole]), 255 - stored / 257)
-    wide = lut_item(np.arange(256, dtype=np.uint16), bits=8)  # 8-bit entries that stand one in a word
+    full = lut_item(stored.ravel()[::-1].copy())  # 65,536 entries are written as 0
+    assert_close(gray_of(stored, VOILUTSequence=[full]), 255 - stored / 257)
+    wide = lut_item(np.arange(256, dtype=np.uint16), bits=8)  # 8-bit entries, one per word
     assert np.array_equal(gray_of(stored // 256, VOILUTSequence=[wide]), stored // 256)
-    unused = lut_item(np.arange(4096, dtype=np.uint16), bits=16)  # 12 bits under a claim of 16
+    unused = lut_item(np.arange(4096, dtype=np.uint16), bits=16)  # 12 bits declared as 16
     assert_close(gray_of(stored // 16, VOILUTSequence=[unused]), stored // 16 * (255 / 4095))
 
 
@@ -184,7 +184,7 @@ def test_tables_of_every_shape() -> None:
     ("shape", "photometric", "inverted"),
     [("IDENTITY", "MONOCHROME2", False), ("INVERSE", "MONOCHROME1", True), ("INVERSE", "MONOCHROME2", True)],
 )
-def test_presentation_inverts_once(shape: str, photometric: str, inverted: bool) -> None:
+def test_presentation_and_photometric_invert_once(shape: str, photometric: str, inverted: bool) -> None:
     stored = gray_image()
     gray = gray_of(stored, PresentationLUTShape=shape, PhotometricInterpretation=photometric)
     assert np.array_equal(gray, 255 - stored if inverted else stored)
@@ -193,7 +193,7 @@ def test_presentation_inverts_once(shape: str, photometric: str, inverted: bool)
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
 @pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
 @pytest.mark.parametrize(("dtype", "intercept"), [("u2", 0.0), ("i2", -1024.0)])
-def test_highdicom_says_the_same(dtype: str, intercept: float, function: str, photometric: str) -> None:
+def test_highdicom_gives_the_same_gray_values(dtype: str, intercept: float, function: str, photometric: str) -> None:
     data = dicom_file(
         gray_image(dtype=dtype, bits=12),
         BitsStored=12,
@@ -218,10 +218,10 @@ def test_highdicom_says_the_same(dtype: str, intercept: float, function: str, ph
 
 
 def expected_of(ds: Dataset) -> np.ndarray[Any, Any] | None:
-    """The standard's answer for a monochrome file with a window or of less than 16 bits; None for any other."""
+    """The standard's gray values for a monochrome file with a window or fewer than 16 bits; None for others."""
     if ds.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2"):
         return None
-    if ds.file_meta.get("TransferSyntaxUID") == JPEGExtended12Bit:  # of 12 bits, which pydicom's own decoders refuse
+    if ds.file_meta.get("TransferSyntaxUID") == JPEGExtended12Bit:  # 12 bits, which pydicom's own decoders refuse
         return None
     modality = ds.pixel_array * float(ds.get("RescaleSlope") or 1) + float(ds.get("RescaleIntercept") or 0)
     if "WindowCenter" in ds:
@@ -234,8 +234,8 @@ def expected_of(ds: Dataset) -> np.ndarray[Any, Any] | None:
     return 255 - expected if ds.PhotometricInterpretation == "MONOCHROME1" else expected
 
 
-def test_pydicoms_own_files_are_right_or_refused() -> None:
-    right = 0
+def test_the_test_files_of_pydicom_are_correct_or_refused() -> None:
+    correct = 0
     reasons: list[str] = []
     for path in sorted(file for file in SHIPPED.rglob("*") if file.suffix in (".dcm", "")):
         if path.is_dir() or path.name.startswith(("README", "IM0000")):
@@ -251,13 +251,13 @@ def test_pydicoms_own_files_are_right_or_refused() -> None:
             expected = expected_of(pydicom.dcmread(io.BytesIO(data), force=True))
         if expected is not None:
             assert_close(gray, expected, 1)
-            right += 1
-    assert right >= 40
+            correct += 1
+    assert correct >= 40
     assert len(reasons) >= 40
     assert all(10 < len(reason) < 400 and reason.isprintable() for reason in reasons)
 
 
-# What a header says
+# Metadata
 
 
 @pytest.mark.parametrize(
@@ -301,27 +301,27 @@ def test_spacing(tags: dict[str, Any], spacing: tuple[float, float] | None) -> N
 
 
 def test_patients() -> None:
-    said = dicom.read_header(dicom_file(gray_image(), PatientID=" 7 ", PatientSex="f"))
-    assert (said.patient_id, said.sex, said.sop_uid) == ("7", "F", "1.2.3.4")
-    said = dicom.read_header(dicom_file(gray_image(), PatientID="", PatientSex="O"))
-    assert (said.patient_id, said.sex) == (None, None)
+    header = dicom.read_header(dicom_file(gray_image(), PatientID=" 7 ", PatientSex="f"))
+    assert (header.patient_id, header.sex, header.sop_uid) == ("7", "F", "1.2.3.4")
+    header = dicom.read_header(dicom_file(gray_image(), PatientID="", PatientSex="O"))
+    assert (header.patient_id, header.sex) == (None, None)
 
 
 def test_header_reads_no_pixels() -> None:
     data = dicom_file(gray_image(400, 400), PatientAge="062Y", ViewPosition="PA")
     file = io.BytesIO(data)
-    said = dicom.read_header(file)
+    header = dicom.read_header(file)
     assert file.tell() < 2000
-    picked = dicom.read_dicom(data)
-    assert (said.sop_uid, said.age, said.view) == (picked.sop_uid, picked.age, picked.view) == ("1.2.3.4", 62, "PA")
-    assert dicom.read_header(data[:2000]) == said
+    image = dicom.read_dicom(data)
+    assert (header.sop_uid, header.age, header.view) == (image.sop_uid, image.age, image.view) == ("1.2.3.4", 62, "PA")
+    assert dicom.read_header(data[:2000]) == header
     with pytest.raises(UnreadableImageError, match="SOPInstanceUID"):
         dicom.read_header(dicom_file(gray_image(), SOPInstanceUID=None))
     with pytest.raises(UnreadableImageError, match="not a DICOM file"):
         dicom.read_header(b"<html>" * 100)
 
 
-def test_threads_leave_the_warning_filters_alone() -> None:
+def test_threads_do_not_change_the_warning_filters() -> None:
     data = dicom_file(gray_image(), PatientAge="62")
     before = list(warnings.filters)
     threads = [threading.Thread(target=lambda: [dicom.read_dicom(data) for _ in range(20)]) for _ in range(4)]
@@ -332,13 +332,13 @@ def test_threads_leave_the_warning_filters_alone() -> None:
     assert warnings.filters == before
 
 
-# The real thing
+# Real files
 
 
 def siim(name: str) -> dicom.DicomImage:
     path = SIIM / "original" / name
     if not path.exists():
-        pytest.skip("the original SIIM files are not here")
+        pytest.skip("the original SIIM files are missing")
     return dicom.read_dicom(path.read_bytes())
 
 
@@ -349,10 +349,10 @@ def test_an_original_siim_file_and_its_inverse() -> None:
     assert (plain.sex, plain.age, plain.view, plain.spacing_mm) == ("M", 62, "PA", (0.168, 0.168))
     assert plain.jpeg is not None
     assert plain.jpeg[:2] + plain.jpeg[-2:] == b"\xff\xd8\xff\xd9"
-    assert inverse.jpeg is None  # its frame is not the image as it stands
-    # The same frame under MONOCHROME1 is its negative.
+    assert inverse.jpeg is None  # its frame is not the final image
+    # The same frame as MONOCHROME1 is the negative.
     assert np.array_equal(inverse.image_HW, 255 - plain.image_HW)
-    # Upright: the middle of the chest (spine, heart) is brighter than the lungs beside it.
+    # Upright: the middle of the chest (spine, heart) is brighter than the lungs on both sides.
     middle, left, right = (plain.image_HW[400:600, x : x + 60].mean() for x in (480, 250, 720))
     assert middle > max(left, right) + 20
 
@@ -360,11 +360,11 @@ def test_an_original_siim_file_and_its_inverse() -> None:
 def test_siim_training_files_keep_their_frames() -> None:
     paths = sorted((SIIM / "dicom-images-train").rglob("*.dcm"))
     if not paths:
-        pytest.skip("the SIIM files are not here")
+        pytest.skip("the SIIM files are missing")
     for path in paths:
-        found = dicom.read_dicom(path.read_bytes())
-        assert found.sop_uid == path.stem
-        assert found.jpeg is not None
-        assert found.jpeg in path.read_bytes()
-        assert found.age is not None
-        assert found.view in ("PA", "AP")
+        image = dicom.read_dicom(path.read_bytes())
+        assert image.sop_uid == path.stem
+        assert image.jpeg is not None
+        assert image.jpeg in path.read_bytes()
+        assert image.age is not None
+        assert image.view in ("PA", "AP")

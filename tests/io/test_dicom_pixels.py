@@ -1,4 +1,4 @@
-"""DICOM pixels in every transfer syntax, whole, cut short, damaged and mislabeled."""
+"""DICOM pixels in every transfer syntax, intact, truncated, damaged and mislabeled."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ def needs_imagecodecs(syntax: str, bits: int) -> None:
         pytest.importorskip("imagecodecs")
 
 
-# Whole files
+# Intact files
 
 
 @pytest.mark.parametrize(
     ("dtype", "bits"), [("u1", 8), ("i1", 8), ("u2", 10), ("u2", 12), ("i2", 12), ("u2", 16), ("i2", 16)]
 )
 @pytest.mark.parametrize("syntax", LOSSLESS, ids=lambda syntax: syntax.name[:40])
-def test_lossless_syntaxes_lose_nothing(syntax: str, dtype: str, bits: int) -> None:
+def test_lossless_syntaxes_are_lossless(syntax: str, dtype: str, bits: int) -> None:
     needs_imagecodecs(syntax, bits)
     stored = gray_image(dtype=dtype, bits=bits)
-    found = dicom.read_dicom(encoded_file(stored, syntax, bits))
-    assert np.array_equal(found.image_HW, gray_of(dicom_file(stored, BitsStored=bits)))
-    assert found.jpeg is None
+    image = dicom.read_dicom(encoded_file(stored, syntax, bits))
+    assert np.array_equal(image.image_HW, gray_of(dicom_file(stored, BitsStored=bits)))
+    assert image.jpeg is None
 
 
 @pytest.mark.parametrize("syntax", LOSSY, ids=lambda syntax: syntax.name[:40])
@@ -69,7 +69,7 @@ def test_lossy_syntaxes_lose_little(syntax: str) -> None:
     assert np.abs(gray_of(encoded_file(stored, syntax)).astype(int) - stored).mean() < 4
 
 
-def test_8_bit_jpeg_is_pillows_to_the_bit() -> None:
+def test_8_bit_jpeg_is_decoded_exactly_as_by_pillow() -> None:
     frame = encoded(gray_image(), uid.JPEGBaseline8Bit)
     with Image.open(io.BytesIO(frame)) as image:
         assert np.array_equal(
@@ -94,14 +94,14 @@ def test_big_endian() -> None:
     for dtype in ("u2", "i2"):
         stored = gray_image(33, 5, dtype=dtype)
         assert np.array_equal(gray_of(dicom_file(stored, syntax=uid.ExplicitVRBigEndian)), gray_of(dicom_file(stored)))
-    # 8 bits in words of 16, whose bytes are then swapped (PS3.5 A.3), with a byte of padding.
+    # 8-bit values in 16-bit words, whose bytes are swapped (PS3.5 A.3), with one byte of padding.
     stored = gray_image(33, 5)
     words = np.frombuffer(stored.tobytes() + b"\0", dtype="<u2").astype(">u2").tobytes()
     data = dicom_file(stored, syntax=uid.ExplicitVRBigEndian, PixelData=words, vr="OW")
     assert np.array_equal(gray_of(data), stored)
 
 
-def test_bits_that_are_not_stored_do_not_count() -> None:
+def test_bits_above_the_stored_ones_are_ignored() -> None:
     stored = gray_image(dtype="u2", bits=12)
     overlay = stored | (np.random.default_rng(0).integers(0, 16, stored.shape) << 12).astype(np.uint16)
     for syntax in (uid.ExplicitVRLittleEndian, uid.RLELossless):
@@ -117,7 +117,7 @@ def test_shipped_12_bit_jpeg() -> None:
 
 
 @pytest.mark.parametrize("syntax", [uid.JPEGLosslessSV1, uid.JPEGLossless])
-def test_without_the_optional_decoder_the_reason_is_the_remedy(monkeypatch: pytest.MonkeyPatch, syntax: Any) -> None:
+def test_without_the_optional_decoder_the_reason_names_it(monkeypatch: pytest.MonkeyPatch, syntax: Any) -> None:
     monkeypatch.setitem(sys.modules, "imagecodecs", None)
     reason = refusal(encoded_file(gray_image(dtype="u2", bits=12), syntax, 12))
     assert syntax.name in reason
@@ -125,24 +125,24 @@ def test_without_the_optional_decoder_the_reason_is_the_remedy(monkeypatch: pyte
     assert np.array_equal(gray_of(encoded_file(gray_image(), syntax)), gray_image())
 
 
-# The frame that is kept as it is
+# The unchanged JPEG frame
 
 
-def test_the_jpeg_frame_is_kept_untouched() -> None:
+def test_the_jpeg_frame_is_returned_unchanged() -> None:
     stored = gray_image(41, 33)
     frame = encoded(stored, uid.JPEGBaseline8Bit)
     for padded in (frame, frame + b"\0", frame + b"\xff"):
-        found = dicom.read_dicom(dicom_file(stored, syntax=uid.JPEGBaseline8Bit, frames=[padded]))
-        assert found.jpeg == frame
-    cut = [frame[:100], frame[100:400], frame[400:]]
-    assert dicom.read_dicom(dicom_file(stored, syntax=uid.JPEGBaseline8Bit, frames=cut)).jpeg == frame
+        image = dicom.read_dicom(dicom_file(stored, syntax=uid.JPEGBaseline8Bit, frames=[padded]))
+        assert image.jpeg == frame
+    fragments = [frame[:100], frame[100:400], frame[400:]]
+    assert dicom.read_dicom(dicom_file(stored, syntax=uid.JPEGBaseline8Bit, frames=fragments)).jpeg == frame
 
 
 @pytest.mark.parametrize(
     ("tags", "kept"),
     [
         ({"RescaleSlope": 1, "RescaleIntercept": 0}, True),
-        ({"RescaleSlope": 2, "RescaleIntercept": -1000}, True),  # the same grays, without a window
+        ({"RescaleSlope": 2, "RescaleIntercept": -1000}, True),  # the same gray values, because there is no window
         ({"WindowCenter": 128, "WindowWidth": 256}, True),
         ({"WindowCenter": 127.5, "WindowWidth": 255, "VOILUTFunction": "LINEAR_EXACT"}, True),
         ({"WindowCenter": 127, "WindowWidth": 255}, False),
@@ -154,16 +154,16 @@ def test_the_jpeg_frame_is_kept_untouched() -> None:
         ({"PixelRepresentation": 1}, False),
     ],
 )
-def test_the_frame_is_kept_only_where_it_is_the_image(tags: dict[str, Any], kept: bool) -> None:
+def test_the_frame_is_returned_only_if_it_shows_the_image(tags: dict[str, Any], kept: bool) -> None:
     stored = gray_image()
     frame = encoded(stored, uid.JPEGBaseline8Bit)
-    found = dicom.read_dicom(dicom_file(stored, syntax=uid.JPEGBaseline8Bit, frames=[frame], **tags))
-    assert (found.jpeg == frame) is kept
+    image = dicom.read_dicom(dicom_file(stored, syntax=uid.JPEGBaseline8Bit, frames=[frame], **tags))
+    assert (image.jpeg == frame) is kept
     with Image.open(io.BytesIO(frame)) as image:
-        assert np.array_equal(found.image_HW, np.asarray(image)) is kept
+        assert np.array_equal(image.image_HW, np.asarray(image)) is kept
 
 
-# Cut short
+# Truncated
 
 
 CASES = [
@@ -181,7 +181,7 @@ def case_file(stored: Stored, syntax: Any, bits: int, **tags: Any) -> bytes:
 
 
 @pytest.mark.parametrize(("syntax", "dtype", "bits"), CASES)
-def test_a_file_cut_anywhere_is_refused(syntax: Any, dtype: str, bits: int) -> None:
+def test_a_file_truncated_anywhere_is_refused(syntax: Any, dtype: str, bits: int) -> None:
     needs_imagecodecs(syntax, bits)
     stored = gray_image(120, 100, dtype=dtype, bits=bits)
     data = (
@@ -194,18 +194,18 @@ def test_a_file_cut_anywhere_is_refused(syntax: Any, dtype: str, bits: int) -> N
         assert refusal(data[:length])
 
 
-def test_a_real_file_cut_at_every_kilobyte_is_refused() -> None:
+def test_a_real_file_truncated_at_every_kilobyte_is_refused() -> None:
     paths = sorted(SIIM.glob("*.dcm"))
     if not paths:
-        pytest.skip("the original SIIM files are not here")
+        pytest.skip("the original SIIM files are missing")
     data = paths[0].read_bytes()
     for length in range(0, len(data), 1024):
         assert refusal(data[:length])
 
 
 @pytest.mark.parametrize(("syntax", "dtype", "bits"), [case for case in CASES if case[0].is_encapsulated])
-def test_a_frame_cut_before_it_was_filed_is_refused(syntax: str, dtype: str, bits: int) -> None:
-    """What its file says is then consistent, and most decoders fill the rest with gray, even behind an end marker."""
+def test_a_truncated_frame_in_an_intact_file_is_refused(syntax: str, dtype: str, bits: int) -> None:
+    """The file is consistent, and most decoders fill the missing rest with gray, also if there is an end marker."""
     needs_imagecodecs(syntax, bits)
     stored = gray_image(64, 48, dtype=dtype, bits=bits)
     frame = encoded(stored, syntax, bits=bits)
@@ -218,7 +218,7 @@ def test_a_frame_cut_before_it_was_filed_is_refused(syntax: str, dtype: str, bit
 
 
 @pytest.mark.parametrize(("syntax", "dtype", "bits"), CASES)
-def test_damage_never_ends_in_another_error(
+def test_damage_never_raises_another_error(
     syntax: Any, dtype: str, bits: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     needs_imagecodecs(syntax, bits)
@@ -228,8 +228,8 @@ def test_damage_never_ends_in_another_error(
     random = np.random.default_rng(bits)
     for _ in range(60):
         damaged = bytearray(data)
-        for place in random.integers(128, len(data), random.integers(1, 4)):
-            damaged[place] = random.integers(0, 256)
+        for index in random.integers(128, len(data), random.integers(1, 4)):
+            damaged[index] = random.integers(0, 256)
         try:
             assert dicom.read_dicom(bytes(damaged)).image_HW.dtype == np.uint8
         except UnreadableImageError:
@@ -237,25 +237,25 @@ def test_damage_never_ends_in_another_error(
     capfd.readouterr()  # decoders in C and Rust write to the terminal
 
 
-def test_rle_that_does_not_fit_is_refused() -> None:
+def test_rle_of_another_size_is_refused() -> None:
     stored = np.zeros((16, 16), dtype=np.uint8)
-    whole = b"\x81\0\x81\0"  # two runs of 128
+    complete = b"\x81\0\x81\0"  # two runs of 128
     header = np.array([1, 64, *[0] * 14], dtype="<u4").tobytes()
-    for segment in (whole, whole + b"\x80\0", whole + b"\0\0"):  # as it is, and padded
+    for segment in (complete, complete + b"\x80\0", complete + b"\0\0"):  # exact, and padded
         assert not gray_of(dicom_file(stored, syntax=uid.RLELossless, frames=[header + segment])).any()
-    for segment in (whole[:2], whole + b"\xfe\0", whole + whole, b"\x7f\0", b"\x81"):
+    for segment in (complete[:2], complete + b"\xfe\0", complete + complete, b"\x7f\0", b"\x81"):
         assert "RLE" in refusal(dicom_file(stored, syntax=uid.RLELossless, frames=[header + segment]))
     for offsets in ([0], [2, 64, 66], [1, 60], [1, 64, 66], [2, 66, 64], [16] + [64] * 15, [1000, 64]):
         bad = np.array([*offsets, *[0] * (16 - len(offsets))], dtype="<u4").tobytes()
-        if offsets != [1, 64, 66]:  # what stands behind the last offset counts for nothing
-            assert "RLE header" in refusal(dicom_file(stored, syntax=uid.RLELossless, frames=[bad + whole]))
+        if offsets != [1, 64, 66]:  # offsets after the last segment are ignored
+            assert "RLE header" in refusal(dicom_file(stored, syntax=uid.RLELossless, frames=[bad + complete]))
 
 
-def relabeled(data: bytes, true: str, told: str) -> bytes:
+def relabeled(data: bytes, true: str, declared: str) -> bytes:
     """The same file under another transfer syntax, whose name must not be longer."""
     true_value = true.encode() + b"\0" * (len(true) % 2)
     assert data.count(true_value) == 1
-    return data.replace(true_value, told.encode().ljust(len(true_value), b"\0"))
+    return data.replace(true_value, declared.encode().ljust(len(true_value), b"\0"))
 
 
 FAMILY = {
@@ -272,12 +272,12 @@ def test_a_wrong_transfer_syntax_is_refused(true: str) -> None:
     stored = gray_image()
     frame = encoded(stored, true)
     every = set().union(*FAMILY.values())
-    for told in sorted(every - FAMILY[true]):
-        refusal(dicom_file(stored, syntax=told, frames=[frame]))
+    for declared in sorted(every - FAMILY[true]):
+        refusal(dicom_file(stored, syntax=declared, frames=[frame]))
     data = dicom_file(stored, syntax=true, frames=[frame])
     assert "is encapsulated" in refusal(relabeled(data, true, uid.ExplicitVRLittleEndian))
-    for told in FAMILY[true] - {uid.HTJ2K, uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL}:
-        assert gray_of(dicom_file(stored, syntax=told, frames=[frame])).shape == stored.shape
+    for declared in FAMILY[true] - {uid.HTJ2K, uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL}:
+        assert gray_of(dicom_file(stored, syntax=declared, frames=[frame])).shape == stored.shape
 
 
 def test_native_pixels_under_an_encapsulated_syntax_are_refused() -> None:
@@ -290,7 +290,7 @@ def test_wrong_rows_and_columns_are_refused(syntax: Any) -> None:
     stored = gray_image()
     for rows, columns in ((39, 34), (41, 34), (40, 33), (40, 35), (34, 40), (20, 68)):
         if rows * columns == stored.size and syntax in (uid.ExplicitVRLittleEndian, uid.RLELossless):
-            continue  # nothing else in such a file tells
+            continue  # such a file has no other information on its shape
         reason = refusal(case_file(stored, syntax, 8, Rows=rows, Columns=columns))
         assert "Rows" in reason or "PixelData" in reason
 
@@ -326,15 +326,15 @@ def test_wrong_rows_and_columns_are_refused(syntax: Any) -> None:
         ({"RescaleSlope": "1e307", "RescaleIntercept": 0}, "RescaleSlope"),
         ({"WindowCenter": 5}, "WindowWidth .* is missing"),
         ({"WindowWidth": 5}, "WindowCenter .* is missing"),
-        ({"WindowCenter": 5, "WindowWidth": 0}, "WindowWidth .* is 0, not at least 1"),
-        ({"WindowCenter": 5, "WindowWidth": 0.5}, "WindowWidth .* is 0.5, not at least 1"),
-        ({"WindowCenter": 5, "WindowWidth": 0, "VOILUTFunction": "SIGMOID"}, "not above 0 as SIGMOID"),
+        ({"WindowCenter": 5, "WindowWidth": 0}, "WindowWidth .* is 0; LINEAR needs a width of at least 1"),
+        ({"WindowCenter": 5, "WindowWidth": 0.5}, "WindowWidth .* is 0.5; LINEAR needs a width of at least 1"),
+        ({"WindowCenter": 5, "WindowWidth": 0, "VOILUTFunction": "SIGMOID"}, "SIGMOID needs a width above 0"),
         ({"WindowCenter": 5, "WindowWidth": 9, "VOILUTFunction": "CUBIC"}, "VOILUTFunction .* is 'CUBIC'"),
         ({"VOILUTSequence": [pydicom.Dataset()]}, "VOILUTSequence .* is malformed"),
         ({"ModalityLUTSequence": [pydicom.Dataset()]}, "ModalityLUTSequence .* is malformed"),
     ],
 )
-def test_what_is_wrong_is_named(tags: dict[str, Any], reason: str | None) -> None:
+def test_the_reason_names_the_wrong_tag(tags: dict[str, Any], reason: str | None) -> None:
     data = dicom_file(gray_image(), **tags)
     if reason is None:
         assert gray_of(data).shape == (40, 34)
@@ -343,7 +343,7 @@ def test_what_is_wrong_is_named(tags: dict[str, Any], reason: str | None) -> Non
             dicom.read_dicom(data)
 
 
-def test_several_frames_in_one_are_refused() -> None:
+def test_several_frames_in_one_file_are_refused() -> None:
     stored = gray_image()
     for syntax in (uid.JPEGBaseline8Bit, uid.JPEG2000Lossless, uid.RLELossless, uid.JPEGLSLossless):
         frame = encoded(stored, syntax)
@@ -352,7 +352,7 @@ def test_several_frames_in_one_are_refused() -> None:
     assert "holds 2720 bytes" in refusal(dicom_file(stored, PixelData=stored.tobytes() * 2))
 
 
-def test_jpegs_of_another_kind_are_refused() -> None:
+def test_other_kinds_of_jpeg_are_refused() -> None:
     stored = gray_image()
     color, progressive = io.BytesIO(), io.BytesIO()
     Image.fromarray(np.stack([stored] * 3, axis=-1)).save(color, "JPEG")
@@ -366,7 +366,7 @@ def test_jpegs_of_another_kind_are_refused() -> None:
     assert gray_of(narrow).shape == stored.shape
 
 
-def test_what_is_no_dicom_is_refused() -> None:
+def test_files_that_are_not_dicom_are_refused() -> None:
     for data in (b"", b"DICM", b"\0" * 128 + b"DICM", b"\0" * 4000, b"<html></html>" * 40):
         refusal(data)
         with pytest.raises(UnreadableImageError):
@@ -380,6 +380,6 @@ def test_a_file_without_preamble_is_read_by_force() -> None:
     assert np.array_equal(dicom.read_dicom(data[132:], force=True).image_HW, gray_image())
     for syntax in (uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian, uid.ExplicitVRBigEndian):
         stored = gray_image(dtype="u2", bits=12)
-        whole = dicom_file(stored, syntax=syntax, BitsStored=12)
-        bare = whole[144 + int.from_bytes(whole[140:144], "little") :]  # nor file meta information
-        assert np.array_equal(dicom.read_dicom(bare, force=True).image_HW, gray_of(whole))
+        complete = dicom_file(stored, syntax=syntax, BitsStored=12)
+        bare = complete[144 + int.from_bytes(complete[140:144], "little") :]  # also without file meta information
+        assert np.array_equal(dicom.read_dicom(bare, force=True).image_HW, gray_of(complete))

@@ -1,4 +1,4 @@
-"""Image files of every kind, whole, damaged and disguised; and the way back into files."""
+"""Reading image files of every format, intact, damaged and mislabeled; encoding and resizing images and masks."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ KERMANY = Path(__file__).resolve().parents[3] / "shared" / "data" / "kermany" / 
 
 
 def saved(array: np.ndarray[Any, Any], kind: str, **options: Any) -> bytes:
-    """A file of Pillow's making, which is nobody's here."""
+    """A file written by Pillow, which the code under test does not use for encoding."""
     file = io.BytesIO()
     Image.fromarray(array).save(file, kind, **options)
     return file.getvalue()
 
 
 def png(width: int, height: int, rows: bytes, bits: int = 8, color: int = 0, **chunks: bytes) -> bytes:
-    """A PNG of unfiltered rows, chunk by chunk; `chunks` stand before the pixels."""
+    """A PNG of unfiltered rows, chunk by chunk; `chunks` come before the pixels."""
     header = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0)
     parts = [(b"IHDR", header), *((name.encode(), body) for name, body in chunks.items())]
     parts += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
@@ -45,10 +45,10 @@ def png(width: int, height: int, rows: bytes, bits: int = 8, color: int = 0, **c
 
 
 def gray_of(data: bytes, name: str = "") -> GrayImage:
-    found = load_image(data, name=name).image_HW
-    assert found.dtype == np.uint8
-    assert found.flags.c_contiguous
-    return found
+    image_HW = load_image(data, name=name).image_HW
+    assert image_HW.dtype == np.uint8
+    assert image_HW.flags.c_contiguous
+    return image_HW
 
 
 def refusal(data: bytes, name: str = "") -> str:
@@ -70,14 +70,14 @@ def test_gray_png() -> None:
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
-def test_png_of_fewer_bits_is_spread(bits: int) -> None:
+def test_a_png_with_fewer_bits_is_scaled_to_255(bits: int) -> None:
     codes = np.arange(1 << bits, dtype=np.uint8).repeat(8 // bits)
     rows = b"\0" + np.packbits(np.unpackbits(codes[:, None], axis=1)[:, 8 - bits :].ravel()).tobytes()
     gray = gray_of(png(len(codes), 1, rows, bits=bits))
     assert np.array_equal(gray[0], codes * (255 // ((1 << bits) - 1)))
 
 
-def test_png_of_16_bits_is_divided_by_257() -> None:
+def test_a_16_bit_png_is_divided_by_257() -> None:
     stored = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     gray = gray_of(saved(stored, "PNG"))
     assert np.array_equal(gray, np.rint(stored / 257))
@@ -115,25 +115,25 @@ def test_colored_and_transparent_images_are_refused() -> None:
     assert "CMYK" in refusal(file.getvalue())
 
 
-def test_a_png_cut_anywhere_is_refused() -> None:
+def test_a_png_truncated_anywhere_is_refused() -> None:
     data = saved(gray_image(41, 33), "PNG")
     for length in range(len(data)):
         assert refusal(data[:length])
-    assert np.array_equal(gray_of(data + b"trailing bytes of a careless archive"), gray_image(41, 33))
+    assert np.array_equal(gray_of(data + b"trailing bytes"), gray_image(41, 33))
 
 
 def test_any_flipped_bit_of_a_png_is_refused() -> None:
     data = saved(gray_image(24, 20), "PNG")
-    for place in range(8, len(data)):
+    for index in range(8, len(data)):
         damaged = bytearray(data)
-        damaged[place] ^= 1 << place % 8
+        damaged[index] ^= 1 << index % 8
         assert refusal(bytes(damaged))
 
 
-def test_pngs_that_lie_are_refused() -> None:
+def test_a_png_that_contradicts_its_header_is_refused() -> None:
     rows = b"".join(b"\0" + bytes([value] * 8) for value in range(8))
     assert gray_of(png(8, 8, rows)).shape == (8, 8)
-    assert "cannot be decoded" in refusal(png(8, 9, rows))  # a row short
+    assert "cannot be decoded" in refusal(png(8, 9, rows))  # one row is missing
     assert "cannot be decoded" in refusal(png(8, 8, b"\7" + rows[1:]))  # no such filter
     assert "cannot be decoded" in refusal(png(8, 8, rows, bits=3))
     assert "100000 x 100000" in refusal(png(100_000, 100_000, rows))
@@ -144,38 +144,38 @@ def test_pngs_that_lie_are_refused() -> None:
 # JPEG
 
 
-def test_gray_jpeg_is_pillows_to_the_bit() -> None:
+def test_a_gray_jpeg_is_decoded_exactly_as_by_pillow() -> None:
     data = saved(gray_image(41, 33), "JPEG", quality=90)
-    found = load_image(data)
+    image = load_image(data)
     with Image.open(io.BytesIO(data)) as image:
-        assert np.array_equal(found.image_HW, np.asarray(image))
-    assert found.jpeg == data
+        assert np.array_equal(image.image_HW, np.asarray(image))
+    assert image.jpeg == data
 
 
-def test_color_jpeg_of_a_gray_image_is_gray() -> None:
+def test_a_color_jpeg_of_a_gray_image_is_gray() -> None:
     stored = gray_image(41, 33)
     for subsampling in (0, 1, 2):
         data = saved(np.stack([stored] * 3, axis=-1), "JPEG", quality=90, subsampling=subsampling)
-        found = load_image(data)
-        assert np.abs(found.image_HW.astype(int) - stored).mean() < 5
-        assert found.jpeg == data  # neutral hues: every decoder gets the same gray
+        image = load_image(data)
+        assert np.abs(image.image_HW.astype(int) - stored).mean() < 5
+        assert image.jpeg == data  # exactly neutral: every decoder gives the same gray
     progressive = saved(stored, "JPEG", quality=90, progressive=True)
     assert np.array_equal(gray_of(progressive), gray_of(saved(stored, "JPEG", quality=90)))
 
 
-def test_a_jpeg_cut_anywhere_is_refused() -> None:
+def test_a_jpeg_truncated_anywhere_is_refused() -> None:
     for options in ({}, {"progressive": True}, {"restart_marker_rows": 1}):
         data = saved(gray_image(64, 48), "JPEG", quality=90, **options)
         for length in range(len(data)):
             assert refusal(data[:length])
 
 
-def test_a_damaged_jpeg_ends_in_no_other_error() -> None:
+def test_a_damaged_jpeg_raises_no_other_error() -> None:
     data = saved(gray_image(64, 48), "JPEG", quality=90)
     random = np.random.default_rng(0)
-    for place in random.integers(0, len(data), 300):
+    for index in random.integers(0, len(data), 300):
         damaged = bytearray(data)
-        damaged[place] = random.integers(0, 256)
+        damaged[index] = random.integers(0, 256)
         try:
             assert load_image(bytes(damaged)).image_HW.ndim == 2
         except UnreadableImageError:
@@ -187,44 +187,44 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = saved(gray_image(41, 33), "JPEG", quality=95, exif=exif.tobytes())
-    found = load_image(data)
+    image = load_image(data)
     with Image.open(io.BytesIO(data)) as image:
         upright = ImageOps.exif_transpose(image)
         assert upright is not None
-        assert np.array_equal(found.image_HW, np.asarray(upright))
-    assert (found.jpeg == data) is (orientation == 1)
-    assert found.image_HW.flags.c_contiguous
+        assert np.array_equal(image.image_HW, np.asarray(upright))
+    assert (image.jpeg == data) is (orientation == 1)
+    assert image.image_HW.flags.c_contiguous
 
 
-def test_absurd_exif() -> None:
+def test_damaged_exif_is_ignored_or_refused() -> None:
     exif = Image.Exif()
     exif[0x0112] = 9
     data = saved(gray_image(41, 33), "JPEG", exif=exif.tobytes())
     assert gray_of(data).shape == (41, 33)
-    at = data.index(b"Exif\0\0") + 6
+    offset = data.index(b"Exif\0\0") + 6
     for damage in (b"\0" * 8, b"MM\0*\xff\xff\xff\xff", b"II*\0\x08\0\0\0\xff\xff"):
-        damaged = data[:at] + damage + data[at + len(damage) :]
+        damaged = data[:offset] + damage + data[offset + len(damage) :]
         try:
             assert gray_of(damaged).shape == (41, 33)
         except UnreadableImageError:
             assert "EXIF" in refusal(damaged)
 
 
-# Which kind it is
+# Recognizing the format
 
 
-def test_dicom_comes_with_its_header() -> None:
+def test_dicom_comes_with_its_metadata() -> None:
     stored = gray_image(41, 33)
     frame = encoded(stored, "1.2.840.10008.1.2.4.50")
     tags: dict[str, Any] = {"PatientSex": "F", "PatientAge": "040Y", "ViewPosition": "AP", "PixelSpacing": [0.1, 0.2]}
     data = dicom_file(stored, syntax="1.2.840.10008.1.2.4.50", frames=[frame], **tags)
-    found = load_image(data, name="x.png")  # the bytes tell, not the name
-    assert (found.sex, found.age, found.view, found.spacing_mm) == ("F", 40, "AP", (0.1, 0.2))
-    assert found.jpeg == frame
-    assert np.array_equal(found.image_HW, load_image(frame).image_HW)
+    image = load_image(data, name="x.png")  # the bytes decide, not the name
+    assert (image.sex, image.age, image.view, image.spacing_mm) == ("F", 40, "AP", (0.1, 0.2))
+    assert image.jpeg == frame
+    assert np.array_equal(image.image_HW, load_image(frame).image_HW)
 
 
-def test_dicom_without_preamble_goes_by_its_name() -> None:
+def test_dicom_without_preamble_is_recognized_by_its_name() -> None:
     data = dicom_file(gray_image())[132:]
     assert np.array_equal(gray_of(data, "s3://bucket/A.DCM"), gray_image())
     assert np.array_equal(gray_of(data, "a.dicom"), gray_image())
@@ -250,22 +250,22 @@ def test_dicom_without_preamble_goes_by_its_name() -> None:
         (b"%PDF-1.7\n", "PDF"),
         (b"\x01\x02\x03\x04\x05\x06\x07\x08\x09", "0102030405060708"),
         (b"\x89PN", "89504e"),
-        (b"\x89PNG\r\n\x1a\n", "cut short"),
+        (b"\x89PNG\r\n\x1a\n", "truncated"),
         (b"\xff\xd8", "ffd8"),
-        (b"\xff\xd8\xff\xe0", "JPEG is cut short or damaged"),
+        (b"\xff\xd8\xff\xe0", "JPEG is truncated or damaged"),
     ],
 )
-def test_what_is_no_image_is_called_by_its_name(data: bytes, reason: str) -> None:
+def test_another_format_is_named(data: bytes, reason: str) -> None:
     assert reason in refusal(data)
     assert reason in refusal(data, "a.png")
     refusal(data, "a.dcm")
 
 
-# Into files
+# Encoding
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 300), (300, 7), (64, 64)])
-def test_png_comes_back(shape: tuple[int, int]) -> None:
+def test_an_encoded_png_is_lossless(shape: tuple[int, int]) -> None:
     stored = gray_image(*shape) if shape != (1, 1) else np.array([[7]], dtype=np.uint8)
     data = encode_png(stored)
     assert np.array_equal(gray_of(data), stored)
@@ -274,13 +274,13 @@ def test_png_comes_back(shape: tuple[int, int]) -> None:
     assert encode_png(np.asfortranarray(stored)) == data
 
 
-def test_jpeg_comes_back_nearly() -> None:
+def test_an_encoded_jpeg_is_close_to_the_image() -> None:
     stored = gray_image(120, 100)
     smooth = cv2.GaussianBlur(stored, (0, 0), 2)
     data = encode_jpeg(smooth, 95)
-    found = load_image(data)
-    assert np.abs(found.image_HW.astype(int) - smooth).mean() < 1
-    assert found.jpeg == data
+    image = load_image(data)
+    assert np.abs(image.image_HW.astype(int) - smooth).mean() < 1
+    assert image.jpeg == data
     with Image.open(io.BytesIO(data)) as image:
         assert (image.mode, image.info.get("progressive")) == ("L", None)
     assert encode_jpeg(np.asfortranarray(smooth), 95) == data
@@ -295,7 +295,7 @@ def test_the_same_image_makes_the_same_bytes() -> None:
 
 
 @given(arrays(np.bool_, array_shapes(min_dims=2, max_dims=2, max_side=40)))
-def test_any_mask_comes_back(mask: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
+def test_any_mask_survives_encoding_and_decoding(mask: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
     data = encode_mask(mask)
     assert np.array_equal(decode_mask(data), mask)
     shown = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_GRAYSCALE)
@@ -306,7 +306,7 @@ def test_any_mask_comes_back(mask: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
         assert np.array_equal(np.asarray(image), mask)
 
 
-def test_masks_of_others() -> None:
+def test_masks_from_other_programs() -> None:
     mask = gray_image(20, 30) > 100
     for inside in (1, 128, 255):
         assert np.array_equal(decode_mask(saved(mask * np.uint8(inside), "PNG")), mask)
@@ -314,20 +314,20 @@ def test_masks_of_others() -> None:
         decode_mask(saved(gray_image(20, 30), "PNG"))
     with pytest.raises(UnreadableImageError, match="not a PNG"):
         decode_mask(saved(mask * np.uint8(255), "JPEG"))
-    with pytest.raises(UnreadableImageError, match="cut short"):
+    with pytest.raises(UnreadableImageError, match="truncated"):
         decode_mask(encode_mask(mask)[:-5])
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: encode_png(np.zeros((3, 3), dtype=np.float32)), "gray is float32"),
-        (lambda: encode_jpeg(np.zeros((3, 3, 1), dtype=np.uint8)), "gray is uint8 of shape"),
+        (lambda: encode_png(np.zeros((3, 3), dtype=np.float32)), "image is float32"),
+        (lambda: encode_jpeg(np.zeros((3, 3, 1), dtype=np.uint8)), "image is uint8 of shape"),
         (lambda: encode_jpeg(gray_image(), 0), "quality is 0"),
         (lambda: encode_mask(np.zeros((3, 3), dtype=np.uint8)), "mask is uint8"),
         (lambda: encode_mask(np.zeros((0, 3), dtype=np.bool_)), "mask is bool of shape"),
         (lambda: resize_image(gray_image(), 0), "size is 0"),
-        (lambda: resize_image(np.zeros((3, 3), dtype=np.float32), 4), "gray is float32"),
+        (lambda: resize_image(np.zeros((3, 3), dtype=np.float32), 4), "image is float32"),
         (lambda: resize_mask(gray_image(), 4), "mask is uint8"),
     ],
 )
@@ -336,11 +336,11 @@ def test_wrong_arguments_are_named(call: Callable[[], Any], message: str) -> Non
         call()
 
 
-# Sizes
+# Resizing
 
 
 def area_mean(values: np.ndarray[Any, Any], size: int) -> np.ndarray[Any, Any]:
-    """The mean over each target pixel's area, by weights of overlap: slow and exact."""
+    """The mean over the area of each target pixel, weighted by overlap: slow and exact."""
 
     def weights(length: int) -> np.ndarray[Any, Any]:
         edge = np.arange(size + 1) * length / size
@@ -357,7 +357,7 @@ def test_shrinking_averages_areas(shape: tuple[int, int], size: int) -> None:
     assert np.abs(resize_image(stored, size) - area_mean(stored, size)).max() <= 0.51
 
 
-def test_growing_and_squashing() -> None:
+def test_enlarging_and_changing_the_aspect_ratio() -> None:
     stored = gray_image(16, 16)
     grown = resize_image(stored, 64)
     assert grown.shape == (64, 64)
@@ -365,13 +365,13 @@ def test_growing_and_squashing() -> None:
     assert resize_image(stored, 16) is stored
     wide = resize_image(gray_image(20, 200), 64)  # one side grows, the other shrinks
     assert wide.shape == (64, 64)
-    narrow = area_mean(gray_image(20, 200), 64)  # of which only the columns' means are compared
+    narrow = area_mean(gray_image(20, 200), 64)  # only the means of columns are compared
     assert np.abs(wide.mean(axis=0) - narrow.mean(axis=0)).max() < 12
 
 
 @given(arrays(np.bool_, array_shapes(min_dims=2, max_dims=2, min_side=8, max_side=40)), st.integers(1, 8))
 @settings(max_examples=60)
-def test_masks_shrink_by_half_or_more(mask: np.ndarray[Any, np.dtype[np.bool_]], size: int) -> None:
+def test_a_smaller_mask_contains_pixels_covered_by_half_or_more(mask: np.ndarray[Any, np.dtype[np.bool_]], size: int) -> None:
     cover = area_mean(mask.astype(float), size)
     sure = np.abs(cover - 0.5) > 1e-4
     resized = resize_mask(mask, size)
@@ -388,13 +388,13 @@ def test_a_half_covered_pixel_is_inside() -> None:
     assert np.array_equal(resize_mask(np.eye(2, dtype=np.bool_), 4)[[0, 0, 3], [0, 3, 3]], [True, False, True])
 
 
-# The real thing
+# Real images
 
 
 def test_real_pngs() -> None:
     paths = sorted(NIH.glob("*.png"))
     if not paths:
-        pytest.skip("the NIH images are not here")
+        pytest.skip("the NIH images are missing")
     rgba = 0
     for path in [*paths[::12], NIH / "00001369_000.png", NIH / "00005813_000.png"]:
         data = path.read_bytes()
@@ -410,11 +410,11 @@ def test_real_pngs() -> None:
 def test_real_jpegs() -> None:
     paths = sorted(KERMANY.rglob("*.jpeg"))
     if not paths:
-        pytest.skip("the Kermany images are not here")
+        pytest.skip("the Kermany images are missing")
     for path in paths[::12]:
         data = path.read_bytes()
-        found = load_image(data, name=str(path))
-        assert found.image_HW.shape == (224, 224)
-        assert found.jpeg == data
+        image = load_image(data, name=str(path))
+        assert image.image_HW.shape == (224, 224)
+        assert image.jpeg == data
         with Image.open(path) as image:
-            assert np.abs(found.image_HW.astype(int) - np.asarray(image.convert("L"))).max() <= 1
+            assert np.abs(image.image_HW.astype(int) - np.asarray(image.convert("L"))).max() <= 1

@@ -1,4 +1,4 @@
-"""Run-length encodings against a slow loop, against themselves, and on every string of the real table."""
+"""Run-length encodings: against a slow loop, there and back, and on every string of the real table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIDE = (1024, 1024)
 
 
 def loop_decode(rle: str, shape: tuple[int, int]) -> rle_masks.Mask:
-    """The loop everybody writes: slow, and plainly what the format means."""
+    """The obvious loop: slow, and easy to compare with the definition of the format."""
     flat = np.zeros(shape[0] * shape[1], dtype=np.bool_)
     numbers = [int(word) for word in rle.split()]
     position = 0
@@ -32,7 +32,7 @@ def loop_decode(rle: str, shape: tuple[int, int]) -> rle_masks.Mask:
 def real_rows() -> list[tuple[str, str]]:
     """(image id, encoding) of every row of the published table."""
     if not TABLE.exists():
-        pytest.skip(f"the real mask table is not here: {TABLE.name}")
+        pytest.skip(f"the real mask table {TABLE.name} is missing")
     with TABLE.open(newline="") as file:
         return [(row[0], row[1]) for row in list(csv.reader(file))[1:]]
 
@@ -42,7 +42,7 @@ def real_rows() -> list[tuple[str, str]]:
     [
         ("0 1", [(0, 0)]),
         ("1 2", [(1, 0), (2, 0)]),
-        ("2 2", [(2, 0), (0, 1)]),  # a run goes on at the top of the next column
+        ("2 2", [(2, 0), (0, 1)]),  # a run continues at the top of the next column
         ("0 1 2 1", [(0, 0), (0, 1)]),  # the second start counts from the end of the first run
         ("11 1", [(2, 3)]),
         ("0 2 0 1", [(0, 0), (1, 0), (2, 0)]),  # runs that touch
@@ -76,7 +76,7 @@ def test_encode_takes_any_memory_layout() -> None:
 
 
 @given(arrays(np.bool_, array_shapes(min_dims=2, max_dims=2, max_side=24)))
-def test_any_mask_comes_back(mask: rle_masks.Mask) -> None:
+def test_any_mask_survives_encoding_and_decoding(mask: rle_masks.Mask) -> None:
     rle = rle_masks.encode(mask)
     assert np.array_equal(rle_masks.decode(rle, mask.shape), mask)
     if mask.any():
@@ -85,7 +85,7 @@ def test_any_mask_comes_back(mask: rle_masks.Mask) -> None:
 
 @st.composite
 def runs(draw: st.DrawFn) -> tuple[str, tuple[int, int]]:
-    """An encoding that need not be the shortest, and an image that holds it."""
+    """An encoding, not always the shortest one, and the shape of an image that contains it."""
     numbers = draw(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=12))
     width = draw(st.integers(1, 9))
     height = max(1, -(-sum(map(sum, numbers)) // width)) + draw(st.integers(0, 3))
@@ -93,7 +93,7 @@ def runs(draw: st.DrawFn) -> tuple[str, tuple[int, int]]:
 
 
 @given(runs())
-def test_any_encoding_means_what_the_loop_says(case: tuple[str, tuple[int, int]]) -> None:
+def test_any_encoding_is_decoded_like_the_loop(case: tuple[str, tuple[int, int]]) -> None:
     rle, shape = case
     mask = rle_masks.decode(rle, shape)
     assert np.array_equal(mask, loop_decode(rle, shape))
@@ -119,19 +119,19 @@ def test_union_is_or(parts: list[rle_masks.Mask]) -> None:
         ("1.0 2", "'1.0'"),
         ("+1 2", r"'\+1'"),
         ("1_0 2", "'1_0'"),
-        ("٣ 2", "only whole numbers"),
+        ("٣ 2", "only non-negative integers"),
         ("11 2", "end at pixel 13 of 12"),
         ("0 99999999999999999999999 1 1", "end at pixel"),
     ],
 )
-def test_wrong_encodings_say_what_is_wrong(rle: str, message: str) -> None:
+def test_a_wrong_encoding_gives_the_reason(rle: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         rle_masks.decode(rle, (3, 4))
     with pytest.raises(ValueError, match=message):
         rle_masks.union(["-1", rle], (3, 4))
 
 
-def test_wrong_shapes_and_masks_say_what_is_wrong() -> None:
+def test_a_wrong_shape_or_mask_gives_the_reason() -> None:
     with pytest.raises(ValueError, match="shape is 0 x 4"):
         rle_masks.decode("-1", (0, 4))
     with pytest.raises(ValueError, match="shape is 3 x -1"):
@@ -142,7 +142,7 @@ def test_wrong_shapes_and_masks_say_what_is_wrong() -> None:
         rle_masks.encode(np.zeros((1, 3, 4), dtype=np.bool_))
 
 
-def test_real_table_comes_back_to_the_letter() -> None:
+def test_the_real_table_is_reproduced_exactly() -> None:
     positive = [(image_id, rle) for image_id, rle in real_rows() if rle.strip() != rle_masks.EMPTY]
     assert len(positive) == 3576
     rows_of: dict[str, int] = {}
@@ -156,10 +156,10 @@ def test_real_table_comes_back_to_the_letter() -> None:
             single += 1
             assert same, image_id
     assert single == 2045
-    assert back == 3576  # the rows of images with several masks are as clean
+    assert back == 3576  # also the rows of images with several masks
 
 
-def test_real_table_agrees_with_the_loop() -> None:
+def test_the_real_table_is_decoded_like_the_loop() -> None:
     strings = [rle for _, rle in real_rows() if rle.strip() != rle_masks.EMPTY]
     for rle in [*strings[::300], max(strings, key=len)]:
         assert np.array_equal(rle_masks.decode(rle, SIDE), loop_decode(rle, SIDE))

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all."""
+"""Files appear complete or not at all."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ def names(folder: Path) -> list[str]:
     return [entry.name for entry in folder.iterdir()]
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_no_stray(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_temporary_file(tmp_path: Path) -> None:
     target = tmp_path / "a.bin"
     storage.write(str(target), b"old")
 
@@ -35,10 +35,10 @@ def test_file_addresses_are_plain_paths(tmp_path: Path) -> None:
     assert storage.join(f"file://{tmp_path}", "b.txt") == str(tmp_path / "b.txt")
 
 
-def test_strays_of_a_killed_process_are_swept(tmp_path: Path) -> None:
+def test_temporary_files_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".tmp-123-a.tar").write_bytes(b"half")
-    (tmp_path / "a.tar").write_bytes(b"whole")
-    assert storage.sweep(str(tmp_path)) == 1
+    (tmp_path / "a.tar").write_bytes(b"complete")
+    assert storage.remove_temporary_files(str(tmp_path)) == 1
     assert names(tmp_path) == ["a.tar"]
 
 
@@ -50,10 +50,10 @@ def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
 def test_a_full_disk_is_one_line() -> None:
     full = Path("/dev/full")
     if not full.exists():
-        pytest.skip("/dev/full is Linux's disk that is always full")
+        pytest.skip("only Linux has /dev/full, a device that is always full")
 
     def fill() -> None:
-        with storage._named("/data/out.tar"), full.open("wb", buffering=0) as disk:
+        with storage._user_errors("/data/out.tar"), full.open("wb", buffering=0) as disk:
             disk.write(b"x")
 
     with pytest.raises(UserError, match=r"/data/out.tar: no space left on the disk; free some"):

@@ -1,6 +1,6 @@
-"""DALI against the definition of right, operation by operation and preset by preset.
+"""DALI against OpenCV, which defines what is right, operation by operation and preset by preset.
 
-Tolerances are gray levels of 255. Both readers decode to the very same bytes (libjpeg-turbo twice; asserted). They
+Tolerances are gray levels of 255. Both backends decode to the same bytes (libjpeg-turbo twice; asserted). They
 differ in the warp: DALI's CPU kernel adds the step of x up in float32 along a row, which after some 200 additions is
 off by a few thousandths of a pixel. At the test images' steepest edges (50 levels a pixel plus noise) that is some
 tenths of a level; on average it is below 0.01. CLAHE is bit-equal on equal input but is handed rounded levels: where
@@ -10,6 +10,7 @@ that rounding tips, the equalized level moves by what its tile's histogram makes
 from __future__ import annotations
 
 import traceback
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -18,10 +19,11 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from cxrscale.config import PRESETS, Augment, Data, Sampler
-from cxrscale.loader import dali, opencv, sampler
+from cxrscale.config import PRESETS, Augment, Sampler
+from cxrscale.loader import dali, opencv
 from cxrscale.loader.reader import EncodedBatch, ShardReader
-from cxrscale.loader.sampler import BatchIndices
+from cxrscale.loader.sampler import BatchIndices, training_indices, training_stream
+from cxrscale.loader.spec import LoaderSpec
 from cxrscale.shards.manifest import Manifest
 from cxrscale.types import Batch
 
@@ -40,37 +42,46 @@ OPERATIONS: dict[str, dict[str, Any]] = {
     "minmax": {"normalize": "minmax"},
     "coin": {"probability": 0.5, "rotation": 20.0, "noise": 0.1, "blur": 1.0},
 }
-EQUALISED: dict[str, dict[str, Any]] = {
+EQUALIZED: dict[str, dict[str, Any]] = {
     "clahe always": {"clahe": "always", "clahe_tiles": 4},
     "clahe random": {"clahe": "random", "clahe_tiles": 4, "rotation": 10.0},
     "clahe, uneven tiles": {"clahe": "always", "clahe_tiles": 5, "clahe_clip": 3.0},
 }
 
 
+def spec_of(manifest: Manifest, augment: Augment, training: bool = True, masks: bool = False) -> LoaderSpec:
+    return LoaderSpec(
+        reader=ShardReader(manifest),
+        label_NF=manifest.labels(["Effusion"]),
+        key_N=manifest.key,
+        augment=augment,
+        seed=5,
+        training=training,
+        masks=masks,
+        num_threads=2,
+        prefetch=2,
+    )
+
+
 def both(
     manifest: Manifest,
-    steps: list[BatchIndices],
+    indices: list[BatchIndices],
     training: bool,
-    task: str = "segment",
+    masks: bool = True,
     device: str = "cpu",
     **fields: Any,
 ) -> tuple[list[Batch], list[Batch], Augment]:
-    """The same steps through both readers."""
+    """The same indices through both backends."""
     augment = Augment.model_validate({"size": SIZE, **fields})
-    data = Data.model_validate({"findings": ("Effusion",), "task": task})
-    label_NF = manifest.labels(data.findings)
-
-    def through(batches: Any, where: str) -> list[Batch]:
-        source = ShardReader(manifest)
-        return list(batches(steps, source, label_NF, augment, data, manifest.key, 5, training, torch.device(where)))
-
-    return through(dali.batches, device), through(opencv.batches, "cpu"), augment
+    ours = list(dali.batches(indices, spec_of(manifest, augment, training, masks), device))
+    right = list(opencv.batches(indices, spec_of(manifest, augment, training, masks), "cpu"))
+    return ours, right, augment
 
 
 def some_steps(manifest: Manifest, count: int = 4, batch: int = 8) -> list[BatchIndices]:
     rows = np.arange(len(manifest), dtype=np.int64)
-    steps = sampler.training_indices(rows, manifest.labels(["Effusion"]), manifest.key, Sampler(batch_size=batch))
-    return list(islice(steps, count))
+    stream = training_stream(rows, manifest.labels(["Effusion"]), manifest.key, Sampler(batch_size=batch))
+    return list(islice(training_indices(stream), count))
 
 
 def difference(ours: list[Batch], right: list[Batch], augment: Augment) -> npt.NDArray[np.float32]:
@@ -106,9 +117,9 @@ def test_an_operation_agrees(shards: Manifest, name: str) -> None:
     check_the_rest(ours, right)
 
 
-@pytest.mark.parametrize("name", EQUALISED)
+@pytest.mark.parametrize("name", EQUALIZED)
 def test_equalization_agrees(shards: Manifest, name: str) -> None:
-    ours, right, augment = both(shards, some_steps(shards), training=True, **EQUALISED[name])
+    ours, right, augment = both(shards, some_steps(shards), training=True, **EQUALIZED[name])
     found = difference(ours, right, augment)
     # A pixel whose rounding tips is one of some 100 in its tile; one level there is up to 255 / 100 * clip levels here.
     assert found.mean() < 0.05
@@ -135,7 +146,7 @@ def test_plain_resizing_agrees_to_a_thousandth(shards: Manifest, size: int) -> N
 
 
 def test_decoders_are_bit_equal_and_the_identity_is_the_identity(shards: Manifest) -> None:
-    """At the stored size, with mean 0 and deviation 1, both readers deliver the decoded levels / 255."""
+    """At the stored size, with mean 0 and deviation 1, both backends deliver the decoded levels / 255."""
     ours, right, _ = both(shards, some_steps(shards), training=False, size=64, mean=0.0, std=1.0)
     files = ShardReader(shards)
     for a, b in zip(ours, right, strict=True):
@@ -151,12 +162,12 @@ def test_a_flat_image_normalizes_to_zero() -> None:
 
 
 def test_classification_carries_no_mask(shards: Manifest) -> None:
-    ours, right, _ = both(shards, some_steps(shards, 1), training=True, task="classify")
+    ours, right, _ = both(shards, some_steps(shards, 1), training=True, masks=False)
     assert ours[0].mask_B1HW is None
     assert right[0].mask_B1HW is None
 
 
-def test_no_steps_no_batches(shards: Manifest) -> None:
+def test_no_indices_no_batches(shards: Manifest) -> None:
     ours, right, _ = both(shards, [], training=False)
     assert ours == right == []
 
@@ -179,19 +190,8 @@ def test_the_gpu_agrees(shards: Manifest, preset: str, training: bool) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_no_batch_waits_for_the_gpu(shards: Manifest) -> None:
-    """Labels, rows and noise offsets go over from pinned memory; torch's own check for synchronisation passes."""
-    augment, data = Augment(preset="effusion", size=SIZE), Data(findings=("Effusion",))
-    batches = dali.batches(
-        some_steps(shards),
-        ShardReader(shards),
-        shards.labels(data.findings),
-        augment,
-        data,
-        shards.key,
-        5,
-        True,
-        torch.device("cuda"),
-    )
+    """Labels, rows and noise offsets are copied from pinned memory; torch's own check for synchronization passes."""
+    batches = dali.batches(some_steps(shards), spec_of(shards, Augment(preset="effusion", size=SIZE)), "cuda")
     found = [next(batches)]
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -202,8 +202,8 @@ def test_no_batch_waits_for_the_gpu(shards: Manifest) -> None:
     assert [batch.row_B.tolist() for batch in found] == right
 
 
-def test_dali_does_not_rewrite_what_feeds_it(shards: Manifest) -> None:
-    """A graph with conditions is rewritten by DALI; were our reading part of it, each call would be interpreted."""
+def test_dali_does_not_rewrite_the_reader(shards: Manifest) -> None:
+    """DALI rewrites a graph with conditions; if our reader were part of it, each of its calls would be interpreted."""
     seen: list[str] = []
 
     class Watched(ShardReader):
@@ -211,11 +211,8 @@ def test_dali_does_not_rewrite_what_feeds_it(shards: Manifest) -> None:
             seen.extend(frame.filename for frame in traceback.extract_stack())
             return super().read(row_B, masks)
 
-    augment, data = Augment(preset="siim", size=SIZE), Data(findings=("Effusion",))
-    label_NF = shards.labels(data.findings)
-    device = torch.device("cpu")
-    steps = some_steps(shards, 2)
-    list(dali.batches(steps, Watched(shards), label_NF, augment, data, shards.key, 5, True, device))
+    spec = replace(spec_of(shards, Augment(preset="siim", size=SIZE)), reader=Watched(shards))
+    list(dali.batches(some_steps(shards, 2), spec, "cpu"))
     assert seen
     assert not [name for name in seen if "autograph" in name]
 

@@ -1,4 +1,4 @@
-"""Remote shards come into the cache whole, once, and never past its bound."""
+"""Remote shards are cached completely, once, and never beyond the cache's limit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cxrscale.loader.cache import RemoteShard, staged_copy
 from cxrscale.loader.reader import ShardReader
 from cxrscale.shards import manifest as manifests
 from cxrscale.types import UserError
-from tests.loader.conftest import MakeShards
+from tests.small_datasets import MakeShards
 
 
 @pytest.fixture(autouse=True)
@@ -44,13 +44,13 @@ def bucket() -> Iterator[fsspec.AbstractFileSystem]:
 
 
 def remote(files: fsspec.AbstractFileSystem, name: str, data: bytes) -> RemoteShard:
-    """Put a shard there."""
+    """Put a shard into the bucket."""
     files.pipe_file(f"/{name}", data)
     return RemoteShard(f"memory://{name}", storage.digest(data), len(data))
 
 
 def content(shard: RemoteShard) -> bytes:
-    """Stage it, read it and let it go."""
+    """Stage it, read it and close it."""
     with staged_copy(shard) as file:
         return file.read()
 
@@ -59,23 +59,25 @@ def copies(cache: Path) -> set[str]:
     return {path.name for path in cache.iterdir() if path.suffix != ".lock"}
 
 
-def test_a_remote_set_reads_like_a_local_one(
+def test_a_remote_dataset_reads_like_a_local_one(
     make_shards: MakeShards, bucket: fsspec.AbstractFileSystem, cache: Path
 ) -> None:
     local = make_shards()
     for path in Path(local.table["root"][0].as_py()).iterdir():
         bucket.pipe_file(f"/set/{path.name}", path.read_bytes())
-    there = manifests.load("memory://set")
+    staged = manifests.load("memory://set")
     rows = np.array([23, 0, 12])
-    ours, theirs = (ShardReader(each).read(rows, masks=True) for each in (there, local))
+    ours, theirs = (ShardReader(dataset).read(rows, masks=True) for dataset in (staged, local))
     assert all(np.array_equal(a, b) for a, b in zip(ours.images, theirs.images, strict=True))
-    assert ours.ok_B.all()
+    assert ours.valid_B.all()
     assert len(copies(cache)) == 3
     bucket.store.clear()
-    assert ShardReader(there).read(rows, masks=True).ok_B.all()
+    assert ShardReader(staged).read(rows, masks=True).valid_B.all()
 
 
-def test_a_copy_is_named_by_its_digest_and_made_again_when_cut(bucket: fsspec.AbstractFileSystem, cache: Path) -> None:
+def test_a_copy_is_named_by_its_digest_and_replaced_when_truncated(
+    bucket: fsspec.AbstractFileSystem, cache: Path
+) -> None:
     shard = remote(bucket, "a.tar", b"x" * 1000)
     path = cache / f"{shard.blake3}.tar"
     assert content(shard) == b"x" * 1000
@@ -100,7 +102,7 @@ def test_what_differs_from_the_manifest_is_refused_and_leaves_nothing(
     assert copies(cache) == set()
 
 
-def test_the_bound_removes_what_was_used_longest_ago(
+def test_the_limit_removes_the_least_recently_used_copy(
     bucket: fsspec.AbstractFileSystem, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXRSCALE_CACHE_GB", "2e-6")
@@ -113,10 +115,10 @@ def test_the_bound_removes_what_was_used_longest_ago(
     assert copies(cache) == {paths[0].name, paths[2].name}
 
 
-def test_what_is_being_read_is_never_removed(
+def test_a_copy_in_use_is_never_removed(
     bucket: fsspec.AbstractFileSystem, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A removed copy that is still mapped would fill the disk beyond the bound, and nobody could see by what."""
+    """A removed copy that is still mapped would fill the disk beyond the limit without being visible."""
     monkeypatch.setenv("CXRSCALE_CACHE_GB", "2e-6")
     shards = [remote(bucket, f"{name}.tar", name.encode() * 1000) for name in "abc"]
     with staged_copy(shards[0]) as file:
@@ -145,7 +147,7 @@ def test_what_is_being_read_is_never_removed(
         ("0", r"is not a number of gigabytes"),
     ],
 )
-def test_a_bound_that_cannot_be_kept_is_refused(
+def test_a_limit_that_cannot_be_kept_is_refused(
     bucket: fsspec.AbstractFileSystem, cache: Path, monkeypatch: pytest.MonkeyPatch, limit: str, message: str
 ) -> None:
     monkeypatch.setenv("CXRSCALE_CACHE_GB", limit)
@@ -155,10 +157,10 @@ def test_a_bound_that_cannot_be_kept_is_refused(
     assert copies(cache) == set()
 
 
-def test_a_download_under_way_counts_whole(
+def test_a_running_download_counts_with_its_full_size(
     bucket: fsspec.AbstractFileSystem, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What another process has only begun to copy is counted at its full size; what a dead one promised is not."""
+    """What another process has only begun to copy is counted at its full size; a dead process's reservation is not."""
     monkeypatch.setenv("CXRSCALE_CACHE_GB", "2e-6")
     shard = remote(bucket, "a.tar", b"a" * 1000)
     cache.mkdir()
@@ -184,7 +186,7 @@ def test_a_mapped_copy_survives_its_removal(
     assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_strays_of_killed_processes_are_swept(bucket: fsspec.AbstractFileSystem, cache: Path) -> None:
+def test_files_of_killed_processes_are_removed(bucket: fsspec.AbstractFileSystem, cache: Path) -> None:
     shard = remote(bucket, "a.tar", b"x")
     cache.mkdir()
     for name in ("dead", str(shard.blake3)):
@@ -211,8 +213,8 @@ def test_two_processes_download_once(make_shards: MakeShards, cache: Path) -> No
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}/part-00000.tar"
         code = (
-            "import sys; from cxrscale.batches.staging import Shard, staged;"
-            "print(staged(Shard(sys.argv[1], sys.argv[2], int(sys.argv[3]))).name)"
+            "import sys; from cxrscale.loader.cache import RemoteShard, staged_copy;"
+            "print(staged_copy(RemoteShard(sys.argv[1], sys.argv[2], int(sys.argv[3]))).name)"
         )
         command = [sys.executable, "-c", code, address, storage.digest(data), str(len(data))]
         running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -228,30 +230,30 @@ def test_two_processes_download_once(make_shards: MakeShards, cache: Path) -> No
 WORKER = """
 import fcntl, os, random, sys
 from pathlib import Path
-from cxrscale import storage
-from cxrscale.batches.staging import Shard, staged
-cache, bound = Path(os.environ["CXRSCALE_CACHE"]), 1e9 * float(os.environ["CXRSCALE_CACHE_GB"])
+from cxrscale.io import storage
+from cxrscale.loader.cache import RemoteShard, staged_copy
+cache, limit = Path(os.environ["CXRSCALE_CACHE"]), 1e9 * float(os.environ["CXRSCALE_CACHE_GB"])
 seed, *shards = sys.argv[1:]
 turns = random.Random(seed)
 for _ in range(40):
     address, digest, size = turns.choice(shards).split()
-    with staged(Shard(address, digest, int(size))) as file:
+    with staged_copy(RemoteShard(address, digest, int(size))) as file:
         assert storage.digest(file.read()) == digest
-        held = {}
+        sizes = {}
         with (cache / "cache.lock").open("w") as still:
             fcntl.flock(still, fcntl.LOCK_EX)
             for entry in os.scandir(cache):
                 name, _, kind = entry.name.partition(".")
                 if kind in ("tar", "part"):
                     try:
-                        held[name] = entry.stat().st_size
+                        sizes[name] = entry.stat().st_size
                     except FileNotFoundError:
-                        held[name] = 100_000
-        assert sum(held.values()) <= bound, held
+                        sizes[name] = 100_000
+        assert sum(sizes.values()) <= limit, sizes
 """
 
 
-def test_two_processes_keep_the_bound_together(s3: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_keep_the_limit_together(s3: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Six shards in a bucket, room for two: each process may have one, and neither is ever refused or over."""
     monkeypatch.setenv("CXRSCALE_CACHE_GB", "2.1e-4")
     files = fsspec.filesystem("s3")
@@ -265,7 +267,7 @@ def test_two_processes_keep_the_bound_together(s3: str, cache: Path, monkeypatch
         subprocess.Popen([sys.executable, "-c", WORKER, seed, *shards], stderr=subprocess.PIPE, text=True)
         for seed in "ab"
     ]
-    said = [process.communicate(timeout=120)[1] for process in running]
-    assert [process.returncode for process in running] == [0, 0], said
+    errors = [process.communicate(timeout=120)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], errors
     assert len(copies(cache)) == 2
     assert all(name.endswith(".tar") for name in copies(cache))

@@ -1,9 +1,10 @@
-"""Manifest and recipe to batches: the same bits however they are read, and early refusals with a remedy."""
+"""Manifest and recipe to batches: the same bits on every backend setting and rank, and early errors with a remedy."""
 
 from __future__ import annotations
 
 import gc
 import logging
+import sys
 import threading
 import zlib
 from collections import Counter
@@ -19,23 +20,24 @@ import pytest
 import torch
 
 from cxrscale import config
-from cxrscale.config import Augment, Data, Recipe, Sampler
-from cxrscale.inference import predictions
-from cxrscale.loader import sampler
+from cxrscale.config import Recipe, Sampler
+from cxrscale.inference import PredictionsInfo, predictions
 from cxrscale.loader.loader import (
     evaluation_batches,
     file_batches,
+    make_loader,
     open_training_stream,
     training_batches,
     training_epoch_length,
     usable_rows,
 )
 from cxrscale.loader.reader import UNDECODABLE
+from cxrscale.loader.sampler import steps_per_epoch
 from cxrscale.shards import manifest as manifests
 from cxrscale.shards.manifest import Manifest
-from cxrscale.types import Batch, Scores, UserError
-from tests.loader.conftest import MakeShards, chest
+from cxrscale.types import Batch, DistContext, Scores, UserError
 from tests.loader.test_reader import flip
+from tests.small_datasets import MakeShards, chest
 
 EVERYTHING: dict[str, Any] = {
     "size": 48,
@@ -49,17 +51,25 @@ EVERYTHING: dict[str, Any] = {
 }
 
 
+MASKS = {"task": "segment"}
+
+
+def recipe_of(**sections: dict[str, Any]) -> Recipe:
+    """A recipe for the small datasets: its sections, over images of 48 pixels and the finding Effusion."""
+    defaults: dict[str, dict[str, Any]] = {"data": {"findings": ["Effusion"]}, "augment": {"size": 48}}
+    merged = {name: {**defaults.get(name, {}), **sections.get(name, {})} for name in {**defaults, **sections}}
+    return config.parse(Recipe, merged, where="test")
+
+
 def train(
-    manifest: Manifest, count: int, *, batch: int = 8, rank: int = 0, world: int = 1, start: int = 0, **fields: Any
+    manifest: Manifest, count: int, *, batch: int = 8, start: int = 0, dist: Any = None, **loader: Any
 ) -> list[Batch]:
-    """The first `count` training batches after `start` steps."""
-    data = Data.model_validate({"findings": ("Effusion",), "task": "segment", **fields})
-    batches = training_batches(
-        manifest, data, Sampler(batch_size=batch), Augment.model_validate(EVERYTHING), rank, world, step=start
-    )
-    found = list(islice(batches, count))
+    """The first `count` training batches after `start` steps; `loader` are fields of the section of that name."""
+    recipe = recipe_of(data=MASKS, loader=loader, sampler={"batch_size": batch}, augment=EVERYTHING)
+    batches = training_batches(manifest, recipe, dist or DistContext(), step=start)
+    taken = list(islice(batches, count))
     batches.close()
-    return found
+    return taken
 
 
 def fields_of(batches: list[Batch]) -> list[torch.Tensor]:
@@ -76,32 +86,31 @@ def same(ours: list[Batch], theirs: list[Batch]) -> bool:
     )
 
 
-@pytest.mark.parametrize("reader", ["dali", "reference"])
-def test_the_same_call_gives_the_same_bits(shards: Manifest, reader: str) -> None:
-    assert same(train(shards, 4, reader=reader), train(shards, 4, reader=reader))
+@pytest.mark.parametrize("backend", ["dali", "opencv"])
+def test_the_same_call_gives_the_same_bits(shards: Manifest, backend: str) -> None:
+    assert same(train(shards, 4, backend=backend), train(shards, 4, backend=backend))
 
 
-@pytest.mark.parametrize("fields", [{"threads": 1}, {"threads": 4}, {"prefetch": 1}, {"prefetch": 5}])
+@pytest.mark.parametrize("fields", [{"num_threads": 1}, {"num_threads": 4}, {"prefetch": 1}, {"prefetch": 5}])
 def test_threads_and_prefetching_change_nothing(shards: Manifest, fields: dict[str, int]) -> None:
     assert same(train(shards, 5, **fields), train(shards, 5))
 
 
-@pytest.mark.parametrize("reader", ["dali", "reference"])
+@pytest.mark.parametrize("backend", ["dali", "opencv"])
 @pytest.mark.parametrize("start", [1, 2, 3])
-def test_a_restart_goes_on_with_the_same_bits(shards: Manifest, reader: str, start: int) -> None:
-    assert same(train(shards, 5 - start, start=start, reader=reader), train(shards, 5, reader=reader)[start:])
+def test_a_restart_goes_on_with_the_same_bits(shards: Manifest, backend: str, start: int) -> None:
+    assert same(train(shards, 5 - start, start=start, backend=backend), train(shards, 5, backend=backend)[start:])
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_any_number_of_workers_sees_the_same_bits(shards: Manifest, world: int) -> None:
-    ranks = [train(shards, 3, rank=rank, world=world) for rank in range(world)]
+    ranks = [train(shards, 3, dist=DistContext(rank, world)) for rank in range(world)]
     interleaved = [batch for step in zip(*ranks, strict=True) for batch in step]
     assert same(interleaved, train(shards, 3))
 
 
 def test_a_batch_outlives_those_after_it(shards: Manifest) -> None:
-    data, augment = Data(findings=("Effusion",)), Augment(size=48)
-    batches = evaluation_batches(shards, ["train"], data, Sampler(eval_batch_size=2), augment)
+    batches = evaluation_batches(shards, ["train"], recipe_of(sampler={"eval_batch_size": 2}))
     held = [(batch, batch.image_BCHW.clone()) for batch in batches]
     gc.collect()
     assert len(held) == 8
@@ -110,22 +119,21 @@ def test_a_batch_outlives_those_after_it(shards: Manifest) -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_evaluation_has_each_image_once(shards: Manifest, world: int) -> None:
-    data = Data(findings=("Effusion", "Mass"))
+    findings = ["Effusion", "Mass"]
+    recipe = recipe_of(data={"findings": findings}, sampler={"eval_batch_size": 3})
     rows, images = [], {}
     for rank in range(world):
-        for batch in evaluation_batches(
-            shards, ["val"], data, Sampler(eval_batch_size=3), Augment(size=48), rank, world
-        ):
+        for batch in evaluation_batches(shards, ["val"], recipe, DistContext(rank, world)):
             assert batch.image_BCHW.shape == (3, 1, 48, 48)
             for row, image, label in zip(
                 batch.row_B[batch.valid_B], batch.image_BCHW[batch.valid_B], batch.label_BF[batch.valid_B], strict=True
             ):
                 rows.append(int(row))
                 images[int(row)] = image
-                assert np.array_equal(label.numpy(), shards.labels(data.findings)[int(row)], equal_nan=True)
+                assert np.array_equal(label.numpy(), shards.labels(findings)[int(row)], equal_nan=True)
     assert sorted(rows) == shards.rows("val").tolist()
-    whole = next(evaluation_batches(shards, ["val"], data, Sampler(eval_batch_size=8), Augment(size=48)))
-    assert all(torch.equal(whole.image_BCHW[i], images[int(row)]) for i, row in enumerate(whole.row_B))
+    complete = next(evaluation_batches(shards, ["val"], recipe_of(sampler={"eval_batch_size": 8})))
+    assert all(torch.equal(complete.image_BCHW[i], images[int(row)]) for i, row in enumerate(complete.row_B))
 
 
 def test_a_corrupt_byte_makes_one_row_invalid(make_shards: MakeShards) -> None:
@@ -156,12 +164,12 @@ def spoil(manifest: Manifest, row: int, member: str = "image") -> Manifest:
     manifests.write(
         str(root / manifests.NAME),
         table.set_column(at, f"{member}_crc", pa.array(crcs, pa.uint32())),
-        manifest.about[0],
+        manifest.metadata[0],
     )
     return manifests.load(str(root))
 
 
-@pytest.mark.parametrize("fields", [{"prefetch": 1}, {"prefetch": 4}, {"reader": "reference"}])
+@pytest.mark.parametrize("fields", [{"prefetch": 1}, {"prefetch": 4}, {"backend": "opencv"}])
 @pytest.mark.parametrize("member", ["image", "mask"])
 def test_what_cannot_be_decoded_makes_one_row_invalid(
     make_shards: MakeShards, caplog: pytest.LogCaptureFixture, member: str, fields: dict[str, Any]
@@ -172,7 +180,7 @@ def test_what_cannot_be_decoded_makes_one_row_invalid(
     with caplog.at_level(logging.WARNING, "cxrscale"):
         found = train(manifest, 6, **fields)
     assert [record.getMessage().split(": ", 1)[1] for record in caplog.records] == [
-        f"{UNDECODABLE}; left out, shard it again from its archive"
+        f"{UNDECODABLE}; left out, shard it again from its source"
     ]
     for before, after in zip(clean, found, strict=True):
         assert torch.equal(before.row_B, after.row_B)
@@ -180,13 +188,15 @@ def test_what_cannot_be_decoded_makes_one_row_invalid(
         assert torch.equal(before.image_BCHW[after.valid_B], after.image_BCHW[after.valid_B])
         assert bool(torch.isfinite(after.image_BCHW).all())
     assert same(train(manifest, 3, start=3, **fields), found[3:])
-    data = Data.model_validate({"findings": ("Effusion",), "task": "segment", "train_split": "train", **fields})
-    once = list(evaluation_batches(manifest, ["train", "val"], data, Sampler(eval_batch_size=5), Augment(size=48)))
-    rows = torch.cat([batch.row_B[batch.valid_B] for batch in once])
+    recipe = recipe_of(data=MASKS, loader=fields, sampler={"eval_batch_size": 5})
+    evaluated = list(evaluation_batches(manifest, ["train", "val"], recipe))
+    rows = torch.cat([batch.row_B[batch.valid_B] for batch in evaluated])
     assert sorted(rows.tolist()) == [row for row in range(24) if row != 4]
 
 
-def test_dali_is_asked_what_opencv_swallows(make_shards: MakeShards, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dali_is_asked_about_files_that_opencv_accepts(
+    make_shards: MakeShards, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clean = train(make_shards(), 4)
     manifest = spoil(make_shards(), 4)
     monkeypatch.setattr("cxrscale.loader.dali.find_undecodable", lambda _: np.zeros(0, np.int64))
@@ -198,40 +208,40 @@ def test_dali_is_asked_what_opencv_swallows(make_shards: MakeShards, monkeypatch
 
 
 def test_lossless_and_untouched_shards_read_alike(make_shards: MakeShards) -> None:
-    data, augment = Data(findings=("Effusion",)), Augment(size=48)
-    sets = [make_shards(codec, codec=codec) for codec in ("png", "source")]
-    first, second = (next(evaluation_batches(each, ["val"], data, Sampler(), augment)) for each in sets)
+    datasets = [make_shards(codec, codec=codec) for codec in ("png", "source")]
+    first, second = (next(evaluation_batches(dataset, ["val"], recipe_of())) for dataset in datasets)
     assert torch.equal(first.image_BCHW, second.image_BCHW)
 
 
-@pytest.mark.parametrize("reader", ["dali", "reference"])
-def test_files_in_memory(reader: str) -> None:
+@pytest.mark.parametrize("backend", ["dali", "opencv"])
+def test_files_in_memory(backend: str) -> None:
     names = [".png", ".jpg", ".png"]
     files = [cv2.imencode(name, chest(i, 60 + i))[1].tobytes() for i, name in enumerate(names)]
-    data = Data.model_validate({"findings": ("Effusion", "Mass"), "reader": reader})
-    batches = list(file_batches([*files, b"no image"], data, Sampler(eval_batch_size=3), Augment(size=48)))
+    recipe = recipe_of(
+        data={"findings": ["Effusion", "Mass"]}, loader={"backend": backend}, sampler={"eval_batch_size": 3}
+    )
+    batches = list(file_batches([*files, b"no image"], recipe))
     assert [batch.valid_B.tolist() for batch in batches] == [[True] * 3, [False] * 3]
     assert batches[0].row_B.tolist() == [0, 1, 2]
     assert batches[0].label_BF.shape == (3, 2)
     assert bool(batches[0].label_BF.isnan().all())
     assert batches[0].mask_B1HW is None
-    assert list(file_batches([], data, Sampler(), Augment(size=48))) == []
+    assert list(file_batches([], recipe)) == []
 
 
 def test_the_length_of_an_epoch(shards: Manifest) -> None:
-    data = Data(findings=("Effusion",))
-    assert training_epoch_length(shards, data, Sampler()) == 16
-    assert training_epoch_length(shards, data, Sampler(sampling="positives")) == 8
-    assert sampler.steps_per_epoch(training_epoch_length(shards, data, Sampler()), Sampler(batch_size=5)) == 3
+    assert training_epoch_length(shards, recipe_of()) == 16
+    assert training_epoch_length(shards, recipe_of(sampler={"sampling": "positives"})) == 8
+    assert steps_per_epoch(training_epoch_length(shards, recipe_of()), Sampler(batch_size=5)) == 3
 
 
-def test_many_iterators_leave_no_threads_behind(shards: Manifest) -> None:
+def test_many_loaders_leave_no_threads_behind(shards: Manifest) -> None:
     train(shards, 1)
     gc.collect()
     before, native = threading.active_count(), len(list(Path("/proc/self/task").iterdir()))
     for _ in range(8):
         train(shards, 1)
-        list(evaluation_batches(shards, ["val"], Data(findings=("Effusion",)), Sampler(), Augment(size=48)))
+        list(evaluation_batches(shards, ["val"], recipe_of()))
     gc.collect()
     assert threading.active_count() == before
     assert len(list(Path("/proc/self/task").iterdir())) <= native + 1
@@ -243,49 +253,48 @@ def predictions_file(path: Path, manifest: Manifest, score: dict[str, float], fi
     ids = manifest.image_id[rows]
     score_NF = np.array([[score.get(name, 0.5)] for name in ids], np.float32)
     scores = Scores(ids, manifest.patient[rows], score_NF, manifest.labels([finding])[rows], (finding,))
-    predictions.write_predictions(path, scores, {})
+    info = PredictionsInfo(split="train", checkpoint="", manifest=manifest.digest, unreadable=0, recipe=Recipe())
+    predictions.write_predictions(path, scores, info)
     return str(path)
 
 
-def drawn(manifest: Manifest, sampler: Sampler, steps: int = 40) -> Counter[int]:
+def sampled(manifest: Manifest, steps: int = 40, **sampler: Any) -> Counter[int]:
     """How often each row comes in the first steps."""
-    row_TG, _ = open_training_stream(manifest, Data(findings=("Effusion",)), sampler).take(0, steps)
+    row_TG, _ = open_training_stream(manifest, recipe_of(sampler=sampler)).take(0, steps)
     return Counter(row_TG.ravel().tolist())
 
 
 def test_what_a_run_got_wrong_comes_again(shards: Manifest, tmp_path: Path) -> None:
-    # Rows 3k + 1 have the effusion; so 4 is badly missed and 6 badly overcalled.
+    # Rows 3k + 1 have the effusion; so 4 is a clear false negative and 6 a clear false positive.
     path = predictions_file(tmp_path / "p.parquet", shards, {"4.png": 0.01, "6.png": 0.99, "7.png": 0.9})
-    sampler = Sampler(sampling="hard", hard_predictions=path, hard_share=0.125, hard_repeats=2, batch_size=4)
-    assert training_epoch_length(shards, Data(findings=("Effusion",)), sampler) == 16 + 2 * 2
-    assert drawn(shards, sampler, 5) == {row: 3 if row in (4, 6) else 1 for row in shards.rows("train").tolist()}
+    hard = {"sampling": "hard", "hard_predictions": path, "hard_share": 0.125, "hard_repeats": 2, "batch_size": 4}
+    assert training_epoch_length(shards, recipe_of(sampler=hard)) == 16 + 2 * 2
+    assert sampled(shards, 5, **hard) == {row: 3 if row in (4, 6) else 1 for row in shards.rows("train").tolist()}
 
 
 def test_weights_follow_the_findings(shards: Manifest) -> None:
-    sampler = Sampler(sampling="weighted", weights={"Effusion": 3, "No Finding": 0}, batch_size=50)
-    count = drawn(shards, sampler)
+    count = sampled(shards, sampling="weighted", weights={"Effusion": 3, "No Finding": 0}, batch_size=50)
     label_NF = shards.labels(["Effusion", "Mass"])
     rows = shards.rows("train")
-    # Where the mass is unlabeled not every finding is absent: neither named nor healthy, weight 1.
-    unnamed = [row for row in rows.tolist() if label_NF[row, 0] == 0 and np.isnan(label_NF[row, 1])]
+    # Where the mass is unlabeled not every finding is absent: neither listed nor healthy, weight 1.
+    unlisted = [row for row in rows.tolist() if label_NF[row, 0] == 0 and np.isnan(label_NF[row, 1])]
     ill = [row for row in rows.tolist() if label_NF[row, 0] == 1]
-    assert set(count) == {*unnamed, *ill}
+    assert set(count) == {*unlisted, *ill}
     share = sum(count[row] for row in ill) / sum(count.values())
-    expected = 3 * len(ill) / (3 * len(ill) + len(unnamed))
+    expected = 3 * len(ill) / (3 * len(ill) + len(unlisted))
     assert abs(share - expected) < 5 * (0.25 / sum(count.values())) ** 0.5
 
 
-def test_shard_sets_are_mixed(make_shards: MakeShards, monkeypatch: pytest.MonkeyPatch) -> None:
-    sets = [make_shards("a", count=6), make_shards("b", count=24)]
+def test_datasets_are_mixed(make_shards: MakeShards, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = [make_shards("a", count=6), make_shards("b", count=24)]
     monkeypatch.setattr("cxrscale.shards.manifest._check_unique", lambda _: None)
-    joined = manifests.load(*(str(each.table["root"][0]) for each in sets))
-    data = Data(findings=("Effusion",))
-    rows, _ = open_training_stream(joined, data, Sampler(dataset_weights=(1, 3), batch_size=8)).take(0, 20)
+    joined = manifests.load(*(str(dataset.table["root"][0]) for dataset in datasets))
+    recipe = recipe_of(sampler={"dataset_weights": (1, 3), "batch_size": 8})
+    rows, _ = open_training_stream(joined, recipe).take(0, 20)
     assert ((rows < 6).sum(axis=1) == 2).all()
-    with pytest.raises(
-        UserError, match=r"sampler.dataset_weights=\[1.0\] has 1 shares for 2 data.shards; give one for each"
-    ):
-        training_epoch_length(joined, data, Sampler(dataset_weights=(1,)))
+    message = r"sampler.dataset_weights=\[1.0\] has 1 weights for 2 data.shards; give one for each"
+    with pytest.raises(UserError, match=message):
+        training_epoch_length(joined, recipe_of(sampler={"dataset_weights": (1,)}))
 
 
 def test_predictions_and_weights_that_do_not_fit(shards: Manifest, tmp_path: Path) -> None:
@@ -301,24 +310,24 @@ def test_predictions_and_weights_that_do_not_fit(shards: Manifest, tmp_path: Pat
     (tmp_path / "text.parquet").write_text("no table")
     mass = predictions_file(tmp_path / "mass.parquet", shards, {}, "Mass")
 
-    def hard(name: str) -> Sampler:
-        return Sampler(sampling="hard", hard_predictions=str(tmp_path / name))
+    def hard(name: str) -> dict[str, Any]:
+        return {"sampling": "hard", "hard_predictions": str(tmp_path / name)}
 
     cases = [
         (hard("others.parquet"), r"covers none of the 16 training images; .*predictions-train.parquet"),
         (hard("unlabelled.parquet"), r"covers none of the 16 training images"),
         (hard("nameless.parquet"), r"no image_id with a score for any of Effusion; give the predictions"),
-        (Sampler(sampling="hard", hard_predictions=mass), r"with a score for any of Effusion; give"),
+        (hard(Path(mass).name), r"with a score for any of Effusion; give"),
         (hard("text.parquet"), r"is no Parquet file; give"),
         (hard("absent.parquet"), r"absent.parquet"),
         (
-            Sampler(sampling="weighted", weights={"Hernia": 2}),
+            {"sampling": "weighted", "weights": {"Hernia": 2}},
             r"no label 'Hernia'; they have Effusion, Mass, No Finding",
         ),
     ]
-    for plan_, message in cases:
+    for settings, message in cases:
         with pytest.raises(UserError, match=message) as error:
-            training_batches(shards, Data(findings=("Effusion",)), plan_, Augment(size=48))
+            training_batches(shards, recipe_of(sampler=settings))
         assert "\n" not in str(error.value)
     for override, message in (("hard", "predictions-train.parquet"), ("weighted", "sampler.weights={Hernia: 5}")):
         with pytest.raises(UserError, match=message) as error:
@@ -326,46 +335,80 @@ def test_predictions_and_weights_that_do_not_fit(shards: Manifest, tmp_path: Pat
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("sampling", ["ratio", "weighted", "hard"])
-def test_every_sampling_restarts_and_spreads_with_the_same_bits(
-    shards: Manifest, tmp_path: Path, sampling: str
-) -> None:
+@pytest.mark.parametrize("policy", ["ratio", "weighted", "hard"])
+def test_every_policy_restarts_and_spreads_with_the_same_bits(shards: Manifest, tmp_path: Path, policy: str) -> None:
     path = predictions_file(tmp_path / "p.parquet", shards, {"4.png": 0.01})
-    plan_ = Sampler.model_validate(
-        {"batch": 6, "sampling": sampling, "weights": {"Effusion": 2}, "hard_scores": path, "share_epochs": 2}
-    )
-    data, augment = Data(findings=("Effusion",), task="segment"), Augment.model_validate(EVERYTHING)
+    sampler = {
+        "batch_size": 6,
+        "sampling": policy,
+        "weights": {"Effusion": 2},
+        "hard_predictions": path,
+        "positive_share_epochs": 2,
+    }
+    recipe = recipe_of(data=MASKS, sampler=sampler, augment=EVERYTHING)
 
-    def some(count: int, rank: int = 0, world: int = 1, epoch: int = 0, step: int = 0) -> list[Batch]:
-        batches = training_batches(shards, data, plan_, augment, rank, world, "cpu", epoch, step)
-        found = list(islice(batches, count))
+    def some(count: int, dist: DistContext = DistContext(), epoch: int = 0, step: int = 0) -> list[Batch]:
+        batches = training_batches(shards, recipe, dist, epoch, step)
+        taken = list(islice(batches, count))
         batches.close()
-        return found
+        return taken
 
-    steps = sampler.steps_per_epoch(training_epoch_length(shards, data, plan_), plan_)
-    whole = some(steps + 3)
-    assert same(some(2, epoch=1, step=1), whole[steps + 1 :])
-    ranks = [some(3, rank, 2) for rank in range(2)]
-    assert same([batch for step in zip(*ranks, strict=True) for batch in step], whole[:3])
+    steps = steps_per_epoch(training_epoch_length(shards, recipe), recipe.sampler)
+    complete = some(steps + 3)
+    assert same(some(2, epoch=1, step=1), complete[steps + 1 :])
+    ranks = [some(3, DistContext(rank, 2)) for rank in range(2)]
+    assert same([batch for step in zip(*ranks, strict=True) for batch in step], complete[:3])
 
 
 def test_refusals(shards: Manifest, make_shards: MakeShards) -> None:
     unmasked = make_shards(masks=False)
-    fits = Augment(size=48)
-    segment = Data(findings=("Effusion",), task="segment")
+    mass: dict[str, Any] = {"findings": ["Mass"]}
     cases = [
-        (unmasked, segment, Sampler(), fits, r"pack.masks=true"),
-        (shards, Data(findings=("Hernia",)), Sampler(), fits, r"no label 'Hernia'; they have Effusion, Mass"),
-        (shards, Data(findings=("Effusion",)), Sampler(), Augment(size=65), r"augment.size=65 .* 64 pixels"),
-        (shards, Data(findings=("Mass",)), Sampler(sampling="positives"), fits, r"no image has a finding present"),
-        (shards, Data(findings=("Mass",), train_split="x"), Sampler(), fits, r"'x' has no images; .*train \(16\)"),
+        (unmasked, recipe_of(data=MASKS), r"pack.masks=true"),
+        (shards, recipe_of(data={"findings": ["Hernia"]}), r"no label 'Hernia'; they have Effusion, Mass"),
+        (shards, recipe_of(augment={"size": 65}), r"augment.size=65 .* 64 pixels"),
+        (shards, recipe_of(data=mass, sampler={"sampling": "positives"}), r"no image has a finding present"),
+        (shards, recipe_of(data={**mass, "train_split": "x"}), r"'x' has no images; .*train \(16\)"),
     ]
-    for manifest, data, planned, augment, message in cases:
+    for manifest, recipe, message in cases:
         with pytest.raises(UserError, match=message) as error:
-            training_batches(manifest, data, planned, augment)
+            training_batches(manifest, recipe)
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"pack.masks=true"):
-        evaluation_batches(unmasked, ["val"], segment, Sampler(), fits)
+        evaluation_batches(unmasked, ["val"], recipe_of(data=MASKS))
+
+
+def test_without_dali_auto_takes_opencv_and_dali_is_refused(
+    shards: Manifest, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    opencv = train(shards, 2, backend="opencv")
+    assert not same(train(shards, 2), opencv)  # DALI's warp rounds otherwise
+    assert same(train(shards, 2), train(shards, 2, backend="dali"))
+    monkeypatch.delitem(sys.modules, "cxrscale.loader.dali")
+    monkeypatch.delattr("cxrscale.loader.dali", raising=False)
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    with caplog.at_level(logging.WARNING, "cxrscale"):
+        assert same(train(shards, 2), opencv)
+        assert same(train(shards, 2, backend="opencv"), opencv)
+    assert len([record for record in caplog.records if "loader.backend=auto: no DALI" in record.getMessage()]) == 1
+    with pytest.raises(UserError, match=r"loader.backend=dali: .*; install nvidia-dali or set loader.backend=opencv"):
+        train(shards, 1, backend="dali")
+
+
+def test_a_loader_per_split(shards: Manifest) -> None:
+    recipe = recipe_of(data={**MASKS, "val_split": ["val", "train"]}, sampler={"batch_size": 4, "eval_batch_size": 4})
+    training = make_loader(recipe, shards)
+    assert same(list(islice(training, 9)), list(islice(training_batches(shards, recipe), 9)))
+
+    def rows(split: str, dist: DistContext = DistContext()) -> list[int]:
+        return [int(row) for batch in make_loader(recipe, shards, split, dist) for row in batch.row_B[batch.valid_B]]
+
+    assert sorted(rows("val")) == list(range(24))
+    assert sorted(rows("val", DistContext(0, 2)) + rows("val", DistContext(1, 2))) == list(range(24))
+    with pytest.raises(UserError, match="'test' has no images"):
+        make_loader(recipe, shards, "test")
+    with pytest.raises(UserError, match="'fold7' has no images"):
+        make_loader(recipe, shards, "fold7")
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -373,31 +416,27 @@ def test_refusals(shards: Manifest, make_shards: MakeShards) -> None:
 def test_negatives_without_any_finding(shards: Manifest, split: str, task: str) -> None:
     # Effusion in a third of the images, Mass absent or, in every fifth, unlabeled.
     table = shards.table.to_pylist()
-    data = Data.model_validate({"findings": ("Effusion",), "negatives": "no_finding", "task": task})
-    kept = set(usable_rows(shards, [split], data).tolist())
+    recipe = recipe_of(data={"negatives": "no_finding", "task": task}, sampler={"eval_batch_size": 4})
+    kept = set(usable_rows(shards, [split], recipe.data).tolist())
     for row, image in enumerate(table):
         healthy = image["label.Effusion"] == 0 and image["label.Mass"] == 0
         assert (row in kept) == (image["split"] == split and (image["label.Effusion"] == 1 or healthy))
     left_out = set(shards.rows(split).tolist()) - kept
     assert kept
     assert left_out
-    seen = [
-        int(row)
-        for batch in evaluation_batches(shards, [split], data, Sampler(eval_batch_size=4), Augment(size=48))
-        for row in batch.row_B[batch.valid_B]
-    ]
+    seen = [int(row) for batch in evaluation_batches(shards, [split], recipe) for row in batch.row_B[batch.valid_B]]
     assert sorted(seen) == sorted(kept)
     if split == "train":
-        assert training_epoch_length(shards, data, Sampler()) == len(kept)
+        assert training_epoch_length(shards, recipe) == len(kept)
 
 
 def test_negatives_of_another_finding_are_not_normal(shards: Manifest) -> None:
     # No image shows a Mass, so all that are kept have every finding absent: those with an Effusion go.
-    data = Data(findings=("Mass",), negatives="no_finding")
+    data = recipe_of(data={"findings": ["Mass"], "negatives": "no_finding"}).data
     label_NF = shards.labels(("Effusion", "Mass"))
     assert (label_NF[usable_rows(shards, ["train"], data)] == 0).all()
     present = pa.array([1] * shards.table.num_rows, pa.int8())
     column = shards.table.column_names.index("label.Effusion")
-    sick = Manifest(shards.table.set_column(column, "label.Effusion", present), shards.digest, shards.about)
+    sick = Manifest(shards.table.set_column(column, "label.Effusion", present), shards.digest, shards.metadata)
     with pytest.raises(UserError, match=r"no_finding: split train has no image with Mass .*negatives=any"):
         usable_rows(sick, ["train"], data)

@@ -1,4 +1,4 @@
-"""Bytes out of shards: the right ones, or a row marked bad and named once; never a crash of the batch."""
+"""Bytes out of shards: the right ones, or a row that is marked bad and logged once; never a crash of the batch."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from cxrscale.loader.opencv import decoded
 from cxrscale.loader.reader import MemoryReader, ShardReader
 from cxrscale.shards.manifest import Manifest
 from cxrscale.types import UserError
-from tests.loader.conftest import MakeShards, chest
+from tests.small_datasets import MakeShards, chest
 
 
 def root(manifest: Manifest) -> Path:
-    """The folder of a set."""
+    """The folder of a dataset."""
     return Path(manifest.table["root"][0].as_py())
 
 
@@ -35,11 +35,11 @@ def flip(manifest: Manifest, row: int, member: str = "image", by: int = 40) -> N
     path.write_bytes(data)
 
 
-def test_reads_the_very_members_of_the_tar(shards: Manifest) -> None:
+def test_the_reader_gives_the_members_of_the_tar(shards: Manifest) -> None:
     rows = np.array([17, 3, 3, 0])
-    found = ShardReader(shards).read(rows, masks=True)
-    assert found.ok_B.all()
-    for row, image, mask in zip(rows.tolist(), found.images, found.masks or [], strict=True):
+    batch = ShardReader(shards).read(rows, masks=True)
+    assert batch.valid_B.all()
+    for row, image, mask in zip(rows.tolist(), batch.images, batch.masks or [], strict=True):
         with tarfile.open(root(shards) / shards.table["shard"][row].as_py()) as tar:
             for suffix, ours in (("jpg", image), ("mask.png", mask)):
                 member = tar.extractfile(f"k{row:05d}.{suffix}")
@@ -49,7 +49,7 @@ def test_reads_the_very_members_of_the_tar(shards: Manifest) -> None:
 
 
 @pytest.mark.parametrize("member", ["image", "mask"])
-def test_a_flipped_byte_costs_that_row_alone(
+def test_a_flipped_byte_makes_that_row_alone_invalid(
     make_shards: MakeShards, caplog: pytest.LogCaptureFixture, member: str
 ) -> None:
     manifest = make_shards()
@@ -58,35 +58,35 @@ def test_a_flipped_byte_costs_that_row_alone(
     flip(manifest, 5, member)
     reader = ShardReader(manifest)
     with caplog.at_level(logging.WARNING, "cxrscale"):
-        found = reader.read(rows, masks=True)
+        batch = reader.read(rows, masks=True)
         reader.read(rows, masks=True)
-    assert found.ok_B.tolist() == [row != 5 for row in range(12)]
+    assert batch.valid_B.tolist() == [row != 5 for row in range(12)]
     for row in set(range(12)) - {5}:
-        assert np.array_equal(found.images[row], clean.images[row])
+        assert np.array_equal(batch.images[row], clean.images[row])
     assert [sample.row for sample in reader.bad] == [5]
     assert len(caplog.records) == 1
     assert "5.png" in caplog.text
     assert "part-00000.tar" in caplog.text
-    assert decoded(found.images[5]).shape == (8, 8)
+    assert decoded(batch.images[5]).shape == (8, 8)
 
 
 def test_a_missing_mask_is_a_bad_row(make_shards: MakeShards) -> None:
     reader = ShardReader(make_shards(masks=False))
-    assert not reader.read(np.arange(3), masks=True).ok_B.any()
+    assert not reader.read(np.arange(3), masks=True).valid_B.any()
     assert [sample.reason for sample in reader.bad] == ["has no mask"] * 3
-    assert reader.read(np.arange(3), masks=False).ok_B.all()
+    assert reader.read(np.arange(3), masks=False).valid_B.all()
 
 
 def test_a_missing_or_short_shard_ends_the_run_with_a_remedy(make_shards: MakeShards) -> None:
     manifest = make_shards()
     path = root(manifest) / "part-00001.tar"
-    whole = path.read_bytes()
-    for content in (whole[:4000], b"", None):
+    complete = path.read_bytes()
+    for content in (complete[:4000], b"", None):
         path.write_bytes(content) if content is not None else path.unlink()
         with pytest.raises(UserError, match=r"part-00001.tar .*cxrscale verify") as error:
             ShardReader(manifest).read(np.arange(10, 20), masks=False)
         assert "\n" not in str(error.value)
-        assert ShardReader(manifest).read(np.arange(10), masks=False).ok_B.all()
+        assert ShardReader(manifest).read(np.arange(10), masks=False).valid_B.all()
 
 
 def test_sizes_are_those_of_the_stored_images(make_shards: MakeShards) -> None:
@@ -96,31 +96,31 @@ def test_sizes_are_those_of_the_stored_images(make_shards: MakeShards) -> None:
         assert (height_B.tolist(), width_B.tolist()) == ([side] * 2, [side] * 2)
 
 
-def test_sizes_of_joined_sets(make_shards: MakeShards, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_of_joined_datasets(make_shards: MakeShards, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = make_shards("a", size=40, count=4), make_shards("b", size=64, count=5)
     monkeypatch.setattr("cxrscale.shards.manifest._check_unique", lambda _: None)
     from cxrscale.shards import manifest as manifests
 
     joined = manifests.load(str(root(first)), str(root(second)))
     assert ShardReader(joined).sizes(np.arange(9))[0].tolist() == [40] * 4 + [64] * 5
-    found = ShardReader(joined).read(np.arange(9), masks=False)
-    assert [decoded(image).shape[0] for image in found.images] == [40] * 4 + [64] * 5
+    batch = ShardReader(joined).read(np.arange(9), masks=False)
+    assert [decoded(image).shape[0] for image in batch.images] == [40] * 4 + [64] * 5
 
 
 def test_files_in_memory(caplog: pytest.LogCaptureFixture) -> None:
     files = [cv2.imencode(".png", chest(i, side))[1].tobytes() for i, side in enumerate((30, 50))]
     reader = MemoryReader([*files, b"no image", b""])
     with caplog.at_level(logging.WARNING, "cxrscale"):
-        found = reader.read(np.array([1, 0, 2, 3]), masks=False)
-    assert found.ok_B.tolist() == [True, True, False, False]
+        batch = reader.read(np.array([1, 0, 2, 3]), masks=False)
+    assert batch.valid_B.tolist() == [True, True, False, False]
     assert reader.sizes(np.array([1, 0]))[0].tolist() == [50, 30]
     assert [sample.row for sample in reader.bad] == [2, 3]
-    assert np.array_equal(decoded(found.images[0]), chest(1, 50))
+    assert np.array_equal(decoded(batch.images[0]), chest(1, 50))
     with pytest.raises(UserError, match="masks"):
         reader.read(np.array([0]), masks=True)
 
 
-def test_the_placeholder_is_a_image() -> None:
+def test_the_placeholder_is_an_image() -> None:
     assert decoded(reader.placeholder()).shape == (8, 8)
 
 

@@ -1,4 +1,4 @@
-"""A user's mistakes about data, met on the way that a run takes: each one line that names the field and the remedy."""
+"""User errors about data, found where a run starts: each is one line that names the field and the remedy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.conftest import TINY_SEGMENTER, tiny
         ("data.train_split=fold7", r"split 'fold7' has no images; .*train \(\d+\).*: name one of them"),
         (
             "sampler.dataset_weights=[1, 2]",
-            r"sampler.dataset_weights=\[1.0, 2.0\] has 2 shares for 1 data.shards; give one for each",
+            r"sampler.dataset_weights=\[1.0, 2.0\] has 2 weights for 1 data.shards; give one for each",
         ),
     ],
 )
@@ -44,7 +44,7 @@ def test_no_image_left_after_a_filter(nih_shards: str, tmp_path: Path) -> None:
     # The one image that the subset leaves cannot be both with and without a finding.
     recipe = tiny(nih_shards, tmp_path, "sampler.max_images=1", "sampler.sampling=balanced")
     with pytest.raises(
-        UserError, match=r"sampler.sampling=balanced: no image .* sampler.max_images=1 leaves; raise plan.sub"
+        UserError, match=r"sampler.sampling=balanced: no image .* sampler.max_images=1 leaves; raise sampler.max_i"
     ):
         launch.preflight(recipe)
 
@@ -55,7 +55,7 @@ def test_a_run_does_not_go_on_with_other_shards(drawn: SyntheticPaths, nih_shard
     recipe = tiny(str(shards), tmp_path / "runs", "train.epochs=1", "sampler.steps_per_epoch=1")
     launch.launch(recipe, "tiny", watch_run, local=True)
     shutil.rmtree(shards)
-    build.build("nih", str(drawn.nih), Pack(size=64, quality=80), str(shards), local=True)
+    build.build_shards("nih", str(drawn.nih), Pack(size=64, quality=80), str(shards), local=True)
     with pytest.raises(UserError, match=r"run tiny was trained on other shards; give another tracking.name") as error:
         launch.launch(recipe, "tiny", watch_run, local=True)
     assert "\n" not in str(error.value)

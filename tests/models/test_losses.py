@@ -1,4 +1,4 @@
-"""Losses against references and cases done by hand, and masks that let nothing through."""
+"""Losses against references and cases computed by hand, and masks that let nothing through."""
 
 import numpy as np
 import pytest
@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from timm.loss import AsymmetricLossMultiLabel
 from torchvision.ops import sigmoid_focal_loss
 
-from cxrscale.config import Loss
+from cxrscale import config
+from cxrscale.config import LOSS_WEIGHTS, Loss, Recipe
 from cxrscale.models import losses
 from cxrscale.models.losses import ClassWeights
-from cxrscale.types import Batch
+from cxrscale.types import Batch, UserError
 
 NAN = float("nan")
 CPU = torch.device("cpu")
@@ -26,11 +27,11 @@ ELEMENTS = [
     Loss(bce=0, asymmetric=1, asymmetric_gammas=(0.5, 0.5), asymmetric_clip=0),
     Loss(bce=0.5, cost_matrix_weight=1, focal=2, asymmetric=0.25),
 ]
-PICTURES = [Loss(bce=0, dice=1), Loss(bce=0, lovasz=1), Loss(bce=1, dice=2, focal=0.5, lovasz=0.25)]
+IMAGES = [Loss(bce=0, dice=1), Loss(bce=0, lovasz=1), Loss(bce=1, dice=2, focal=0.5, lovasz=0.25)]
 
 
 @pytest.fixture(autouse=True)
-def same_draws() -> None:
+def same_random_numbers() -> None:
     torch.manual_seed(0)
 
 
@@ -51,9 +52,9 @@ def factors(positive: float = 1.0, negative: float = 1.0, findings: int = 1) -> 
 
 def masks(count: int, side: int, seed: int = 0) -> torch.Tensor:
     """Random masks (count, 1, side, side), the first of them empty."""
-    drawn = (torch.rand(count, 1, side, side, generator=torch.Generator().manual_seed(seed)) < 0.3).float()
-    drawn[0] = 0
-    return drawn
+    random = (torch.rand(count, 1, side, side, generator=torch.Generator().manual_seed(seed)) < 0.3).float()
+    random[0] = 0
+    return random
 
 
 def test_bce_is_the_formula() -> None:
@@ -85,17 +86,17 @@ def test_chexnets_pneumonia_loss_by_hand() -> None:
 
 
 def test_cost_matrix_by_hand() -> None:
-    # p = 0.9, 0.2, 0.7, 0.4 for truth 1, 1, 0, 0: hit, miss, false alarm, correct refusal.
+    # p = 0.9, 0.2, 0.7, 0.4 for truth 1, 1, 0, 0: TP, FN, FP, TN.
     logits, target = torch.tensor([0.9, 0.2, 0.7, 0.4]).logit(), torch.tensor([1.0, 1.0, 0.0, 0.0])
     expected = [-np.log(0.9), -5 * np.log(0.2), -5 * np.log(0.3), -np.log(0.6)]
     assert losses.cost_matrix(logits, target, Loss().cost_matrix).numpy() == pytest.approx(expected, rel=1e-5)
-    # Rows are the truth, columns the call.
+    # Rows are the label, columns the prediction.
     table = ((2.0, 3.0), (5.0, 7.0))
     by_entry = losses.cost_matrix(logits, target, table) / losses.bce(logits, target, factors())
     assert by_entry.numpy() == pytest.approx([7.0, 5.0, 3.0, 2.0])
 
 
-def test_penalty_is_softmax_cross_entropy_over_two_classes_times_the_entry() -> None:
+def test_the_cost_matrix_is_softmax_cross_entropy_over_two_classes_times_the_entry() -> None:
     logits, target = torch.randn(50) * 3, (torch.rand(50) < 0.4).float()
     two = torch.stack([torch.zeros_like(logits), logits], dim=1)
     plain = torch.nn.functional.cross_entropy(two, target.long(), reduction="none")
@@ -194,7 +195,7 @@ def test_unlabeled_and_invalid_rows_count_nothing(loss: Loss) -> None:
     assert torch.isfinite(logits.grad).all()
 
 
-@pytest.mark.parametrize("loss", [*PICTURES, *ELEMENTS])
+@pytest.mark.parametrize("loss", [*IMAGES, *ELEMENTS])
 def test_invalid_images_count_nothing(loss: Loss) -> None:
     logits, mask = torch.randn(3, 1, 4, 4, requires_grad=True), masks(3, 4)
     rows = batch([[0.0], [1.0], [1.0]], [True, True, False], mask)
@@ -206,7 +207,7 @@ def test_invalid_images_count_nothing(loss: Loss) -> None:
     assert (logits.grad[1] != 0).any()
 
 
-@pytest.mark.parametrize("loss", [*PICTURES, *ELEMENTS])
+@pytest.mark.parametrize("loss", [*IMAGES, *ELEMENTS])
 @pytest.mark.parametrize("size", [1.0, 30.0, 1e4, 1e30])
 def test_gradients_are_finite_in_bf16_however_extreme_the_logits(loss: Loss, size: float) -> None:
     logits = (torch.randn(3, 1, 8, 8) * size).bfloat16()
@@ -221,19 +222,19 @@ def test_gradients_are_finite_in_bf16_however_extreme_the_logits(loss: Loss, siz
 
 
 @given(
-    loss=st.sampled_from([*ELEMENTS, *PICTURES]),
-    cut=st.integers(0, 6),
+    loss=st.sampled_from([*ELEMENTS, *IMAGES]),
+    boundary=st.integers(0, 6),
     seed=st.integers(0, 2**32 - 1),
     valid=st.lists(st.booleans(), min_size=6, max_size=6),
 )
 @settings(deadline=None, max_examples=60)
-def test_sums_and_counts_of_the_parts_give_the_mean_of_the_whole(
-    loss: Loss, cut: int, seed: int, valid: list[bool]
+def test_sums_and_counts_of_the_parts_give_the_mean_of_the_total(
+    loss: Loss, boundary: int, seed: int, valid: list[bool]
 ) -> None:
-    draws = torch.Generator().manual_seed(seed)
-    segments = loss in PICTURES
-    label = torch.tensor([NAN, 0.0, 1.0])[torch.randint(3, (6, 3), generator=draws)]
-    logits = torch.randn((6, 1, 4, 4) if segments else (6, 3), generator=draws) * 4
+    generator = torch.Generator().manual_seed(seed)
+    segments = loss in IMAGES
+    label = torch.tensor([NAN, 0.0, 1.0])[torch.randint(3, (6, 3), generator=generator)]
+    logits = torch.randn((6, 1, 4, 4) if segments else (6, 3), generator=generator) * 4
     mask = masks(6, 4, seed % 1000)
 
     def sums(part: slice) -> tuple[torch.Tensor, torch.Tensor]:
@@ -241,16 +242,16 @@ def test_sums_and_counts_of_the_parts_give_the_mean_of_the_whole(
         weights = factors(2.0, 0.5, 1 if segments else 3)
         return losses.terms(logits[part], rows, loss, weights), losses.counts(rows, loss)
 
-    parts = [sums(part) for part in (slice(cut), slice(cut, None)) if len(label[part])]
-    whole, count = sums(slice(None))
-    torch.testing.assert_close(sum(total for total, _ in parts), whole, rtol=1e-5, atol=1e-5)
+    parts = [sums(part) for part in (slice(boundary), slice(boundary, None)) if len(label[part])]
+    complete, count = sums(slice(None))
+    torch.testing.assert_close(sum(total for total, _ in parts), complete, rtol=1e-5, atol=1e-5)
     assert torch.equal(torch.stack([number for _, number in parts]).sum(0), count)
 
 
-@pytest.mark.parametrize("loss", [*PICTURES, *ELEMENTS])
-def test_no_value_is_looked_at_on_the_way(loss: Loss) -> None:
+@pytest.mark.parametrize("loss", [*IMAGES, *ELEMENTS])
+def test_no_value_is_read_in_between(loss: Loss) -> None:
     # Tensors on the meta device have no values: whatever would wait for a GPU's result raises on them.
-    segments = loss in PICTURES
+    segments = loss in IMAGES
     with torch.device("meta"):
         rows = Batch(
             image_BCHW=torch.empty(2, 1, 8, 8),
@@ -265,3 +266,37 @@ def test_no_value_is_looked_at_on_the_way(loss: Loss) -> None:
         torch.autograd.backward(mean)
         with pytest.raises(RuntimeError):
             mean.item()
+
+
+def test_a_term_without_a_weight_or_a_weight_without_a_term_is_refused() -> None:
+    losses.check_terms(["bce", "focal"], ["focal", "bce"])
+    with pytest.raises(RuntimeError, match=r"weights without a term \['tversky'\], terms without a weight \[\]"):
+        losses.check_terms([*LOSS_WEIGHTS, "tversky"], losses.TERMS)
+    with pytest.raises(RuntimeError, match=r"weights without a term \[\], terms without a weight \['lovasz'\]"):
+        losses.check_terms(set(LOSS_WEIGHTS) - {"lovasz"}, losses.TERMS)
+
+
+@pytest.mark.parametrize("name", losses.TERMS)
+def test_each_weight_of_the_configuration_computes_its_own_term(name: str) -> None:
+    only = Loss.model_validate({"bce": 0, name: 3})
+    assert losses.active(only) == [name]
+    rows = batch([[1.0], [0.0]], [True, True], masks(2, 4))
+    logits = torch.randn(2, 1, 4, 4)
+    values = {
+        "bce": losses.bce(logits, masks(2, 4), factors()),
+        "cost_matrix_weight": losses.cost_matrix(logits, masks(2, 4), only.cost_matrix),
+        "focal": losses.focal(logits, masks(2, 4), only.focal_gamma, only.focal_alpha),
+        "asymmetric": losses.asymmetric(logits, masks(2, 4), only.asymmetric_gammas, only.asymmetric_clip),
+        "dice": losses.soft_dice(logits, masks(2, 4)),
+        "lovasz": losses.lovasz(logits, masks(2, 4)),
+    }
+    torch.testing.assert_close(losses.terms(logits, rows, only, factors()), 3 * values[name].sum()[None])
+    assert losses.TERMS[name].per_image == (values[name].ndim == 1)
+
+
+def test_terms_over_pixels_are_refused_for_classification() -> None:
+    pixels = [name for name, weight in LOSS_WEIGHTS.items() if weight.segment_only]
+    assert pixels == ["dice", "lovasz"]
+    for name in pixels:
+        with pytest.raises(UserError, match=f"loss.{name} needs pixels"):
+            config.parse(Recipe, {"loss": {name: 1}}, where="test")

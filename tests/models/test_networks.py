@@ -1,4 +1,4 @@
-"""Nets by name, and weights that fit or fail loudly."""
+"""Models by name, and weights that fit or fail loudly."""
 
 import io
 import re
@@ -33,8 +33,8 @@ TINY_UNET = Model(
 )
 
 
-def using(model: Model, weights: Path | str) -> Model:
-    return model.model_copy(update={"weights": str(weights)})
+def using(model_config: Model, weights: Path | str) -> Model:
+    return model_config.model_copy(update={"weights": str(weights)})
 
 
 def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
@@ -51,14 +51,14 @@ def agree(ours: torch.nn.Module, theirs: torch.nn.Module, image_B1HW: torch.Tens
 
 
 @pytest.fixture(autouse=True)
-def same_draws() -> None:
+def same_random_numbers() -> None:
     torch.manual_seed(0)
 
 
 def test_chexnet_is_densenet121_with_14_logits_on_one_gray_channel() -> None:
-    net = build_model(Model(weights="none"), Data())
+    model = build_model(Model(weights="none"), Data())
     # torchvision's DenseNet-121 has 6,953,856 before its head; one input channel instead of three takes 2 x 64 x 49.
-    assert count_trainable(net) == 6_953_856 - 2 * 64 * 49 + (1024 + 1) * 14
+    assert count_trainable(model) == 6_953_856 - 2 * 64 * 49 + (1024 + 1) * 14
 
 
 def test_weights_of_another_run_load(tmp_path: Path) -> None:
@@ -125,12 +125,12 @@ def test_weights_are_read_from_a_bucket(s3: str) -> None:
 @pytest.mark.parametrize("arch", ["densenet121", "resnet18", "Unet"])
 def test_a_new_head_leaves_out_the_files_last_layer_alone(arch: str, tmp_path: Path) -> None:
     data = ONE_MASK if arch == "Unet" else TWO
-    model = {"densenet121": SMALL, "Unet": TINY_UNET}.get(arch, Model(weights="none", arch=arch))
-    first = build_model(model, data)
+    model_config = {"densenet121": SMALL, "Unet": TINY_UNET}.get(arch, Model(weights="none", arch=arch))
+    first = build_model(model_config, data)
     torch.nn.init.normal_(list(first.parameters())[-1])  # a bias that is not a fresh head's zeros
     torch.save({"model": first.state_dict()}, tmp_path / "best.pt")
     other = data if arch == "Unet" else Data(findings=("Hernia", "Edema", "Fibrosis"))
-    second = build_model(using(model, tmp_path / "best.pt").model_copy(update={"reset_head": True}), other)
+    second = build_model(using(model_config, tmp_path / "best.pt").model_copy(update={"reset_head": True}), other)
     last = head_names(second)[0]
     assert last == {"densenet121": "classifier", "resnet18": "fc", "Unet": "segmentation_head"}[arch]
     for name, value in second.state_dict().items():
@@ -142,7 +142,7 @@ def test_a_new_head_leaves_out_the_files_last_layer_alone(arch: str, tmp_path: P
     state = {key: value for key, value in first.state_dict().items() if key != next(iter(first.state_dict()))}
     torch.save({"model": state}, tmp_path / "best.pt")
     with pytest.raises(UserError, match="1 missing: "):
-        build_model(using(model, tmp_path / "best.pt").model_copy(update={"reset_head": True}), other)
+        build_model(using(model_config, tmp_path / "best.pt").model_copy(update={"reset_head": True}), other)
 
 
 def test_weights_for_other_findings_are_refused_without_a_new_head(tmp_path: Path) -> None:
@@ -150,13 +150,13 @@ def test_weights_for_other_findings_are_refused_without_a_new_head(tmp_path: Pat
     torch.save(state, tmp_path / "best.pt")
     start = using(SMALL, tmp_path / "best.pt")
     build_model(start, TWO)
-    with pytest.raises(UserError, match=r"trained for Mass, Nodule, not for Nodule, Mass; .*model\.new_head=true"):
+    with pytest.raises(UserError, match=r"trained for Mass, Nodule, not for Nodule, Mass; .*model\.reset_head=true"):
         build_model(start, Data(findings=("Nodule", "Mass")))
     build_model(start.model_copy(update={"reset_head": True}), Data(findings=("Nodule", "Mass")))
 
 
 class PublicCheXNet(torch.nn.Module):
-    """The class of both public repositories: torchvision's model under a name, Sequential(Linear, Sigmoid) at its end."""
+    """The class of both public repositories: torchvision's model as an attribute, ending in Linear and Sigmoid."""
 
     def __init__(self, outputs: int) -> None:
         super().__init__()
@@ -168,11 +168,11 @@ class PublicCheXNet(torch.nn.Module):
         return out
 
 
-def as_published(net: torch.nn.Module) -> dict[str, torch.Tensor]:
+def as_published(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """A state dict as torchvision and DataParallel of 2017 wrote it."""
     return {
         "module." + re.sub(r"(norm|conv)([12])\.", r"\1.\2.", key): value
-        for key, value in net.state_dict().items()
+        for key, value in model.state_dict().items()
         if not key.endswith("num_batches_tracked")
     }
 
@@ -180,10 +180,10 @@ def as_published(net: torch.nn.Module) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def public() -> PublicCheXNet:
     torch.manual_seed(0)
-    net = PublicCheXNet(14)
+    model = PublicCheXNet(14)
     with torch.no_grad():  # as after training: no buffer at the value that a fresh model has anyway
-        net.train()(torch.randn(4, 3, 64, 64))
-    return net.eval()
+        model.train()(torch.randn(4, 3, 64, 64))
+    return model.eval()
 
 
 @pytest.mark.parametrize("layout", ["arnoweng", "zoogzog", "today", "bare"])
@@ -235,14 +235,14 @@ def test_a_public_chexnet_has_its_findings_in_its_order(public: PublicCheXNet, t
 @pytest.mark.parametrize("arch", ["resnet18", "densenet121", "Unet"])
 def test_three_channels_become_one(arch: str, tmp_path: Path) -> None:
     data = ONE_MASK if arch == "Unet" else TWO
-    model = {"Unet": TINY_UNET, "densenet121": SMALL}.get(arch, Model(arch=arch, weights="none"))
+    model_config = {"Unet": TINY_UNET, "densenet121": SMALL}.get(arch, Model(arch=arch, weights="none"))
     if arch == "Unet":
-        three = smp.Unet(model.encoder, encoder_weights=None, in_channels=3, classes=1, **model.options)
+        three = smp.Unet(model_config.encoder, encoder_weights=None, in_channels=3, classes=1, **model_config.options)
     else:
-        three = timm.create_model(arch, in_chans=3, num_classes=2, **model.options)
+        three = timm.create_model(arch, in_chans=3, num_classes=2, **model_config.options)
     torch.save({"model": three.state_dict()}, tmp_path / "three.pt")
     gray = torch.randn(2, 1, 64, 64)
-    agree(build_model(using(model, tmp_path / "three.pt"), data), three, gray)
+    agree(build_model(using(model_config, tmp_path / "three.pt"), data), three, gray)
 
 
 def test_imagenet_weights_are_adapted_by_timm_and_smp_likewise(tmp_path: Path) -> None:
@@ -266,17 +266,20 @@ def test_imagenet_weights_are_adapted_by_timm_and_smp_likewise(tmp_path: Path) -
 @given(children=st.integers(0, 9))
 @settings(deadline=None, max_examples=10)
 def test_the_first_children_are_frozen(children: int) -> None:
-    net = build_model(Model(arch="resnet18", weights="none", freeze_children=children), TWO)
-    for place, (_, child) in enumerate(net.named_children()):
-        assert all(parameter.requires_grad == (place >= children) for parameter in child.parameters())
+    model = build_model(Model(arch="resnet18", weights="none", freeze_children=children), TWO)
+    for index, (_, child) in enumerate(model.named_children()):
+        assert all(parameter.requires_grad == (index >= children) for parameter in child.parameters())
 
 
 def test_freezing_counts_what_is_trained() -> None:
-    net = Model(arch="resnet18", weights="none")
-    whole = count_trainable(build_model(net, ONE))
+    model_config = Model(arch="resnet18", weights="none")
+    total = count_trainable(build_model(model_config, ONE))
     # conv1 on one channel and bn1; act1 and maxpool have none.
-    assert whole - count_trainable(build_model(net.model_copy(update={"freeze_children": 4}), ONE)) == 64 * 49 + 2 * 64
-    named = build_model(net.model_copy(update={"freeze_names": ("layer1.0", "fc.bias")}), ONE)
+    assert (
+        total - count_trainable(build_model(model_config.model_copy(update={"freeze_children": 4}), ONE))
+        == 64 * 49 + 2 * 64
+    )
+    named = build_model(model_config.model_copy(update={"freeze_prefixes": ("layer1.0", "fc.bias")}), ONE)
     frozen = {name for name, parameter in named.named_parameters() if not parameter.requires_grad}
     assert frozen == {name for name, _ in named.named_parameters() if name.startswith(("layer1.0.", "fc.bias"))}
 
@@ -286,9 +289,9 @@ def test_freezing_counts_what_is_trained() -> None:
     [
         ({"freeze_children": 11}, "model.freeze_children=11: the model has 10 children, conv1, bn1, .*fc"),
         ({"freeze_children": 10}, "leave nothing to train"),
-        ({"freeze_names": ("layr1",)}, "no parameter begins with 'layr1'; there are .*layer1"),
-        ({"freeze_names": ("encoder",)}, "no parameter begins with 'encoder'; there are conv1, bn1, layer1"),
-        ({"freeze_names": ("",)}, "leave nothing to train"),
+        ({"freeze_prefixes": ("layr1",)}, "no parameter begins with 'layr1'; there are .*layer1"),
+        ({"freeze_prefixes": ("encoder",)}, "no parameter begins with 'encoder'; there are conv1, bn1, layer1"),
+        ({"freeze_prefixes": ("",)}, "leave nothing to train"),
     ],
 )
 def test_freezing_what_is_not_there_is_refused(fields: dict[str, Any], message: str) -> None:
@@ -297,7 +300,7 @@ def test_freezing_what_is_not_there_is_refused(fields: dict[str, Any], message: 
 
 
 @pytest.mark.parametrize(
-    ("model", "data"),
+    ("model_config", "task"),
     [
         (Model(arch="resnet18", weights="none", freeze_children=5), "classify"),
         (Model(arch="resnet18", weights="none", freeze_prefixes=("layer3", "layer1.0.bn1")), "classify"),
@@ -305,22 +308,22 @@ def test_freezing_what_is_not_there_is_refused(fields: dict[str, Any], message: 
         (Model(arch="Unet", encoder="resnet18", weights="none", freeze_prefixes=("encoder",)), "segment"),
     ],
 )
-def test_a_step_moves_nothing_that_is_frozen(model: Model, data: str) -> None:
-    net = build_model(model, ONE_MASK if data == "segment" else ONE)
-    train_mode(net)
-    assert net.training
-    before = {key: value.clone() for key, value in net.state_dict().items()}
-    held = {name for name, parameter in net.named_parameters() if not parameter.requires_grad}
-    assert held
-    frozen = {name.rsplit(".", 1)[0] for name in held}
-    optimizer = torch.optim.SGD([parameter for parameter in net.parameters() if parameter.requires_grad], 0.1)
-    torch.autograd.backward(net(torch.randn(4, 1, 64, 64)).square().sum())
+def test_a_step_moves_nothing_that_is_frozen(model_config: Model, task: str) -> None:
+    model = build_model(model_config, ONE_MASK if task == "segment" else ONE)
+    train_mode(model)
+    assert model.training
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    frozen_names = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen_names
+    frozen = {name.rsplit(".", 1)[0] for name in frozen_names}
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], 0.1)
+    torch.autograd.backward(model(torch.randn(4, 1, 64, 64)).square().sum())
     optimizer.step()
-    for key, value in net.state_dict().items():
+    for key, value in model.state_dict().items():
         if key.rsplit(".", 1)[0] in frozen:
             assert torch.equal(value, before[key]), key
-    moved = [key for key, value in net.state_dict().items() if not torch.equal(value, before[key])]
-    assert any(key.endswith("running_mean") for key in moved) or model.arch == SMALL.arch
+    moved = [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])]
+    assert any(key.endswith("running_mean") for key in moved) or model_config.arch == SMALL.arch
     assert any(key.endswith("weight") for key in moved)
 
 

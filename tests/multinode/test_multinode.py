@@ -66,7 +66,7 @@ def test_a_run_that_loses_a_machine_ends_like_one_that_does_not(
     assert job.returncode == 0, out
     assert out.splitlines()[-1] == hurt
     assert_equal(hurt, whole)
-    assert run_info.read_run_info(hurt)["finished"]
+    assert run_info.read_run_info(hurt).finished
     # Nothing was left of its cache of shards.
     assert writer in store.who("GET", ".tar", told)
 
@@ -126,5 +126,5 @@ def test_a_search_that_loses_a_machine_ends(cluster: Cluster, shards: str, s3: s
     for number in range(4):
         trial = f"{run}/trials/trial-{number:03d}"
         assert newest(trial) == 24
-        assert run_info.read_run_info(trial)["finished"]
+        assert run_info.read_run_info(trial).finished
     assert storage.exists(f"{run}/best.yaml")

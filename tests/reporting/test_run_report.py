@@ -1,23 +1,22 @@
-"""The page of a run: whole, self-contained, honest about what others reached. Some 20 s."""
+"""The report of a run: complete, self-contained, compared only with results on the same images. Some 20 s."""
 
 from __future__ import annotations
 
 import io
-import json
 import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
 
-from cxrscale.inference import stored_thresholds
+from cxrscale.config import PublishedFigure, Recipe, Reference
+from cxrscale.evaluation.artifacts import DataInfo
 from cxrscale.io import storage
-from cxrscale.reporting import plots, run_report, tables
-from cxrscale.reporting.gallery import EACH
-from cxrscale.run import choose_run_thresholds, evaluate_run
+from cxrscale.reporting import html, plots, run_report, tables
+from cxrscale.reporting.gallery import CASES_PER_KIND
+from cxrscale.run import Run
 from cxrscale.training import run_info
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -63,29 +62,28 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def classifier(classifier_run: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+def classifier(classifier_run: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """An evaluated classifier with its page."""
-    run = shutil.copytree(classifier_run, tmp_path_factory.mktemp("page") / "classifier").as_posix()
-    choose_run_thresholds(run, ["threshold.calibration=platt", "threshold.prior_shift=em"], 20)
-    evaluate_run(run, 20)
-    run_report.write(run)
+    run = Run(shutil.copytree(classifier_run, tmp_path_factory.mktemp("page") / "classifier"))
+    run.choose_thresholds(["threshold.calibration=platt", "threshold.prior_shift=em"], 20)
+    run.evaluate(20)
+    run.report()
     return run
 
 
 @pytest.fixture(scope="module")
-def segmenter(segmenter_run: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+def segmenter(segmenter_run: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """An evaluated segmenter with its page."""
-    run = shutil.copytree(segmenter_run, tmp_path_factory.mktemp("page") / "segmenter").as_posix()
-    choose_run_thresholds(run, [], 20)
-    evaluate_run(run, 20)
-    run_report.write(run)
+    run = Run(shutil.copytree(segmenter_run, tmp_path_factory.mktemp("page") / "segmenter"))
+    run.choose_thresholds(resamples=20)
+    run.evaluate(20)
+    run.report()
     return run
 
 
 @pytest.mark.parametrize("kind", ["classifier", "segmenter"])
 def test_a_page_needs_nothing_beside_it(kind: str, request: pytest.FixtureRequest) -> None:
-    run = request.getfixturevalue(kind)
-    text = (Path(run) / "report.html").read_text()
+    text = Path(request.getfixturevalue(kind).artifact("report.html")).read_text()
     page = Page(text)
     assert page.open == []
     for target in page.targets:
@@ -94,90 +92,92 @@ def test_a_page_needs_nothing_beside_it(kind: str, request: pytest.FixtureReques
     assert "@import" not in text
     assert "<script" not in text
     assert len(page.ids) == len(set(page.ids))
-    assert 0 < page.images <= 3 * EACH
+    assert 0 < page.images <= 3 * CASES_PER_KIND
     for clip in re.findall(r"url\(#([^)]+)\)", text):
         assert clip in page.ids
     assert "prefers-color-scheme: dark" in text
     assert "@media print" in text
 
 
-def test_the_page_says_what_the_files_say(classifier: str) -> None:
-    text = Page((Path(classifier) / "report.html").read_text()).text
-    found = json.loads((Path(classifier) / "metrics.json").read_text())
-    chosen = json.loads((Path(classifier) / "thresholds.json").read_text())
-    about = run_info.read_run_info(classifier)
-    area = found["findings"]["Effusion"]["auroc"]
-    assert f"{area['value']:.3f} ({area['low']:.3f}–{area['high']:.3f})" in text
-    for wanted in (
+def test_the_page_shows_the_values_of_the_files(classifier: Run) -> None:
+    text = Page(Path(classifier.artifact("report.html")).read_text()).text
+    test, thresholds = classifier.test_metrics(), classifier.thresholds()
+    auroc = test.findings["Effusion"].auroc
+    assert f"{auroc.value:.3f} ({auroc.low:.3f}–{auroc.high:.3f})" in text
+    for expected in (
         "No leak found",
-        found["manifest"],
-        found["checkpoint"],
-        storage.digest((Path(classifier) / "thresholds.json").read_bytes()),
-        about["versions"]["torch"],
+        test.manifest,
+        test.checkpoint,
+        storage.digest(Path(classifier.artifact("thresholds.json")).read_bytes()),
+        run_info.read_run_info(classifier.path).versions["torch"],
         "optim.lr=0.003",
         "no image with the finding",
-        f"Chosen on the {chosen['images']} images",
+        f"Chosen on the {thresholds.images} images",
         "Calibrated by platt",
         "one estimated from the test scores",
-        "Worst misses",
-        "Nothing is set beside these",
+        "Worst false negatives",
+        "No published result is comparable",
     ):
-        assert wanted in text, wanted
-    assert {path.stem for path in (Path(classifier) / "plots").iterdir()} >= {
+        assert expected in text, expected
+    assert {path.stem for path in Path(classifier.artifact("plots")).iterdir()} >= {
         *("roc", "precision-recall", "calibration", "confusion", "thresholds", "history"),
     }
 
 
-def test_masks_are_outlined_and_dice_stands_beside_its_floor(segmenter: str) -> None:
-    text = (Path(segmenter) / "report.html").read_text()
-    found = json.loads((Path(segmenter) / "metrics.json").read_text())
-    assert text.count('class="truth" d="M') >= min(found["dice"]["positives"], EACH) - 1
-    assert f"{found['dice']['all_empty_floor']:.3f} for no mask at all" in Page(text).text
-    shown = Console(width=tables.WIDTH, record=True, file=io.StringIO())
-    shown.print(tables.metrics_table(found, "run"))
-    assert f"{found['dice']['on_positives']['value']:.3f}" in shown.export_text()
+def test_masks_are_outlined_and_dice_is_compared_with_its_baseline(segmenter: Run) -> None:
+    text = Path(segmenter.artifact("report.html")).read_text()
+    test = segmenter.test_metrics()
+    assert test.dice is not None
+    assert text.count('class="truth" d="M') >= min(test.dice.positives, CASES_PER_KIND) - 1
+    assert f"{test.dice.empty_baseline:.3f} for no mask at all" in Page(text).text
+    assert {path.stem for path in Path(segmenter.artifact("plots")).iterdir()} >= {"dice", "mask_rule"}
+    console = Console(width=tables.WIDTH, record=True, file=io.StringIO())
+    console.print(tables.metrics_table(test, "run"))
+    assert f"{test.dice.on_positives.value:.3f}" in console.export_text()
 
 
-def rendered(run: str, change: dict[str, Any], about: dict[str, Any] | None = None) -> str:
-    """The page's words as they would be with other metrics."""
-    found = {**run_report.evaluated(run), **change}
-    chosen = stored_thresholds(run)
-    drawn: dict[str, run_report.Plot] = {}
-    for name in ("roc", "precision-recall", "calibration"):
-        figure = plots.overlap([0.5])
-        drawn[name] = run_report.Plot(figure, name)
-    return Page(
-        run_report.render(run, found, chosen, {**run_info.read_run_info(run), **(about or {})}, [], drawn, {})
-    ).text
+def render(run: Run, data: DataInfo | None = None, recipe: Recipe | None = None) -> str:
+    """The page's text with other data or another recipe."""
+    test = run.test_metrics()
+    test = test.model_copy(update={"data": data or test.data, "recipe": recipe or test.recipe})
+    figures = {name: run_report.Plot(plots.overlap([0.5]), name) for name in ("roc", "precision-recall", "calibration")}
+    info = run_info.read_run_info(run.path)
+    return Page(run_report.render(run_report.Report(run.path, run.thresholds(), test, info, [], figures, {}))).text
 
 
-def test_published_figures_stand_beside_the_same_split_alone(classifier: str) -> None:
-    data = run_report.evaluated(classifier)["data"]
-    official = {**data, "parts": {**data["parts"], "test": {**data["parts"]["test"], "images": 25_596}}}
-    text = rendered(classifier, {"data": official})
+def with_images(data: DataInfo, role: str, images: int, split: str = "official") -> DataInfo:
+    """The data with another number of images of a part, packed with another split."""
+    parts = {**data.parts, role: data.parts[role].model_copy(update={"images": images})}
+    dataset = data.datasets[0].model_copy(update={"pack": {**data.datasets[0].pack, "split": split}})
+    return data.model_copy(update={"parts": parts, "datasets": (dataset,)})
+
+
+def test_published_results_are_shown_for_the_same_split_only(classifier: Run) -> None:
+    data = classifier.test_metrics().data
+    text = render(classifier, with_images(data, "test", 25_596))
     assert "DenseNet-121" in text
     assert "0.805–0.811" in text
     assert "Rajpurkar" not in text
-    sets = [{**data["sets"][0], "pack": {**data["sets"][0]["pack"], "split": "random"}}]
-    parts = {**data["parts"], "train": {**data["parts"]["train"], "images": 112_000}}
-    text = rendered(classifier, {"data": {**data, "sets": sets, "parts": parts}})
+    text = render(classifier, with_images(data, "train", 112_000, split="random"))
     assert "0.864" in text  # CheXNet's Effusion
     assert "0.841" in text
     assert "DenseNet-121" not in text
 
 
-def test_a_systems_own_numbers_are_quoted_with_their_images(classifier: str) -> None:
-    assert "Beside the system" not in rendered(classifier, {})
-    text = rendered(classifier, {}, {"recipe": "effusion-resnet"})
+def test_a_systems_published_figures_are_shown_with_their_images(classifier: Run) -> None:
+    assert "Compared with the published system" not in render(classifier)
+    figures = (PublishedFigure(name="AUC", value=0.86, metric="auroc"),)
+    reference = Reference(system="Effusion against No Finding", data="images of its own", figures=figures)
+    text = render(classifier, recipe=classifier.recipe.model_copy(update={"reference": reference}))
     assert "Effusion against No Finding" in text
     assert "0.860" in text
-    assert "other images" in text
+    assert "images of its own: other images" in text
 
 
-def test_a_leak_is_the_first_thing_on_the_page(classifier: str) -> None:
-    data = run_report.evaluated(classifier)["data"]
-    leaks = {**data["leaks"], "verdict": ["LEAK: 3 patients in two splits."], "patients_in_two_splits": 3}
-    text = rendered(classifier, {"data": {**data, "leaks": leaks}})
+def test_a_leak_is_the_first_thing_on_the_page(classifier: Run) -> None:
+    data = classifier.test_metrics().data
+    changes = {"verdict": ("LEAK: 3 patients in two splits.",), "patients_in_two_splits": 3}
+    text = render(classifier, data.model_copy(update={"leaks": data.leaks.model_copy(update=changes)}))
     assert text.index("LEAK: 3 patients") < text.index("Results")
 
 
@@ -185,14 +185,14 @@ def test_a_leak_is_the_first_thing_on_the_page(classifier: str) -> None:
     ("seconds", "words"), [(3.2, "3 s"), (119, "2 min"), (3 * 3600 + 240, "3 h 4 min"), (90_000, "1 d 1 h")]
 )
 def test_durations(seconds: float, words: str) -> None:
-    assert run_report.duration(seconds) == words
+    assert html.duration(seconds) == words
 
 
 def test_the_kept_epoch_is_the_first_of_the_best() -> None:
     lines = [{"kind": "val", "epoch": n, "auroc": value, "loss": value} for n, value in enumerate((0.5, 0.7, 0.7), 1)]
     best = run_report.best_epoch(lines, "auroc")
-    least = run_report.best_epoch(lines, "loss")
+    lowest = run_report.best_epoch(lines, "loss")
     assert best is not None
-    assert least is not None
-    assert (best["epoch"], least["epoch"]) == (2, 1)
+    assert lowest is not None
+    assert (best["epoch"], lowest["epoch"]) == (2, 1)
     assert run_report.best_epoch([], "auroc") is None

@@ -1,17 +1,12 @@
-"""The audit counts what the tables say, names every leak that was planted, and says what it cannot know."""
+"""The audit counts as the tables do, names every planted leak, and reports what cannot be checked."""
 
 import csv
-import json
-import re
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import cv2
-import fsspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -20,9 +15,11 @@ import pytest
 
 from cxrscale import sources
 from cxrscale.config import Pack
-from cxrscale.io.images import decode_mask, encode_jpeg, load_image, resize_image
+from cxrscale.io import decode_mask, encode_jpeg, load_image, read_artifact, resize_image, write_artifact
 from cxrscale.reporting import audit_page
-from cxrscale.shards import audit, build, duplicates, leakage, manifest
+from cxrscale.shards import Audit, Leaks, audit, build, duplicates, leakage, manifest
+from cxrscale.shards.audit_models import LabelCounts
+from cxrscale.shards.verify import verify
 from cxrscale.sources.synthetic.archive import SyntheticPaths
 from cxrscale.types import UserError
 
@@ -31,17 +28,17 @@ SETTINGS = Pack(size=64, samples_per_shard=20)
 
 @pytest.fixture(scope="module")
 def strangers(drawn: SyntheticPaths, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The synthetic archive's SIIM side under patients and splits of its own, as one would shard it without NIH."""
+    """The synthetic SIIM images under their own patients and splits, as without a dataset of NIH."""
     out = str(tmp_path_factory.mktemp("strangers") / "siim")
-    build.build("siim", str(drawn.siim), SETTINGS.model_copy(update={"masks": True}), out, local=True)
+    build.build_shards("siim", str(drawn.siim), SETTINGS.model_copy(update={"masks": True}), out, local=True)
     return out
 
 
-def rewritten(root: str, out: Path, change: Callable[[pa.Table], pa.Table], **about: Any) -> str:
+def rewritten(root: str, out: Path, change: Callable[[pa.Table], pa.Table], **metadata: Any) -> str:
     """A copy of a dataset with another manifest."""
     shutil.copytree(root, out)
     data = manifest.load(root)
-    manifest.write(str(out / manifest.NAME), change(data.table.drop_columns("root")), {**data.about[0], **about})
+    manifest.write(str(out / manifest.NAME), change(data.table.drop_columns("root")), {**data.metadata[0], **metadata})
     return str(out)
 
 
@@ -63,127 +60,139 @@ def a_patient_with_two_images(root: str) -> tuple[str, str]:
     data = manifest.load(root)
     rows = data.rows("train")
     names, counts = np.unique(data.patient[rows].astype(str), return_counts=True)
-    who = str(names[counts > 1][0])
-    return who, str(data.image_id[rows][data.patient[rows] == who][0])
+    patient = str(names[counts > 1][0])
+    return patient, str(data.image_id[rows][data.patient[rows] == patient][0])
 
 
-def test_counts_are_the_tables(drawn: SyntheticPaths, nih_shards: str) -> None:
+def test_counts_are_those_of_the_tables(drawn: SyntheticPaths, nih_shards: str) -> None:
     with next(drawn.nih.glob("Data_Entry*.csv")).open() as file:
         table = list(csv.DictReader(file))
-    found, data = audit.audit(nih_shards), manifest.load(nih_shards)
-    home = dict(zip(data.image_id.tolist(), data.split.tolist(), strict=True))
-    assert found["images"] == len(table)
-    assert found["patients"] == len({row["Patient ID"] for row in table})
-    assert found["splits"] == data.split_counts()
-    assert list(found["splits"]) == ["train", "val", "test"]
-    for finding, states in found["findings"].items():
-        for split, state in states.items():
-            rows = [row for row in table if home[row["Image Index"]] == split]
+    result, data = audit.audit(nih_shards), manifest.load(nih_shards)
+    split_of = dict(zip(data.image_id.tolist(), data.split.tolist(), strict=True))
+    assert result.images == len(table)
+    assert result.leaks.patients == len({row["Patient ID"] for row in table})
+    assert result.splits == data.split_counts()
+    assert list(result.splits) == ["train", "val", "test"]
+    for finding, by_split in result.findings.items():
+        for split, counts in by_split.items():
+            rows = [row for row in table if split_of[row["Image Index"]] == split]
             present = sum(finding in row["Finding Labels"].split("|") for row in rows)
-            assert state == {"present": present, "absent": len(rows) - present, "unlabelled": 0}
-    for split, count in found["no_finding"].items():
-        healthy = (row["Finding Labels"] == "No Finding" and home[row["Image Index"]] == split for row in table)
+            assert counts == LabelCounts(present=present, absent=len(rows) - present, unlabeled=0)
+    for split, count in result.no_finding.items():
+        healthy = (row["Finding Labels"] == "No Finding" and split_of[row["Image Index"]] == split for row in table)
         assert count == sum(healthy)
-    for key, column in (("sex", "Patient Gender"), ("view", "View Position")):
-        told = {value: sum(counts.values()) for value, counts in found[key].items()}
-        assert told == {value: sum(row[column] == value for row in table) for value in told}
-    for band, counts in found["age"].items():
-        low, high = map(int, band.split("-"))
-        assert sum(counts.values()) == sum(low <= int(row["Patient Age"]) <= high for row in table)
-    assert sum(sum(counts.values()) for counts in found["age"].values()) == len(table)
+    for groups, column in ((result.sex, "Patient Gender"), (result.view, "View Position")):
+        totals = {value: sum(images.values()) for value, images in groups.items()}
+        assert totals == {value: sum(row[column] == value for row in table) for value in totals}
+    for band, images in result.age.items():
+        low, high = map(int, band.replace("81+", "81-120").split("-"))
+        assert sum(images.values()) == sum(low <= int(row["Patient Age"]) <= high for row in table)
+    assert sum(sum(images.values()) for images in result.age.values()) == len(table)
 
 
-def test_pixels_and_masks_are_those_stored(nih_shards: str, siim_shards: str) -> None:
+def test_pixel_and_mask_statistics_are_those_of_the_stored_images(nih_shards: str, siim_shards: str) -> None:
     pixels: list[npt.NDArray[np.uint8]] = []
     areas = []
     for root in (nih_shards, siim_shards):
         for line in manifest.load(root).table.to_pylist():
-            pixels.append(load_image(audit_page._member(line, "image")).image_HW)
+            pixels.append(load_image(audit_page.read_member(line, "image")).image_HW)
             if line["mask_offset"] is not None:
-                areas.append(decode_mask(audit_page._member(line, "mask")).mean())
-    found = audit.audit(nih_shards, siim_shards)
-    everything = np.concatenate([image.ravel() for image in pixels]) / 255
-    # They were streamed before JPEG rounded them.
-    assert found["pixels"]["mean"] == pytest.approx(everything.mean(), abs=2e-4)
-    assert found["pixels"]["std"] == pytest.approx(everything.std(), abs=2e-4)
+                areas.append(decode_mask(audit_page.read_member(line, "mask")).mean())
+    result = audit.audit(nih_shards, siim_shards)
+    stored = np.concatenate([image.ravel() for image in pixels]) / 255
+    # The statistics are computed before JPEG compression.
+    assert result.pixels.mean == pytest.approx(stored.mean(), abs=2e-4)
+    assert result.pixels.std == pytest.approx(stored.std(), abs=2e-4)
     filled = [area for area in areas if area]
-    masks = found["masks"]
-    assert (masks["labeled"], masks["with_pixels"]) == (len(areas), len(filled))
-    assert masks["area_counts"] == np.histogram(filled, bins=masks["area_edges"])[0].tolist()
-    assert masks["area_quantiles"]["50%"] == pytest.approx(np.median(filled))
-    assert (masks["present_but_empty"], masks["absent_but_filled"]) == ([], [])
+    masks = result.masks
+    assert (masks.labeled, masks.with_pixels) == (len(areas), len(filled))
+    assert masks.area_counts == tuple(np.histogram(filled, bins=masks.area_edges)[0].tolist())
+    assert masks.area_quantiles["50%"] == pytest.approx(np.median(filled))
+    assert (masks.present_but_empty, masks.absent_but_filled) == ((), ())
 
 
-def test_a_sound_pair_has_no_leak(nih_shards: str, siim_shards: str) -> None:
+def test_an_audit_survives_its_file_even_without_masks(nih_shards: str, tmp_path: Path) -> None:
+    result = audit.audit(nih_shards)
+    assert np.isnan(list(result.masks.area_quantiles.values())).all()
+    address = str(tmp_path / "audit.json")
+    write_artifact(address, result)
+    assert read_artifact(Audit, address, "run `cxrscale audit` again").model_dump_json() == result.model_dump_json()
+
+
+def leaks_of(*roots: str) -> Leaks:
+    return leakage.find_leaks(leakage.join_datasets(*roots))
+
+
+def test_a_valid_pair_has_no_leak(nih_shards: str, siim_shards: str) -> None:
     for root in (nih_shards, siim_shards):
-        found = audit.audit(root)
-        assert found["verdict"] == ["No leak found: no patient and no image stands in two splits."]
-        assert found["not_checked"] == []
-    found = audit.audit(nih_shards, siim_shards)
-    assert found["not_checked"] == []
-    assert found["verdict"][0] == "No leak found: no patient and no image stands in two splits."
-    assert found["patients_in_two_splits"] == found["duplicates"]["between_splits"] == []
+        leaks = leaks_of(root)
+        assert leaks.verdict == ("No leak found: no patient and no image is in two splits.",)
+        assert leaks.not_checked == ()
+    leaks = leaks_of(nih_shards, siim_shards)
+    assert leaks.not_checked == ()
+    assert leaks.verdict[0] == "No leak found: no patient and no image is in two splits."
+    assert leaks.patients_in_two_splits == ()
+    assert leaks.duplicates.between_splits == ()
     nih, siim = manifest.load(nih_shards), manifest.load(siim_shards)
     both = set(nih.patient.tolist()) & set(siim.patient.tolist())
-    assert [entry["patient"] for entry in found["patients_in_two_sets"]] == [f"nih:{who}" for who in sorted(both)]
-    assert {tuple(entry["also"]) for entry in found["patients_in_two_sets"]} == {()}
-    assert found["patients"] == len(set(nih.patient.tolist()))
+    shared = leaks.patients_in_two_datasets
+    assert [entry.patient for entry in shared] == [f"nih:{patient}" for patient in sorted(both)]
+    assert {entry.also for entry in shared} == {()}
+    assert leaks.patients == len(set(nih.patient.tolist()))
 
 
 def test_a_patient_in_two_splits_is_named(nih_shards: str, tmp_path: Path) -> None:
-    who, image_id = a_patient_with_two_images(nih_shards)
+    patient, image_id = a_patient_with_two_images(nih_shards)
     leaky = rewritten(nih_shards, tmp_path / "leaky", lambda table: with_split(table, image_id, "test"))
-    found = audit.audit(leaky)
-    (entry,) = found["patients_in_two_splits"]
-    assert entry["patient"] == f"nih:{who}"
-    assert entry["images"]["test"] == image_id
-    assert entry["splits"]["test"] == 1
-    assert found["verdict"][0].startswith(f"LEAK: 1 patient in two splits, e.g. nih:{who} in test ({image_id}) and ")
-    page = Path(audit_page.write(found, [leaky], str(tmp_path / "leaky.html"))).read_text()
-    assert f"LEAK: 1 patient in two splits, e.g. nih:{who}" in page
+    result = audit.audit(leaky)
+    (entry,) = result.leaks.patients_in_two_splits
+    assert entry.patient == f"nih:{patient}"
+    assert entry.images["test"] == image_id
+    assert entry.splits["test"] == 1
+    start = f"LEAK: 1 patient in two splits, e.g. nih:{patient} in test ({image_id}) and "
+    assert result.leaks.verdict[0].startswith(start)
+    page = Path(audit_page.write(result, str(tmp_path / "leaky.html"))).read_text()
+    assert f"LEAK: 1 patient in two splits, e.g. nih:{patient}" in page
     assert "Patients in two splits" in page
 
 
-def test_images_that_nobody_trains_on_leak_nothing(nih_shards: str, tmp_path: Path) -> None:
+def test_unlabeled_images_leak_nothing(nih_shards: str, tmp_path: Path) -> None:
     _, image_id = a_patient_with_two_images(nih_shards)
     aside = rewritten(nih_shards, tmp_path / "aside", lambda table: with_split(table, image_id, build.UNLABELED))
-    found = audit.audit(aside)
-    assert found["patients_in_two_splits"] == []
-    assert found["splits"][build.UNLABELED] == 1
-    assert list(found["splits"])[-1] == build.UNLABELED
+    result = audit.audit(aside)
+    assert result.leaks.patients_in_two_splits == ()
+    assert result.splits[build.UNLABELED] == 1
+    assert list(result.splits)[-1] == build.UNLABELED
 
 
-def test_a_duplicate_across_sets_is_named_with_its_patient(nih_shards: str, strangers: str) -> None:
+def test_a_duplicate_in_another_dataset_is_named_with_its_patient(nih_shards: str, strangers: str) -> None:
     nih, siim = manifest.load(nih_shards), manifest.load(strangers)
-    found = audit.audit(nih_shards, strangers)
+    leaks = leaks_of(nih_shards, strangers)
+    between = leaks.duplicates.between_datasets
     split = dict(zip([*nih.image_id, *siim.image_id], [*nih.split, *siim.split], strict=True))
     patient = dict(zip([*nih.image_id, *siim.image_id], [*nih.patient, *siim.patient], strict=True))
-    assert found["duplicates"]["pairs"] == len(found["duplicates"]["between_sets"]) == len(siim)
-    leaks = [pair for pair in found["duplicates"]["between_sets"] if build.UNLABELED not in pair["splits"]]
-    leaks = [pair for pair in leaks if pair["splits"][0] != pair["splits"][1]]
-    assert leaks == found["duplicates"]["between_splits"]
-    assert len(leaks) > 3
-    for pair in leaks:
-        assert pair["splits"] == [split[name] for name in pair["images"]]
-        assert pair["patients"] == [
-            f"{s}:{patient[name]}" for s, name in zip(("nih", "siim"), pair["images"], strict=True)
-        ]
-        assert pair["shards"] == [nih_shards, strangers]
-    named = {entry["patient"] for entry in found["patients_in_two_splits"]}
-    assert named >= {pair["patients"][0] for pair in leaks}
-    assert leaks[0]["images"][1] in found["verdict"][1]
-    assert found["not_checked"] == []
-    turned = audit.audit(strangers, nih_shards)
-    assert {frozenset(pair["images"]) for pair in turned["duplicates"]["between_splits"]} == {
-        frozenset(pair["images"]) for pair in leaks
-    }
+    assert leaks.duplicates.pairs == len(between) == len(siim)
+    leaking = [pair for pair in between if build.UNLABELED not in pair.splits and pair.splits[0] != pair.splits[1]]
+    assert leaking == list(leaks.duplicates.between_splits)
+    assert len(leaking) > 3
+    for pair in leaking:
+        assert pair.splits == tuple(split[name] for name in pair.images)
+        names = zip(("nih", "siim"), pair.images, strict=True)
+        assert pair.patients == tuple(f"{namespace}:{patient[name]}" for namespace, name in names)
+        assert pair.datasets == (nih_shards, strangers)
+    named = {entry.patient for entry in leaks.patients_in_two_splits}
+    assert named >= {pair.patients[0] for pair in leaking}
+    assert leaking[0].images[1] in leaks.verdict[1]
+    assert leaks.not_checked == ()
+    reverse = leaks_of(strangers, nih_shards).duplicates.between_splits
+    assert {frozenset(pair.images) for pair in reverse} == {frozenset(pair.images) for pair in leaking}
 
 
-def test_it_says_what_it_could_not_check(strangers: str, nih_shards: str, tmp_path: Path) -> None:
-    found = audit.audit(strangers)
-    (unknown,) = found["not_checked"]
+def test_what_could_not_be_checked_is_reported(strangers: str, nih_shards: str, tmp_path: Path) -> None:
+    leaks = leaks_of(strangers)
+    (unknown,) = leaks.not_checked
     count = len(manifest.load(strangers))
-    assert found["pictures_of_unknown_patients"] == count
+    assert leaks.images_of_unknown_patients == count
     assert f"the patients of {count} of {count} images of {strangers} are unknown" in unknown
     assert "--patients-from" in unknown
     assert "NIH" in unknown
@@ -194,37 +203,49 @@ def test_it_says_what_it_could_not_check(strangers: str, nih_shards: str, tmp_pa
     renamed = table.set_column(0, "image_id", pa.array(ids))
     pq.write_table(renamed, Path(foreign) / manifest.NAME)
     (Path(foreign) / manifest.FINGERPRINTS).unlink()
-    found = audit.audit(nih_shards, foreign)
-    said = " ".join(found["not_checked"])
-    assert "name their patients independently (nih, other)" in said
-    assert f"{len(ids)} images of {foreign} have no fingerprint" in said
-    assert "1 quarantined image could not be read" in said
-    assert found["verdict"][0].startswith("No leak found in what could be checked")
-    page = Path(audit_page.write(found, [nih_shards, foreign], str(tmp_path / "page"))).read_text()
+    result = audit.audit(nih_shards, foreign)
+    not_checked = " ".join(result.leaks.not_checked)
+    assert "have independent patient IDs (nih, other)" in not_checked
+    assert f"{len(ids)} images of {foreign} have no fingerprint" in not_checked
+    assert "1 quarantined image could not be read" in not_checked
+    assert result.leaks.verdict[0].startswith("No leak found in what could be checked")
+    page = Path(audit_page.write(result, str(tmp_path / "page"))).read_text()
     assert "&lt;b&gt;cut&lt;/b&gt; short" in page
 
 
-def test_adopted_images_without_a_duplicate_have_no_patient(
+def test_images_without_a_duplicate_in_the_other_dataset_have_no_known_patient(
     nih_shards: str, siim_shards: str, strangers: str, tmp_path: Path
 ) -> None:
     own = dict(zip(manifest.load(strangers).image_id, manifest.load(strangers).patient, strict=True))
     data = manifest.load(siim_shards)
     names = [
-        own[name] if row < 2 else who for row, (name, who) in enumerate(zip(data.image_id, data.patient, strict=True))
+        own[name] if row < 2 else patient
+        for row, (name, patient) in enumerate(zip(data.image_id, data.patient, strict=True))
     ]
 
     def orphaned(table: pa.Table) -> pa.Table:
         return table.set_column(table.column_names.index("patient"), "patient", pa.array(names))
 
     root = rewritten(siim_shards, tmp_path / "siim", orphaned)
-    # Far from NIH, they are recognized by their names; beside it, by names that NIH has not.
-    (alone,) = audit.audit(root)["not_checked"]
+    # Without NIH they are recognized by their hashes; with NIH, by patients that NIH does not have.
+    (alone,) = leaks_of(root).not_checked
     assert f"the patients of 2 of {len(data)} images" in alone
     stranger = rewritten(nih_shards, tmp_path / "nih", same)
     (Path(stranger) / manifest.FINGERPRINTS).unlink()
-    beside, *_ = audit.audit(stranger, root)["not_checked"]
+    beside, *_ = leaks_of(stranger, root).not_checked
     assert f"the patients of 2 of {len(data)} images" in beside
-    assert audit.audit(nih_shards, root)["not_checked"] == [], "their copies in NIH tell whose they are"
+    assert leaks_of(nih_shards, root).not_checked == (), "their copies in NIH have the patients"
+
+
+def test_datasets_of_version_0_1_are_still_read(siim_shards: str, strangers: str, tmp_path: Path) -> None:
+    # They have `patients` and `repeats` where the pack section has `patient_ids` and `duplicates` today.
+    for number, root in enumerate((siim_shards, strangers)):
+        pack = dict(manifest.load(root).metadata[0]["pack"])
+        pack |= {"patients": pack.pop("patient_ids"), "repeats": pack.pop("duplicates").replace("merge", "unite")}
+        old = rewritten(root, tmp_path / str(number), same, pack=pack, version="0.1.0")
+        assert dict(audit.audit(old).datasets[0].pack) == pack
+        assert leaks_of(old).model_dump_json() == leaks_of(root).model_dump_json().replace(root, old)
+        assert verify(old) == []
 
 
 def test_damaged_fingerprints_are_one_line(nih_shards: str, tmp_path: Path) -> None:
@@ -234,125 +255,32 @@ def test_damaged_fingerprints_are_one_line(nih_shards: str, tmp_path: Path) -> N
         audit.audit(root)
 
 
-class Page(HTMLParser):
-    """What a page is made of, checked for tags that close one another."""
-
-    EMPTY = frozenset({"meta", "img", "br"})
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.ids: list[str] = []
-        self.links: list[str] = []
-        self.count: dict[str, int] = {}
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.count[tag] = self.count.get(tag, 0) + 1
-        self.open += [tag] if tag not in self.EMPTY else []
-        self.ids += [value or "" for name, value in attrs if name == "id"]
-        self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "action")]
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        self.open = self.open[:-1] if tag not in self.EMPTY else self.open
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-
-def test_the_page_is_whole_and_needs_no_network(nih_shards: str, siim_shards: str, tmp_path: Path) -> None:
-    roots = [nih_shards, siim_shards]
-    found = audit.audit(*roots)
-    written = audit_page.write(found, roots, str(tmp_path / "audit.html"))
-    text = Path(written).read_text()
-    page = Page(text)
-    assert page.open == []
-    assert len(page.ids) == len(set(page.ids))
-    assert page.count["svg"] > 3
-    assert page.count["img"] == audit_page.EXAMPLES
-    assert "script" not in page.count
-    assert all(link.startswith(("data:image/jpeg;base64,", "#")) for link in page.links)
-    assert "http" not in text
-    assert not re.search(r"@import|url\((?!#)", text)
-    assert all(name in text for name in ("Cardiomegaly", "augment.mean=", "pack.size=64", found["manifest"]))
-
-    def refuse(constant: str) -> None:
-        raise AssertionError(constant)
-
-    assert json.loads((tmp_path / "audit.json").read_text(), parse_constant=refuse) == found
-    assert audit_page.render(found, roots) == text
-
-
-def test_examples_show_findings_and_masks(siim_shards: str, nih_shards: str) -> None:
-    sets = leakage.join_datasets(nih_shards)
-    data = sets.data
-    shown = audit_page.examples(sets)
-    assert {"Cardiomegaly", "Effusion", "Mass"} <= {name for e in shown for name in e.title.split(", ")}
-    assert len({example.image_id for example in shown}) == audit_page.EXAMPLES
-    assert all(example.caption.startswith("train") for example in shown[:8])
-    order = np.random.default_rng(0).permutation(len(data))
-    shuffled = manifest.Manifest(data.table.take(order), data.digest, data.about)
-    assert [e.image_id for e in audit_page.examples(replace(sets, data=shuffled))] == [e.image_id for e in shown]
-    masked = audit_page.examples(leakage.join_datasets(siim_shards))
-    assert [bool(example.outline) for example in masked].count(True) >= 4
-    assert all(("mask" in example.caption) == bool(example.outline) for example in masked)
-
-
-def test_an_outline_is_on_its_masks_border() -> None:
-    mask = np.zeros((20, 30), dtype=bool)
-    mask[5:9, 10:20] = True
-    numbers = [float(number) for number in re.findall(r"[\d.]+", audit_page._outline(mask))]
-    assert set(numbers[::2]) == {10.5, 19.5}
-    assert set(numbers[1::2]) == {5.5, 8.5}
-
-
-def test_a_lost_tar_leaves_a_page_that_says_so(nih_shards: str, tmp_path: Path) -> None:
-    root = rewritten(nih_shards, tmp_path / "nih", same)
-    for tar in Path(root).glob("*.tar"):
-        tar.unlink()
-    page = Path(audit_page.write(audit.audit(root), [root], str(tmp_path / "audit.json"))).read_text()
-    assert page.count("cannot be read: run `cxrscale verify`") == audit_page.EXAMPLES
-
-
-def test_sets_in_a_bucket_are_audited_there(s3: str, siim_shards: str) -> None:
-    files = fsspec.filesystem("s3")
-    files.put(siim_shards, f"{s3}/audited/", recursive=True)
-    root = f"{s3}/audited/{Path(siim_shards).name}"
-    page = audit_page.write(audit.audit(root), [root], f"{s3}/audit.html")
-    assert page == f"{s3}/audit.html"
-    text = files.cat_file(page).decode()
-    assert text.count("data:image/jpeg") == audit_page.EXAMPLES
-    assert "cannot be read" not in text
-    assert json.loads(files.cat_file(f"{s3}/audit.json"))["shards"] == [root]
-
-
 # The real images
 
 
 @pytest.fixture(scope="module")
 def real_shards(real: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """The 240 NIH and the SIIM images as shards, each under its own patients."""
+    """Datasets of the 240 NIH images and of the SIIM images, each with its own patients."""
     out = tmp_path_factory.mktemp("real")
     settings = Pack(size=256)
-    build.build("nih", str(real / "nih"), settings, str(out / "nih"), local=True)
-    build.build("siim", str(real / "siim"), settings.model_copy(update={"masks": True}), str(out / "siim"), local=True)
+    build.build_shards("nih", str(real / "nih"), settings, str(out / "nih"), local=True)
+    masked = settings.model_copy(update={"masks": True})
+    build.build_shards("siim", str(real / "siim"), masked, str(out / "siim"), local=True)
     return str(out / "nih"), str(out / "siim")
 
 
 @pytest.fixture(scope="module")
 def quoted(real: Path) -> dict[str, str]:
-    """SIIM id -> NIH id of the images that are the same."""
+    """SIIM ID -> NIH ID of the images that are the same."""
     with (real / "siim" / "same_image_in_nih.csv").open() as file:
         return {row["siim_id"]: row["nih_id"] for row in csv.DictReader(file)}
 
 
 def test_the_real_duplicates_are_those_quoted(real_shards: tuple[str, str], quoted: dict[str, str]) -> None:
-    found = audit.audit(*real_shards)
-    pairs = {pair["images"][1]: pair["images"][0] for pair in found["duplicates"]["between_sets"]}
-    assert pairs == quoted
-    assert found["duplicates"]["pairs"] == len(quoted) == 37
-    (alone,) = [line for line in found["not_checked"] if "unknown" in line]
+    leaks = leaks_of(*real_shards)
+    assert {pair.images[1]: pair.images[0] for pair in leaks.duplicates.between_datasets} == quoted
+    assert leaks.duplicates.pairs == len(quoted) == 37
+    (alone,) = [line for line in leaks.not_checked if "unknown" in line]
     assert "the patients of 2 of 39 images" in alone, "the two files of siim/original are not among the 240"
 
 
@@ -375,11 +303,11 @@ def test_changed_copies_are_found_and_nothing_else(
     change: str, real_images: Sequence[npt.NDArray[np.uint8]], real_shards: tuple[str, str], quoted: dict[str, str]
 ) -> None:
     cv2.setNumThreads(1)
-    marks = [duplicates.fingerprint(CHANGES[change](gray)) for gray in real_images]
+    prints = [duplicates.fingerprint(CHANGES[change](gray)) for gray in real_images]
     stored = pq.read_table(Path(real_shards[0]) / manifest.FINGERPRINTS).to_pylist()
     pairs = duplicates.find_between(
-        np.stack([np.frombuffer(mark.dhash, dtype=np.uint8) for mark in marks]),
-        np.stack([np.frombuffer(mark.thumbnail, dtype=np.uint8) for mark in marks]),
+        np.stack([np.frombuffer(item.dhash, dtype=np.uint8) for item in prints]),
+        np.stack([np.frombuffer(item.thumbnail, dtype=np.uint8) for item in prints]),
         np.stack([np.frombuffer(row["dhash"], dtype=np.uint8) for row in stored]),
         np.stack([np.frombuffer(row["thumbnail"], dtype=np.uint8) for row in stored]),
     )

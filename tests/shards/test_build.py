@@ -1,4 +1,4 @@
-"""From archives to splits: every policy, patients' names, duplicates and repeats."""
+"""From sources to splits: every policy, hashed patient IDs, duplicates between sources and within one."""
 
 import shutil
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cxrscale import sources
-from cxrscale.config import Pack
+from cxrscale.config import PATIENT_KEY, Pack
 from cxrscale.shards import build, manifest
 from cxrscale.shards.splits import overlapping_patients
 from cxrscale.sources.synthetic.archive import SyntheticPaths
@@ -20,19 +20,19 @@ def records(drawn: SyntheticPaths) -> list[ImageRecord]:
 
 
 @pytest.mark.parametrize("policy", ["official", "random", "chexnet", "kfold"])
-def test_no_policy_parts_a_patient(policy: str, records: list[ImageRecord]) -> None:
+def test_no_policy_puts_a_patient_into_two_splits(policy: str, records: list[ImageRecord]) -> None:
     split = build.assign(records, Pack.model_validate({"split": policy, "folds": 4}))
     assert overlapping_patients([record.patient for record in records], split) == []
     expected = {f"fold{n}" for n in range(4)} if policy == "kfold" else {"train", "val", "test"}
     assert set(split) == expected
 
 
-def test_official_is_the_archives_test_list(records: list[ImageRecord]) -> None:
+def test_the_official_split_is_the_published_test_list(records: list[ImageRecord]) -> None:
     split = build.assign(records, Pack())
     assert [name == "test" for name in split] == [record.split == "test" for record in records]
 
 
-def test_lists_of_ones_own(records: list[ImageRecord], tmp_path: Path) -> None:
+def test_the_user_can_give_lists(records: list[ImageRecord], tmp_path: Path) -> None:
     ids = [record.image_id for record in records]
     (tmp_path / "train.txt").write_text("\n".join(ids[:50]))
     (tmp_path / "val.txt").write_text("\n".join(ids[50:60]))
@@ -43,70 +43,70 @@ def test_lists_of_ones_own(records: list[ImageRecord], tmp_path: Path) -> None:
         build.assign(records, Pack(split="lists"))
 
 
-def test_images_without_a_label_are_set_apart(drawn: SyntheticPaths) -> None:
+def test_images_without_a_label_get_a_split_of_their_own(drawn: SyntheticPaths) -> None:
     siim = sources.read("siim", str(drawn.siim))
     split = build.assign(siim, Pack(masks=True))
     assert [name == build.UNLABELED for name in split] == [record.rles is None for record in siim]
     assert build.UNLABELED in split
 
 
-def test_patients_are_hashed_by_a_key_of_ones_own(records: list[ImageRecord], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patients_are_hashed_with_the_users_key(records: list[ImageRecord], monkeypatch: pytest.MonkeyPatch) -> None:
     record = records[0]
     plain = build.hash_patient_id(record, Pack())
     assert record.patient not in plain
     assert build.hash_patient_id(record, Pack(patient_ids="original")) == record.patient
-    monkeypatch.setenv(build.PATIENT_KEY, "secret")
+    monkeypatch.setenv(PATIENT_KEY, "secret")
     assert build.hash_patient_id(record, Pack()) != plain
 
 
-def test_no_original_name_reaches_a_shard(drawn: SyntheticPaths, siim_shards: str) -> None:
+def test_no_original_patient_name_is_in_a_shard(drawn: SyntheticPaths, siim_shards: str) -> None:
     import pydicom
 
-    told = set()
+    names = set()
     for path in drawn.siim.rglob("*.dcm"):
         header = pydicom.dcmread(path, stop_before_pixels=True)
-        told |= {str(header.PatientID).encode(), str(header.PatientName).encode(), str(header.StudyDate).encode()}
-    told.discard(b"")
+        names |= {str(header.PatientID).encode(), str(header.PatientName).encode(), str(header.StudyDate).encode()}
+    names.discard(b"")
     content = b"".join(path.read_bytes() for path in sorted(Path(siim_shards).iterdir()) if path.is_file())
-    assert told
-    assert [name for name in told if name in content] == []
+    assert names
+    assert [name for name in names if name in content] == []
 
 
-def test_siim_takes_patient_and_split_from_its_nih_duplicates(nih_shards: str, siim_shards: str) -> None:
+def test_siim_inherits_patients_and_splits_from_its_nih_duplicates(nih_shards: str, siim_shards: str) -> None:
     nih, siim = manifest.load(nih_shards), manifest.load(siim_shards)
-    assert siim.about[0]["patients_from"] == "nih"
-    home = dict(zip(nih.patient.tolist(), nih.split.tolist(), strict=True))
-    for who, split in zip(siim.patient.tolist(), siim.split.tolist(), strict=True):
-        assert split in (home[who], build.UNLABELED)
+    assert siim.metadata[0]["patients_from"] == "nih"
+    split_of = dict(zip(nih.patient.tolist(), nih.split.tolist(), strict=True))
+    for patient, split in zip(siim.patient.tolist(), siim.split.tolist(), strict=True):
+        assert split in (split_of[patient], build.UNLABELED)
 
 
-def test_patients_from_dataset_the_wrong_set_are_refused(drawn: SyntheticPaths, tmp_path: Path) -> None:
+def test_patients_cannot_be_taken_from_a_dataset_without_these_images(drawn: SyntheticPaths, tmp_path: Path) -> None:
     siim = Path(shutil.copytree(drawn.siim, tmp_path / "siim"))
     for path in sorted(siim.rglob("*.dcm"))[1:]:
         path.unlink()
     one, out = str(tmp_path / "one"), str(tmp_path / "out")
-    build.build("nih", str(drawn.nih), Pack(size=64, limit=1), one, local=True)
-    with pytest.raises(UserError, match=r"--patients-from .*none of these \d+ images is there"):
-        build.build("siim", str(siim), Pack(size=64), out, patients_from_dataset=one, local=True)
+    build.build_shards("nih", str(drawn.nih), Pack(size=64, limit=1), one, local=True)
+    with pytest.raises(UserError, match=r"--patients-from .*it has none of these \d+ images"):
+        build.build_shards("siim", str(siim), Pack(size=64), out, patients_from_dataset=one, local=True)
 
 
-def test_a_image_that_occurs_twice_unites_its_patients(drawn: SyntheticPaths, tmp_path: Path) -> None:
+def test_patients_who_share_an_image_are_merged(drawn: SyntheticPaths, tmp_path: Path) -> None:
     nih = Path(shutil.copytree(drawn.nih, tmp_path / "nih"))
     first, *_, last = sorted(nih.rglob("*.png"))
     shutil.copy(first, last)
     records = sources.read("nih", str(nih))
-    united = build.merge_duplicates(records, Pack(), local=True)
-    who = {record.image_id: record.patient for record in united}
-    assert who[first.name] == who[last.name]
+    merged = build.merge_duplicates(records, Pack(), local=True)
+    after = {record.image_id: record.patient for record in merged}
+    assert after[first.name] == after[last.name]
     before = {record.image_id: record.patient for record in records}
     assert before[first.name] != before[last.name]
-    changed = [name for name in who if who[name] != before[name]]
+    changed = [name for name in after if after[name] != before[name]]
     assert {before[name] for name in changed} == {max(before[first.name], before[last.name])}
 
 
-def test_a_manifest_says_what_it_was_made_of(nih_shards: str) -> None:
-    about = manifest.load(nih_shards).about[0]
-    assert about["pack"]["size"] == 64
-    assert len(about["input"]) == 64
-    assert 0 < about["pixel_std"] < 0.5
-    assert np.isclose(sum(tar["bytes"] for tar in about["shards"].values()) % 512, 0)
+def test_a_manifest_has_the_metadata_of_its_dataset(nih_shards: str) -> None:
+    metadata = manifest.load(nih_shards).metadata[0]
+    assert metadata["pack"]["size"] == 64
+    assert len(metadata["input"]) == 64
+    assert 0 < metadata["pixel_std"] < 0.5
+    assert np.isclose(sum(tar["bytes"] for tar in metadata["shards"].values()) % 512, 0)

@@ -1,4 +1,4 @@
-"""Packing: the same bytes however it is run, nothing lost, nothing half-done."""
+"""Packing: the same bytes however it is run, no image lost, no partial file."""
 
 import io
 import json
@@ -33,29 +33,42 @@ def contents(root: str | Path) -> dict[str, bytes]:
 
 def test_a_second_run_does_nothing(drawn: SyntheticPaths, nih_shards: str) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in Path(nih_shards).iterdir()}
-    again = build.build("nih", str(drawn.nih), SETTINGS, nih_shards, local=True)
+    again = build.build_shards("nih", str(drawn.nih), SETTINGS, nih_shards, local=True)
     assert not again.fresh
     assert {path.name: path.stat().st_mtime_ns for path in Path(nih_shards).iterdir()} == before
 
 
+def test_the_input_digest_is_that_of_version_0_1() -> None:
+    """Else `cxrscale shard` would refuse to touch an older dataset instead of reporting that it is complete."""
+    records = [ImageRecord(image_id="a.png", source="nih", path="", patient="p", findings={"Mass": 1})]
+    plans = pack.plan_shards(records, ["train"], Pack())
+    expected = {
+        "keep": "d12a2583e2c77796314191b830e8898446a2f666bd60c4e866676cbb27d800b2",
+        "merge": "97ecbe8fe48556cc75606b5d721d19f9bd1d1ee5be25011e168f408d5da49a16",
+    }
+    for choice, digest in expected.items():
+        assert pack._input_digest(plans, Pack.model_validate({"duplicates": choice})) == digest
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_ray_tasks_write_the_same_bytes(drawn: SyntheticPaths, nih_shards: str, tmp_path: Path) -> None:
-    build.build("nih", str(drawn.nih), SETTINGS, str(tmp_path / "out"))
+    build.build_shards("nih", str(drawn.nih), SETTINGS, str(tmp_path / "out"))
     assert contents(tmp_path / "out") == contents(nih_shards)
 
 
 def test_other_settings_do_not_overwrite(drawn: SyntheticPaths, nih_shards: str) -> None:
-    with pytest.raises(UserError, match="holds shards of another archive or other settings"):
-        build.build("nih", str(drawn.nih), Pack(size=48, samples_per_shard=20), nih_shards, local=True)
+    with pytest.raises(UserError, match="holds shards of another source or other settings"):
+        build.build_shards("nih", str(drawn.nih), Pack(size=48, samples_per_shard=20), nih_shards, local=True)
 
 
-def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(
+def test_an_interrupted_run_is_resumed_and_gives_the_same_bytes(
     drawn: SyntheticPaths, nih_shards: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     script = (
-        "import sys; from cxrscale.config import Pack; from cxrscale.shards import build\n"
-        "build.build('nih', sys.argv[1], Pack(size=64, samples_per_shard=20), sys.argv[2], local=True,"
+        "import sys; from cxrscale.config import Pack; from cxrscale.shards import build, pack\n"
+        "settings = Pack(size=64, samples_per_shard=20)\n"
+        "pack.pack(build.prepare('nih', sys.argv[1], settings, local=True), settings, sys.argv[2], local=True,"
         " progress=lambda *_: _[0] and (print('shard', flush=True), __import__('time').sleep(60)))"
     )
     process = subprocess.Popen([sys.executable, "-c", script, str(drawn.nih), str(out)], stdout=subprocess.PIPE)
@@ -67,38 +80,38 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(
     assert not (out / manifest.NAME).exists()
     (out / ".tmp-killed-train-00001.tar").write_bytes(b"half a tar")
     finished = time.time_ns()
-    build.build("nih", str(drawn.nih), SETTINGS, str(out), local=True)
+    build.build_shards("nih", str(drawn.nih), SETTINGS, str(out), local=True)
     assert contents(out) == contents(nih_shards)
     kept = [path for path in out.glob("*.tar") if path.stat().st_mtime_ns < finished]
     assert len(kept) == 1, "the shard that was finished before the kill is kept"
 
 
-def test_a_corrupt_image_is_quarantined_and_the_run_goes_on(drawn: SyntheticPaths, tmp_path: Path) -> None:
+def test_a_corrupt_image_is_quarantined_and_the_others_are_packed(drawn: SyntheticPaths, tmp_path: Path) -> None:
     shutil.copytree(drawn.nih, tmp_path / "nih")
-    image_list = sorted((tmp_path / "nih").rglob("*.png"))
-    damaged = bytearray(image_list[3].read_bytes())
+    images = sorted((tmp_path / "nih").rglob("*.png"))
+    damaged = bytearray(images[3].read_bytes())
     damaged[len(damaged) // 2] ^= 1
-    image_list[3].write_bytes(damaged)
-    image_list[5].write_bytes(b"")
-    packed = build.build("nih", str(tmp_path / "nih"), SETTINGS, str(tmp_path / "out"), local=True)
+    images[3].write_bytes(damaged)
+    images[5].write_bytes(b"")
+    packed = build.build_shards("nih", str(tmp_path / "nih"), SETTINGS, str(tmp_path / "out"), local=True)
     listed = [json.loads(line) for line in (tmp_path / "out" / pack.QUARANTINE).read_text().splitlines()]
     assert (packed.images, packed.quarantined) == (78, 2)
-    assert {line["image_id"] for line in listed} == {image_list[3].name, image_list[5].name}
+    assert {line["image_id"] for line in listed} == {images[3].name, images[5].name}
     assert all(line["reason"] for line in listed)
     assert verify(str(tmp_path / "out")) == []
 
 
-def test_manifest_points_at_every_member(nih_shards: str, siim_shards: str) -> None:
+def test_the_manifest_points_at_every_member(nih_shards: str, siim_shards: str) -> None:
     for root in (nih_shards, siim_shards):
         data = manifest.load(root)
         for row in range(len(data)):
             line = {name: data.table[name][row].as_py() for name in data.table.column_names}
             content = (Path(root) / line["shard"]).read_bytes()
             start = line["json_offset"]
-            described = json.loads(content[start : start + line["json_length"]])
-            assert described["image_id"] == line["image_id"]
-            assert described["patient"] == line["patient"]
-            assert described["labels"] == {
+            sample = json.loads(content[start : start + line["json_length"]])
+            assert sample["image_id"] == line["image_id"]
+            assert sample["patient"] == line["patient"]
+            assert sample["labels"] == {
                 name: line[manifest.LABEL + name] for name in data.findings() if line[manifest.LABEL + name] is not None
             }
             start = line["image_offset"]
@@ -107,7 +120,7 @@ def test_manifest_points_at_every_member(nih_shards: str, siim_shards: str) -> N
             assert image.shape == (64, 64)
 
 
-def test_masks_cover_what_was_drawn(siim_shards: str) -> None:
+def test_positives_have_masks_and_negatives_have_empty_ones(siim_shards: str) -> None:
     data = manifest.load(siim_shards)
     positive = data.labels(("Pneumothorax",))[:, 0] == 1
     pixels = data.column("mask_pixels")
@@ -117,7 +130,7 @@ def test_masks_cover_what_was_drawn(siim_shards: str) -> None:
     assert np.isnan(pixels[data.split == build.UNLABELED].astype(float)).all()
 
 
-def test_webdataset_reads_our_shards(siim_shards: str) -> None:
+def test_webdataset_can_read_the_shards(siim_shards: str) -> None:
     data = manifest.load(siim_shards)
     samples: list[dict[str, Any]] = []
     for path in sorted(Path(siim_shards).glob("*.tar")):
@@ -129,9 +142,9 @@ def test_webdataset_reads_our_shards(siim_shards: str) -> None:
     assert all("." not in sample["__key__"] for sample in samples)
 
 
-def test_the_source_codec_keeps_the_archives_bytes(drawn: SyntheticPaths, tmp_path: Path) -> None:
+def test_the_source_codec_keeps_the_original_bytes(drawn: SyntheticPaths, tmp_path: Path) -> None:
     records = {record.image_id: record for record in sources.read("nih", str(drawn.nih))}
-    build.build("nih", str(drawn.nih), Pack(codec="source", limit=5), str(tmp_path / "out"), local=True)
+    build.build_shards("nih", str(drawn.nih), Pack(codec="source", limit=5), str(tmp_path / "out"), local=True)
     for path in (tmp_path / "out").glob("*.tar"):
         with tarfile.open(path) as tar:
             members = {member.name: tar.extractfile(member) for member in tar}
@@ -144,7 +157,7 @@ def test_the_source_codec_keeps_the_archives_bytes(drawn: SyntheticPaths, tmp_pa
                     assert stored.read() == Path(records[image_id].path).read_bytes()
 
 
-def test_the_plan_does_not_depend_on_the_order_of_the_archive() -> None:
+def test_the_plan_does_not_depend_on_the_order_of_the_records() -> None:
     records = [
         ImageRecord(image_id=f"{patient}_{k}.png", source="nih", path="", patient=patient)
         for patient in "abcdefgh"
@@ -162,13 +175,13 @@ def test_the_plan_does_not_depend_on_the_order_of_the_archive() -> None:
     assert sorted(record.image_id for record in packed) == sorted(record.image_id for record in records)
 
 
-def test_an_id_that_stands_twice_is_refused() -> None:
+def test_an_id_that_occurs_twice_is_refused() -> None:
     twice = [ImageRecord(image_id="a.png", source="nih", path=path, patient="p") for path in ("x", "y")]
-    with pytest.raises(UserError, match=r"a\.png stands twice"):
+    with pytest.raises(UserError, match=r"a\.png is in the source twice"):
         pack.plan_shards(twice, ["train", "train"], Pack())
 
 
-def test_ids_that_differ_in_dots_alone_get_keys_of_their_own() -> None:
+def test_ids_that_differ_only_in_dots_get_different_keys() -> None:
     keys = pack._member_keys(["1.2.3", "1_2.3", "1_2_3"])
     assert len(set(keys.values())) == 3
     assert not any("." in key for key in keys.values())
@@ -177,10 +190,10 @@ def test_ids_that_differ_in_dots_alone_get_keys_of_their_own() -> None:
 def test_an_unwritable_target_is_one_line(drawn: SyntheticPaths, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="a part of this path is a file"):
-        build.build("nih", str(drawn.nih), SETTINGS, str(tmp_path / "file" / "out"), local=True)
+        build.build_shards("nih", str(drawn.nih), SETTINGS, str(tmp_path / "file" / "out"), local=True)
 
 
-def test_no_space_left_is_one_line_and_the_same_command_goes_on(
+def test_a_full_disk_is_one_line_and_the_same_command_resumes(
     drawn: SyntheticPaths, nih_shards: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -188,7 +201,7 @@ def test_no_space_left_is_one_line_and_the_same_command_goes_on(
         "import resource, signal, sys; from cxrscale.config import Pack; from cxrscale.shards import build\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\n"
-        "build.build('nih', sys.argv[1], Pack(size=64, samples_per_shard=20), sys.argv[2], local=True)"
+        "build.build_shards('nih', sys.argv[1], Pack(size=64, samples_per_shard=20), sys.argv[2], local=True)"
     )
     failed = subprocess.run(
         [sys.executable, "-c", limited, str(drawn.nih), str(out)],
@@ -201,5 +214,5 @@ def test_no_space_left_is_one_line_and_the_same_command_goes_on(
     assert "no space left" in failed.stderr
     assert list(out.glob("*.tar")) == []
     assert list(out.glob(".tmp-*")) == []
-    build.build("nih", str(drawn.nih), SETTINGS, str(out), local=True)
+    build.build_shards("nih", str(drawn.nih), SETTINGS, str(out), local=True)
     assert contents(out) == contents(nih_shards)

@@ -1,4 +1,4 @@
-"""Archives read from S3 and shards written to it, on a real S3 server."""
+"""Sources are read from S3 and shards written to it, on a real S3 server."""
 
 from pathlib import Path
 
@@ -19,27 +19,27 @@ def remote_contents(address: str) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def archive(drawn: SyntheticPaths, s3: str) -> str:
-    files, root = fsspec.core.url_to_fs(f"{s3}/archive")
+def remote_root(drawn: SyntheticPaths, s3: str) -> str:
+    files, root = fsspec.core.url_to_fs(f"{s3}/source")
     files.put(f"{drawn.nih}/", f"{root}/", recursive=True)
-    return f"{s3}/archive"
+    return f"{s3}/source"
 
 
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("local", [True, False], ids=["in-process", "ray"])
-def test_from_s3_to_s3_the_same_bytes(archive: str, s3: str, nih_shards: str, local: bool) -> None:
+def test_packing_from_s3_to_s3_gives_the_same_bytes(remote_root: str, s3: str, nih_shards: str, local: bool) -> None:
     out = f"{s3}/shards-{local}"
-    packed = build.build("nih", archive, SETTINGS, out, local=local)
+    packed = build.build_shards("nih", remote_root, SETTINGS, out, local=local)
     assert (packed.images, packed.quarantined) == (80, 0)
     assert remote_contents(out) == contents(nih_shards)
     assert verify(out) == []
     assert manifest.load(out).digest == manifest.load(nih_shards).digest
-    assert not build.build("nih", archive, SETTINGS, out, local=local).fresh
+    assert not build.build_shards("nih", remote_root, SETTINGS, out, local=local).fresh
 
 
 def test_a_flipped_byte_in_s3_is_found(drawn: SyntheticPaths, s3: str) -> None:
     out = f"{s3}/damaged"
-    build.build("nih", str(drawn.nih), SETTINGS, out, local=True)
+    build.build_shards("nih", str(drawn.nih), SETTINGS, out, local=True)
     files, root = fsspec.core.url_to_fs(f"{out}/test-00000.tar")
     content = bytearray(files.cat_file(root))
     content[1000] ^= 4
@@ -48,10 +48,10 @@ def test_a_flipped_byte_in_s3_is_found(drawn: SyntheticPaths, s3: str) -> None:
 
 
 def test_file_addresses_are_local(drawn: SyntheticPaths, nih_shards: str, tmp_path: Path) -> None:
-    build.build("nih", f"file://{drawn.nih}", SETTINGS, f"file://{tmp_path}/out", local=True)
+    build.build_shards("nih", f"file://{drawn.nih}", SETTINGS, f"file://{tmp_path}/out", local=True)
     assert contents(tmp_path / "out") == contents(nih_shards)
 
 
-def test_a_bucket_that_is_not_there_is_one_line(drawn: SyntheticPaths, s3: str) -> None:
+def test_a_missing_bucket_is_one_line(drawn: SyntheticPaths, s3: str) -> None:
     with pytest.raises(UserError, match="s3://nobucket"):
-        build.build("nih", str(drawn.nih), SETTINGS, f"{s3.replace('cxr', 'nobucket')}/x", local=True)
+        build.build_shards("nih", str(drawn.nih), SETTINGS, f"{s3.replace('cxr', 'nobucket')}/x", local=True)

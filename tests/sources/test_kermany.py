@@ -1,4 +1,4 @@
-"""The Kermany reader: whom the names mean, what the folders say, and the published files where they are."""
+"""The Kermany reader: patients from file names, labels from folders, and the published files if present."""
 
 from collections import Counter
 from pathlib import Path
@@ -32,7 +32,7 @@ NAMES = (
 
 
 @pytest.fixture
-def archive(tmp_path: Path) -> Path:
+def root(tmp_path: Path) -> Path:
     for seed, name in enumerate(NAMES):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(encode_jpeg(gray_image(48, 48, seed=seed)))
@@ -56,18 +56,18 @@ def archive(tmp_path: Path) -> Path:
         ("", None),
     ],
 )
-def test_the_name_tells_the_patient(name: str, patient: str | None) -> None:
+def test_the_file_name_contains_the_patient(name: str, patient: str | None) -> None:
     assert kermany.patient_id(name) == patient
 
 
-@given(number=st.integers(0, 9999), imaged=st.integers(0, 9999), kind=st.sampled_from(["bacteria", "virus"]))
-def test_every_image_of_a_person_names_that_person_alone(number: int, imaged: int, kind: str) -> None:
-    assert kermany.patient_id(f"person{number}_{kind}_{imaged}") == f"person{number}_{kind}"
-    assert kermany.patient_id(f"IM-{number:04d}-{imaged:04d}") == f"IM-{number:04d}"
+@given(number=st.integers(0, 9999), image=st.integers(0, 9999), kind=st.sampled_from(["bacteria", "virus"]))
+def test_every_image_of_a_patient_names_only_that_patient(number: int, image: int, kind: str) -> None:
+    assert kermany.patient_id(f"person{number}_{kind}_{image}") == f"person{number}_{kind}"
+    assert kermany.patient_id(f"IM-{number:04d}-{image:04d}") == f"IM-{number:04d}"
 
 
-def test_folders_say_finding_and_split(archive: Path) -> None:
-    records = sources.read("kermany", str(archive))
+def test_folders_give_finding_and_split(root: Path) -> None:
+    records = sources.read("kermany", str(root))
     assert [record.image_id for record in records] == sorted(
         name.removesuffix(".jpeg").replace("/", "-") for name in NAMES
     )
@@ -80,40 +80,40 @@ def test_folders_say_finding_and_split(archive: Path) -> None:
     assert {r.patient for r in records if r.split == "test"} == {"IM-0001", "person1_virus"}
 
 
-def test_the_archive_becomes_shards_under_its_own_test_list(archive: Path, tmp_path: Path) -> None:
+def test_the_source_becomes_a_dataset_with_the_published_test_split(root: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "shards")
-    build.build("kermany", str(archive), Pack(size=32, val_fraction=0.25), out, local=True)
+    build.build_shards("kermany", str(root), Pack(size=32, val_fraction=0.25), out, local=True)
     table = manifest.load(out)
     assert table.split_counts() == {"test": 2, "train": 6, "val": 2}
     assert splits.overlapping_patients(table.patient.tolist(), table.split.tolist()) == []
 
 
-def test_what_is_no_image_is_passed_over(archive: Path) -> None:
+def test_files_that_are_not_images_are_skipped(root: Path) -> None:
     for name in (".DS_Store", "train/.DS_Store", "train/NORMAL/._IM-0115-0001.jpeg", "train/NORMAL/Thumbs.db"):
-        (archive / name).write_bytes(b"")
-    assert len(kermany.read(str(archive))) == len(NAMES)
+        (root / name).write_bytes(b"")
+    assert len(kermany.read(str(root))) == len(NAMES)
 
 
-def test_upper_case_suffixes_count_and_file_addresses_are_local(archive: Path) -> None:
-    (archive / "test/NORMAL/IM-0003-0001.JPG").write_bytes(b"")
-    records = kermany.read(f"file://{archive}")
+def test_upper_case_suffixes_count_and_file_addresses_are_local(root: Path) -> None:
+    (root / "test/NORMAL/IM-0003-0001.JPG").write_bytes(b"")
+    records = kermany.read(f"file://{root}")
     assert "test-NORMAL-IM-0003-0001" in {record.image_id for record in records}
-    assert records == kermany.read(str(archive))
+    assert records == kermany.read(str(root))
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("train/NORMAL/holiday.jpeg", "the name does not tell the patient"),
+        ("train/NORMAL/holiday.jpeg", "the file name does not contain the patient"),
         ("train/NORMAL/IM-0115-0001.jpg", "IM-0115-0001.jpg has the same name as|same name as .*IM-0115-0001.jpg"),
         ("train/COVID/person1_virus_1.jpeg", "'COVID' is neither NORMAL nor PNEUMONIA"),
     ],
 )
-def test_what_cannot_be_is_named(archive: Path, name: str, message: str) -> None:
-    (archive / name).parent.mkdir(exist_ok=True)
-    (archive / name).write_bytes(b"")
+def test_impossible_files_and_folders_are_named(root: Path, name: str, message: str) -> None:
+    (root / name).parent.mkdir(exist_ok=True)
+    (root / name).write_bytes(b"")
     with pytest.raises(UserError, match=message):
-        kermany.read(str(archive))
+        kermany.read(str(root))
 
 
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
@@ -129,21 +129,21 @@ def test_the_published_names(real: Path) -> None:
         ("test", PRESENT): 390,
         ("test", ABSENT): 234,
     }
-    who, archive_split = [r.patient for r in records], [str(r.split) for r in records]
-    assert splits.overlapping_patients(who, archive_split) == []
-    assert len(set(who)) == 4082
-    split = splits.official(who, archive_split, 0.1, seed=0)
-    assert splits.overlapping_patients(who, split.tolist()) == []
+    patients, published = [r.patient for r in records], [str(r.split) for r in records]
+    assert splits.overlapping_patients(patients, published) == []
+    assert len(set(patients)) == 4082
+    split = splits.official(patients, published, 0.1, seed=0)
+    assert splits.overlapping_patients(patients, split.tolist()) == []
     assert (split == "val").sum() == round(0.1 * 5216)
 
 
 @pytest.mark.slow
-def test_the_published_repeats_stay_within_a_part(real: Path) -> None:
+def test_the_published_duplicates_stay_within_a_part(real: Path) -> None:
     records = kermany.read(str(real / "kermany"))
     pairs = duplicates.find_within(*prints([load_image(Path(r.path).read_bytes()).image_HW for r in records]))
-    who, part = [r.patient for r in records], [str(r.split) for r in records]
+    patients, part = [r.patient for r in records], [str(r.split) for r in records]
     assert len({b for _, b in pairs.tolist()}) == 32
     assert {(part[a], part[b]) for a, b in pairs.tolist()} == {("train_val", "train_val"), ("test", "test")}
-    joined = duplicates.merge_patients(who, pairs.tolist())
-    assert {name for name, old in zip(joined, who, strict=True) if name != old} == {"NORMAL2-IM-0095"}
+    joined = duplicates.merge_patients(patients, pairs.tolist())
+    assert {name for name, old in zip(joined, patients, strict=True) if name != old} == {"NORMAL2-IM-0095"}
     assert splits.overlapping_patients(joined, part) == []

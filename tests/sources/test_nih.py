@@ -1,3 +1,5 @@
+"""The NIH reader: both editions of the label table, boxes, split lists, and tables that are not as published."""
+
 from __future__ import annotations
 
 import itertools
@@ -48,7 +50,7 @@ def table(root: Path, *rows: str, header: str = HEADER_2020, name: str = "Data_E
     return path
 
 
-def test_a_record_holds_all_that_the_tables_say(root: Path) -> None:
+def test_a_record_holds_the_values_of_all_tables(root: Path) -> None:
     (root / "BBox_List_2017.csv").write_text(
         "Image Index,Finding Label,Bbox [x,y,w,h],,,\n"
         "00000001_000.png,Infiltrate,1.5,2.5,3.5,4.5\n"
@@ -70,7 +72,7 @@ def test_a_record_holds_all_that_the_tables_say(root: Path) -> None:
     assert (third.split, third.view, third.sex, third.age, third.spacing_mm) == ("test", None, None, None, None)
 
 
-def test_spacing_is_that_of_the_image_and_not_of_the_scan(root: Path) -> None:
+def test_spacing_is_for_the_image_and_not_for_the_scan(root: Path) -> None:
     _, second, _ = nih.read(str(root))
     assert second.spacing_mm == pytest.approx((2048 * 0.171 / 8, 2500 * 0.168 / 16))
 
@@ -86,7 +88,7 @@ def test_the_older_table_means_the_same(root: Path) -> None:
     assert nih.read(str(root)) == expected
 
 
-def test_the_newer_table_wins(root: Path) -> None:
+def test_the_newer_table_is_preferred(root: Path) -> None:
     expected = nih.read(str(root))
     table(root, ROWS_2020[0].replace("57", "414"), name="Data_Entry_2017.csv")
     assert nih.read(str(root)) == expected
@@ -99,19 +101,19 @@ def test_the_newer_table_wins(root: Path) -> None:
         *(("43800D", 119), ("9" * 400, None), ("9" * 400 + "M", None), ("9" * 5000, None), ("٥٨", None)),
     ],
 )
-def test_ages(root: Path, text: str, age: int | None) -> None:
+def test_ages_are_read_in_years(root: Path, text: str, age: int | None) -> None:
     path = table(root, ROWS_2020[0].replace(",57,", f",{text},"))
     assert nih.read_table(str(path))["00000001_000.png"].age == age
 
 
-def test_a_table_with_only_the_needed_columns(root: Path) -> None:
+def test_a_table_may_have_only_the_needed_columns(root: Path) -> None:
     path = table(root, "a.png,Mass,7", header="Image Index,Finding Labels,Patient ID")
     entry = nih.read_table(str(path))["a.png"]
     assert (entry.patient, entry.view, entry.sex, entry.age, entry.scan_mm) == ("00000007", None, None, None, None)
 
 
 @pytest.mark.parametrize("folder", ["", "images", "images_007", "images_007/images"])
-def test_where_images_may_lie(tmp_path: Path, folder: str) -> None:
+def test_images_may_lie_in_any_published_folder(tmp_path: Path, folder: str) -> None:
     table(tmp_path)
     image(tmp_path / folder / "00000001_000.png")
     assert [Path(record.path) for record in nih.read(str(tmp_path))] == [tmp_path / folder / "00000001_000.png"]
@@ -123,16 +125,16 @@ def test_roots_of_all_kinds(root: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(root.parent)
     assert nih.read(root.name) == expected
     memory = fsspec.filesystem("memory")
-    memory.put(str(root), "/nih-archive", recursive=True)
+    memory.put(str(root), "/nih-copy", recursive=True)
     try:
-        remote = nih.read("memory://nih-archive")
+        remote = nih.read("memory://nih-copy")
     finally:
-        memory.rm("/nih-archive", recursive=True)
+        memory.rm("/nih-copy", recursive=True)
     assert [record.findings for record in remote] == [record.findings for record in expected]
-    assert remote[0].path == "memory://nih-archive/images_001/images/00000001_000.png"
+    assert remote[0].path == "memory://nih-copy/images_001/images/00000001_000.png"
 
 
-def test_a_damaged_first_image_does_not_stop_the_reading(root: Path) -> None:
+def test_a_damaged_first_image_does_not_stop_reading(root: Path) -> None:
     (root / "images_001" / "images" / "00000001_000.png").write_bytes(b"no image")
     assert nih.read(str(root))[1].spacing_mm == pytest.approx((2048 * 0.171 / 1024, 2500 * 0.168 / 1024))
 
@@ -146,16 +148,20 @@ def test_a_damaged_first_image_does_not_stop_the_reading(root: Path) -> None:
         ("Image Index,Finding Labels,Patient ID", "a.png,Mass,one", "line 2: Patient ID 'one' of 'a.png'"),
         ("Image Index,Finding Labels,Patient ID", "a.png,Mass,٣", "Patient ID '٣' of 'a.png' is not a number"),
         ("Image Index,Finding Labels,Patient ID", "a.png,Mass,²", "Patient ID '²' of 'a.png' is not a number"),
-        ("Image Index,Finding Labels,Patient ID", "a.png,Mass,1\na.png,Mass,1", "line 3: another row for 'a.png'"),
-        ("Image Index,Finding Labels,Patient ID", ",Mass,1", "line 2: Image Index '' is no file name"),
-        ("Image Index,Finding Labels,Patient ID", '"a\nb.png",Mass,1', r"line 3: Image Index 'a\\nb.png' is no file"),
+        ("Image Index,Finding Labels,Patient ID", "a.png,Mass,1\na.png,Mass,1", "line 3: second row for 'a.png'"),
+        ("Image Index,Finding Labels,Patient ID", ",Mass,1", "line 2: Image Index '' is not a file name"),
+        (
+            "Image Index,Finding Labels,Patient ID",
+            '"a\nb.png",Mass,1',
+            r"line 3: Image Index 'a\\nb.png' is not a file",
+        ),
         ("Image Index,Finding Labels,Patient ID", 'a.png,"Mass\n",one', "line 3: Patient ID 'one' of 'a.png'"),
         ("Image Index,Finding Labels,Patient ID", 'a.png,"\nx",1', r"Finding Labels '\\nx'"),
         ("Image Index,Finding Labels,Patient ID", 'a.png,Mass,"\r\n1"', r"Patient ID '\\r\\n1' of 'a.png'"),
         ("Image Index,Finding Labels,Patient ID", 'a.png,"Mass,1', "not a readable CSV"),
     ],
 )
-def test_what_a_table_may_not_say(root: Path, header: str, row: str, words: str) -> None:
+def test_impossible_label_tables_are_refused(root: Path, header: str, row: str, words: str) -> None:
     table(root, row, header=header)
     with pytest.raises(UserError, match=words) as caught:
         nih.read(str(root))
@@ -165,8 +171,8 @@ def test_what_a_table_may_not_say(root: Path, header: str, row: str, words: str)
 
 @pytest.mark.parametrize("number", range(len(ROWS_2020)))
 @pytest.mark.parametrize("end", ["", ","])
-def test_a_value_too_many_or_too_few_is_refused(tmp_path: Path, number: int, end: str) -> None:
-    """Else the values behind it move into columns where they mean something else: Follow-up # becomes a patient."""
+def test_a_row_with_one_value_too_many_or_too_few_is_refused(tmp_path: Path, number: int, end: str) -> None:
+    """Otherwise the values after it move to other columns: Follow-up # would become the patient."""
     cells = ROWS_2020[number].split(",")
     for at in range(len(cells)):
         for damaged in (
@@ -177,7 +183,7 @@ def test_a_value_too_many_or_too_few_is_refused(tmp_path: Path, number: int, end
             rows = [row + end for row in ROWS_2020]
             rows[number] = ",".join(damaged) + end
             path = table(tmp_path, *rows, header=HEADER_2020 + end)
-            words = rf"v2020\.csv, line {number + 2}: the row of .* needs 11 values as its header has; take the table"
+            words = rf"v2020\.csv, line {number + 2}: the row of .* needs 11 values, as many as the header; use"
             with pytest.raises(UserError, match=words):
                 nih.read_table(str(path))
 
@@ -190,7 +196,7 @@ def test_line_ends_empty_rows_and_a_byte_order_mark(tmp_path: Path, end: str) ->
     assert nih.read_table(str(path)) == expected
 
 
-def test_long_cells_are_cut_in_messages(tmp_path: Path) -> None:
+def test_long_cells_are_shortened_in_messages(tmp_path: Path) -> None:
     name, junk = "a" * 5000, "\u2028" * 5000
     for row in (f"{name},Mass,{junk}", f"{name},{junk},1", f"{junk},Mass,1", f"{name},Mass,1,{junk}"):
         path = table(tmp_path, row, header="Image Index,Finding Labels,Patient ID")
@@ -216,13 +222,16 @@ def test_long_cells_are_cut_in_messages(tmp_path: Path) -> None:
             "Image Index,Finding Label,Bbox [x,y,w,h]\na.png,Mass,1,2,3,4\nb.png,Mass,1,2,3,4,\n",
             "line 3: the row of 'b",
         ),
-        ('Image Index,Finding Label,Bbox [x,y,w,h],,,\n"a\n.png",Mass,1,2,3,4\n', r"Image Index 'a\\n.png' is no file"),
+        (
+            'Image Index,Finding Label,Bbox [x,y,w,h],,,\n"a\n.png",Mass,1,2,3,4\n',
+            r"Image Index 'a\\n.png' is not a file",
+        ),
         ('Image Index,Finding Label,Bbox [x,y,w,h],,,\na.png,"\n",1,2,3,4\n', r"finding '\\n' of 'a.png'"),
         ("", "not a readable CSV"),
         ("\n\n", "not a readable CSV"),
     ],
 )
-def test_what_a_box_table_may_not_say(tmp_path: Path, text: str, words: str) -> None:
+def test_impossible_box_tables_are_refused(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "BBox_List_2017.csv"
     path.write_text(text)
     with pytest.raises(UserError, match=words) as caught:
@@ -231,31 +240,26 @@ def test_what_a_box_table_may_not_say(tmp_path: Path, text: str, words: str) -> 
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_missing_parts_are_named(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    with pytest.raises(UserError, match="no PNG there; expected them in images_001/images"):
+def test_missing_files_are_named(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    with pytest.raises(UserError, match="no PNG files there; expected them in images_001/images"):
         nih.read(str(tmp_path_factory.mktemp("empty")))
-    with pytest.raises(UserError, match="nowhere: no PNG there"):
+    with pytest.raises(UserError, match="nowhere: no PNG files there"):
         nih.read(str(root / "nowhere"))
     (root / "Data_Entry_2017_v2020.csv").unlink()
     with pytest.raises(UserError, match=r"no Data_Entry_2017_v2020\.csv or Data_Entry_2017\.csv; put the label table"):
         nih.read(str(root))
 
 
-def test_one_name_in_two_folders_or_two_lists(root: Path) -> None:
+def test_a_name_in_two_folders_or_two_lists_is_refused(root: Path) -> None:
     (root / "train_val_list.txt").write_text("00000001_000.png\n")
     (root / "test_list.txt").write_text("00000001_000.png\n")
-    with pytest.raises(UserError, match=r"test_list.txt: 00000001_000.png is in train_val_list.txt too"):
+    with pytest.raises(UserError, match=r"test_list.txt: 00000001_000.png is also in train_val_list.txt"):
         nih.read(str(root))
     image(root / "images" / "00000001_000.png")
     with pytest.raises(UserError, match="is in two folders") as caught:
         nih.read(str(root))
     assert str(root / "images" / "00000001_000.png") in str(caught.value)
     assert str(root / "images_001" / "images" / "00000001_000.png") in str(caught.value)
-
-
-def test_an_unknown_source_lists_those_on_offer() -> None:
-    with pytest.raises(UserError, match=r"unknown source 'mimic'; on offer: .*nih.*siim"):
-        sources.read("mimic", "anywhere")
 
 
 @real
@@ -286,7 +290,7 @@ def test_the_real_boxes() -> None:
 
 
 @real
-def test_the_real_part_of_the_archive() -> None:
+def test_the_real_images() -> None:
     records = nih.read(str(REAL))
     assert len(records) == 240
     assert all(len(record.findings) == 14 and record.split in ("train_val", "test") for record in records)

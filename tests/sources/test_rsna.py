@@ -1,4 +1,4 @@
-"""The RSNA reader: boxes and states from the label table, against the DICOM files that are there."""
+"""The RSNA reader: boxes and labels from the label table, for the DICOM files that are present."""
 
 import csv
 import io
@@ -35,8 +35,8 @@ CLASSES = (
 
 
 @pytest.fixture
-def archive(tmp_path: Path) -> Path:
-    """Three labeled images and one of the test folder, as the challenge laid them out."""
+def root(tmp_path: Path) -> Path:
+    """Three labeled images and one of the test folder, in the layout of the challenge."""
     for seed, (folder, name) in enumerate(
         [*((rsna.FOLDERS[0], name) for name in (SICK, HEALTHY, OTHER)), (rsna.FOLDERS[1], UNSEEN)]
     ):
@@ -48,8 +48,8 @@ def archive(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_images_have_their_boxes_and_states(archive: Path) -> None:
-    records = sources.read("rsna", str(archive))
+def test_images_have_their_boxes_and_labels(root: Path) -> None:
+    records = sources.read("rsna", str(root))
     assert [record.image_id for record in records] == sorted([SICK, HEALTHY, OTHER, UNSEEN])
     by_id = {record.image_id: record for record in records}
     assert by_id[SICK].boxes == (Box("Pneumonia", 264, 152, 213, 379), Box("Pneumonia", 562, 152, 256, 453))
@@ -65,23 +65,23 @@ def test_images_have_their_boxes_and_states(archive: Path) -> None:
     assert np.array_equal(loaded.image_HW, gray_image(seed=0))
 
 
-def test_the_archive_becomes_shards(archive: Path, tmp_path: Path) -> None:
+def test_the_source_becomes_a_dataset(root: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "shards")
-    build.build("rsna", str(archive), Pack(size=32, val_fraction=0.4, test_fraction=0.3), out, local=True)
+    build.build_shards("rsna", str(root), Pack(size=32, val_fraction=0.4, test_fraction=0.3), out, local=True)
     table = manifest.load(out)
     assert table.findings() == ("Pneumonia",)
     assert table.split_counts()[build.UNLABELED] == 1
     assert splits.overlapping_patients(table.patient.tolist(), table.split.tolist()) == []
-    assert set(table.column("view")) == {"PA"}  # the header says it, no table does
+    assert set(table.column("view")) == {"PA"}  # from the DICOM header; no table has it
 
 
-def test_the_class_table_may_be_absent(archive: Path) -> None:
-    (archive / rsna.CLASS_TABLE).unlink()
-    assert len(rsna.read(str(archive))) == 4
+def test_the_class_table_may_be_absent(root: Path) -> None:
+    (root / rsna.CLASS_TABLE).unlink()
+    assert len(rsna.read(str(root))) == 4
 
 
-def test_a_file_address_is_a_local_path(archive: Path) -> None:
-    assert rsna.read(f"file://{archive}") == rsna.read(str(archive))
+def test_a_file_address_is_a_local_path(root: Path) -> None:
+    assert rsna.read(f"file://{root}") == rsna.read(str(root))
 
 
 @pytest.mark.parametrize(
@@ -98,14 +98,14 @@ def test_a_file_address_is_a_local_path(archive: Path) -> None:
         ("new,1,2,inf,4,1", "line 7: the box of patient new is not four numbers"),
         ("new,,,,0", "line 7: a row needs 6 values"),
         ("new,,,,,0,0", "line 7: a row needs 6 values"),
-        (",1,2,3,4,1", "line 7: a row needs 6 values, among them patientId"),
+        (",1,2,3,4,1", "line 7: a row needs 6 values, patientId among them"),
         ('"new\nnext",,,,,0', r"line 8: patientId 'new\\nnext' is damaged"),
     ],
 )
-def test_a_row_that_cannot_be_names_itself(archive: Path, row: str, message: str) -> None:
-    (archive / rsna.LABEL_TABLE).write_text(TABLE + row + "\n")
+def test_an_impossible_row_is_named(root: Path, row: str, message: str) -> None:
+    (root / rsna.LABEL_TABLE).write_text(TABLE + row + "\n")
     with pytest.raises(UserError, match=message):
-        rsna.read(str(archive))
+        rsna.read(str(root))
 
 
 @pytest.mark.parametrize(
@@ -117,50 +117,50 @@ def test_a_row_that_cannot_be_names_itself(archive: Path, row: str, message: str
         (b"patientId,x,y,width,height,Target\n\xff\xfe", "not a readable CSV table"),
     ],
 )
-def test_a_damaged_table_is_refused(archive: Path, text: bytes, message: str) -> None:
-    (archive / rsna.LABEL_TABLE).write_bytes(text)
+def test_a_damaged_table_is_refused(root: Path, text: bytes, message: str) -> None:
+    (root / rsna.LABEL_TABLE).write_bytes(text)
     with pytest.raises(UserError, match=message):
-        rsna.read(str(archive))
+        rsna.read(str(root))
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         (f"{HEALTHY},Lung Opacity", f"patient {HEALTHY} is 'Normal' and 'Lung Opacity'"),
-        ("new,Ill", "class 'Ill' of new is none of Lung Opacity"),
+        ("new,Ill", "class 'Ill' of new is not one of Lung Opacity"),
     ],
 )
-def test_a_class_that_cannot_be_names_itself(archive: Path, row: str, message: str) -> None:
-    (archive / rsna.CLASS_TABLE).write_text(CLASSES + "\n" + row)
+def test_an_impossible_class_is_named(root: Path, row: str, message: str) -> None:
+    (root / rsna.CLASS_TABLE).write_text(CLASSES + "\n" + row)
     with pytest.raises(UserError, match=message):
-        rsna.read(str(archive))
+        rsna.read(str(root))
 
 
-def test_tables_that_contradict_each_other_are_refused(archive: Path) -> None:
-    (archive / rsna.CLASS_TABLE).write_text(f"patientId,class\n{SICK},Normal\n")
+def test_tables_that_contradict_each_other_are_refused(root: Path) -> None:
+    (root / rsna.CLASS_TABLE).write_text(f"patientId,class\n{SICK},Normal\n")
     with pytest.raises(UserError, match=f"patient {SICK} is 'Normal', but has Target 1"):
-        rsna.read(str(archive))
+        rsna.read(str(root))
 
 
-def test_what_is_not_there_is_named(archive: Path, tmp_path: Path) -> None:
-    (archive / rsna.LABEL_TABLE).unlink()
+def test_missing_files_are_named(root: Path, tmp_path: Path) -> None:
+    (root / rsna.LABEL_TABLE).unlink()
     with pytest.raises(UserError, match=f"no {rsna.LABEL_TABLE}"):
-        rsna.read(str(archive))
+        rsna.read(str(root))
     with pytest.raises(UserError, match=r"no \.dcm file in stage_2_train_images or stage_2_test_images"):
         rsna.read(str(tmp_path / "elsewhere"))
 
 
-def test_a_name_in_both_folders_is_refused(archive: Path) -> None:
-    (archive / rsna.FOLDERS[1] / f"{SICK}.dcm").write_bytes(b"")
+def test_a_name_in_both_folders_is_refused(root: Path) -> None:
+    (root / rsna.FOLDERS[1] / f"{SICK}.dcm").write_bytes(b"")
     with pytest.raises(UserError, match=f"{SICK}.dcm is in two folders"):
-        rsna.read(str(archive))
+        rsna.read(str(root))
 
 
 @given(
     boxes=st.lists(st.lists(st.tuples(*[st.integers(1, 1023)] * 4), max_size=4), min_size=1, max_size=6),
     order=st.randoms(use_true_random=False),
 )
-def test_any_table_reads_back(
+def test_any_table_is_read_back(
     boxes: list[list[tuple[int, int, int, int]]], order: Random, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     rows: list[tuple[str | int, ...]] = [(f"p{n}", *box, 1) for n, own in enumerate(boxes) for box in own]
@@ -170,7 +170,7 @@ def test_any_table_reads_back(
     csv.writer(text).writerows([HEADER.strip().split(","), *rows])
     path = tmp_path_factory.mktemp("table") / "labels.csv"
     path.write_text(text.getvalue())
-    found = rsna.read_table(str(path))
-    assert {name: sorted((b.x, b.y, b.width, b.height) for b in own) for name, own in found.items()} == {
+    table = rsna.read_table(str(path))
+    assert {name: sorted((b.x, b.y, b.width, b.height) for b in own) for name, own in table.items()} == {
         f"p{n}": sorted(own) for n, own in enumerate(boxes)
     }

@@ -1,3 +1,5 @@
+"""The SIIM reader: masks of one or more annotators, both layouts, and tables that are not as published."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -37,7 +39,7 @@ def table(root: Path, *rows: str, header: str = "ImageId, EncodedPixels", name: 
     return path
 
 
-def test_records_hold_masks_and_states(root: Path) -> None:
+def test_records_hold_masks_and_labels(root: Path) -> None:
     absent, one, two, unlabeled = sources.read("siim", str(root))
     assert (absent.image_id, absent.source, absent.patient) == ("1.2.3", "siim", "1.2.3")
     assert absent.path == str(root / "dicom-images-train" / "9.1.2.3" / "8.1.2.3" / "1.2.3.dcm")
@@ -48,25 +50,25 @@ def test_records_hold_masks_and_states(root: Path) -> None:
     assert (one.split, one.view, one.sex, one.age, one.spacing_mm, one.boxes) == (None, None, None, None, None, ())
 
 
-def test_headers_and_values_with_and_without_a_space(root: Path) -> None:
+def test_headers_and_values_may_have_a_space(root: Path) -> None:
     expected = siim.read(str(root))
     table(root, *(row.replace(", ", ",") for row in ROWS), header="ImageId,EncodedPixels")
     assert siim.read(str(root)) == expected
 
 
-def test_the_second_stage_table_wins(root: Path) -> None:
+def test_the_second_stage_table_is_preferred(root: Path) -> None:
     table(root, "1.2.3, 4 4", name="stage_2_train.csv")
     first, *others = siim.read(str(root))
     assert first.rles == ("4 4",)
     assert all(record.rles is None for record in others)
 
 
-def test_a_mask_beside_a_minus_one_is_a_mask(tmp_path: Path) -> None:
+def test_a_row_with_a_mask_counts_more_than_rows_without(tmp_path: Path) -> None:
     path = table(tmp_path, "a, -1", "a, 5 2", "a, -1")
     assert siim.read_table(str(path)) == {"a": ("5 2",)}
 
 
-def test_flat_folders_and_kaggles_names(tmp_path: Path) -> None:
+def test_files_may_lie_flat_under_kaggles_names(tmp_path: Path) -> None:
     dicom(tmp_path / "dicom-images-train" / "ID_00a.dcm")
     dicom(tmp_path / "ID_00b.DCM")
     table(tmp_path, "ID_00a, -1", "ID_00b, 1 1")
@@ -81,14 +83,14 @@ def test_roots_of_all_kinds(root: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(root.parent)
     assert siim.read(root.name) == expected
     memory = fsspec.filesystem("memory")
-    memory.put(str(root), "/siim-archive", recursive=True)
+    memory.put(str(root), "/siim-copy", recursive=True)
     try:
-        remote = siim.read("memory://siim-archive")
+        remote = siim.read("memory://siim-copy")
         assert storage.read(remote[0].path) == b""
     finally:
-        memory.rm("/siim-archive", recursive=True)
+        memory.rm("/siim-copy", recursive=True)
     assert [record.rles for record in remote] == [record.rles for record in expected]
-    assert remote[0].path.endswith("/siim-archive/dicom-images-train/9.1.2.3/8.1.2.3/1.2.3.dcm")
+    assert remote[0].path.endswith("/siim-copy/dicom-images-train/9.1.2.3/8.1.2.3/1.2.3.dcm")
 
 
 @pytest.mark.parametrize(
@@ -96,16 +98,16 @@ def test_roots_of_all_kinds(root: Path, monkeypatch: pytest.MonkeyPatch) -> None
     [
         ("ImageId, Pixels\na, -1\n", "no column 'EncodedPixels'"),
         ("Id, EncodedPixels\na, -1\n", "no column 'ImageId'"),
-        ("ImageId, EncodedPixels\na,\n", "line 2: EncodedPixels of 'a' is empty; -1 stands for"),
-        ("ImageId, EncodedPixels\na,-1\n , 1 2\n", "line 3: ImageId '' is no image's name; mend the row"),
-        ('ImageId, EncodedPixels\n"a\nb",\n', r"line 3: ImageId 'a\\nb' is no image's name"),
+        ("ImageId, EncodedPixels\na,\n", "line 2: EncodedPixels of 'a' is empty; write -1 for"),
+        ("ImageId, EncodedPixels\na,-1\n , 1 2\n", "line 3: ImageId '' is not an image name; correct the row"),
+        ('ImageId, EncodedPixels\n"a\nb",\n', r"line 3: ImageId 'a\\nb' is not an image name"),
         (
             'ImageId, EncodedPixels\na,"1 2\nb,-1\nc,3"\n',
             r"line 4: EncodedPixels of 'a' is damaged: '1 2\\nb,-1\\nc,3'",
         ),
         (
             "ImageId, EncodedPixels\na, 1 2, 3 4\nb,-1\n",
-            "line 2: the row of 'a' needs 2 values as its header has; mend",
+            "line 2: the row of 'a' needs 2 values, as many as the header; correct",
         ),
         ("ImageId, EncodedPixels\na,-1\nb, 1 2, 3 4\n", "line 3: the row of 'b' needs 2 values"),
         ("ImageId, EncodedPixels\n0,a,-1\n", "line 2: the row of '0' needs 2 values"),
@@ -114,7 +116,7 @@ def test_roots_of_all_kinds(root: Path, monkeypatch: pytest.MonkeyPatch) -> None
         ("", "not a readable CSV"),
     ],
 )
-def test_what_a_table_may_not_say(root: Path, text: str, words: str) -> None:
+def test_impossible_mask_tables_are_refused(root: Path, text: str, words: str) -> None:
     (root / "train-rle.csv").write_text(text)
     with pytest.raises(UserError, match=words) as caught:
         siim.read(str(root))
@@ -123,7 +125,7 @@ def test_what_a_table_may_not_say(root: Path, text: str, words: str) -> None:
 
 
 @pytest.mark.parametrize("row", ["{},", '{},"1\n2"', "{},1,2", "\u2028{},-1", "a,{}\u2028", "{}"])
-def test_long_cells_are_cut_in_messages(tmp_path: Path, row: str) -> None:
+def test_long_cells_are_shortened_in_messages(tmp_path: Path, row: str) -> None:
     path = table(tmp_path, row.replace("{}", "9\u20299" * 5000))
     with pytest.raises(UserError) as caught:
         siim.read_table(str(path))
@@ -139,7 +141,7 @@ def test_line_ends_empty_rows_and_a_byte_order_mark(tmp_path: Path, end: str) ->
     assert siim.read_table(str(path)) == {"a": (), "b": ("1 2",)}
 
 
-def test_missing_and_double_parts_are_named(root: Path) -> None:
+def test_missing_and_duplicate_files_are_named(root: Path) -> None:
     with pytest.raises(UserError, match=r"no \.dcm file there; expected dicom-images-train"):
         siim.read(str(root / "nowhere"))
     dicom(root / "again" / "1.2.3.dcm")
@@ -164,7 +166,7 @@ def test_the_real_mask_table() -> None:
 
 
 @real
-def test_the_real_part_of_the_archive() -> None:
+def test_the_real_images() -> None:
     records = [record for record in siim.read(str(REAL)) if "dicom-images-train" in record.path]
     assert len(records) == 37
     assert sorted(len(record.rles or ()) for record in records if record.rles) == [1, 1, 1, 2]

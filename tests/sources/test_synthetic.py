@@ -1,3 +1,5 @@
+"""Synthetic data: readable as NIH and SIIM, the same bytes every time, and findings that can be seen."""
+
 from __future__ import annotations
 
 import hashlib
@@ -21,7 +23,7 @@ IMAGES, SIZE, SEED = 24, 64, 3
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> SyntheticPaths:
-    return archive.write(str(tmp_path_factory.mktemp("drawn") / "phantom"), IMAGES, SIZE, SEED)
+    return archive.write(str(tmp_path_factory.mktemp("drawn") / "synthetic"), IMAGES, SIZE, SEED)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,7 @@ def thumbnail(image: GrayImage) -> npt.NDArray[np.float32]:
 
 
 def image(planted: str, number: int) -> lesions.DrawnImage:
-    body = anatomy.build(np.random.default_rng([9, number, 0]))
+    body = anatomy.sample_anatomy(np.random.default_rng([9, number, 0]))
     return lesions.draw(body, SIZE, frozenset(planted.split()), "PA", np.random.default_rng([9, number, 1]))
 
 
@@ -116,7 +118,7 @@ def test_siim_images_are_nih_images_with_the_same_label(nih: list[ImageRecord], 
     assert {r.image_id for r in nih if r.findings["Pneumothorax"]} <= set(duplicates)
 
 
-def test_dicoms_have_siims_oddities(siim: list[ImageRecord]) -> None:
+def test_dicom_files_have_the_irregularities_of_siim(siim: list[ImageRecord]) -> None:
     dicoms = [pydicom.dcmread(record.path, stop_before_pixels=True) for record in siim]
     for record, dicom in zip(siim, dicoms, strict=True):
         assert dicom.file_meta.TransferSyntaxUID == pydicom.uid.JPEGBaseline8Bit
@@ -127,7 +129,7 @@ def test_dicoms_have_siims_oddities(siim: list[ImageRecord]) -> None:
     assert len({dicom.PatientID for dicom in dicoms}) == len(siim)
 
 
-def test_the_mask_table_has_siims_oddities(paths: SyntheticPaths, siim: list[ImageRecord]) -> None:
+def test_the_mask_table_has_the_irregularities_of_siim(paths: SyntheticPaths, siim: list[ImageRecord]) -> None:
     header, *rows = (paths.siim / "train-rle.csv").read_text().splitlines()
     assert header == "ImageId, EncodedPixels"
     assert all(row.split(",")[1].startswith(" ") for row in rows)
@@ -142,11 +144,11 @@ def test_the_mask_table_has_siims_oddities(paths: SyntheticPaths, siim: list[Ima
 def test_masks_in_the_table_are_the_drawn_ones(nih: list[ImageRecord], siim: list[ImageRecord]) -> None:
     rng = np.random.default_rng
     drawn = set()
-    for shot in archive._shots(IMAGES, SEED):
-        if "Pneumothorax" in shot.planted:
-            key = [SEED, shot.patient, shot.follow_up + 1]
-            image = lesions.draw(shot.build, SIZE, shot.planted, shot.view, rng(key))
-            record = next(r for r in nih if r.image_id == shot.name)
+    for plan in archive._plan_images(IMAGES, SEED):
+        if "Pneumothorax" in plan.planted:
+            key = [SEED, plan.patient, plan.follow_up + 1]
+            image = lesions.draw(plan.anatomy, SIZE, plan.planted, plan.view, rng(key))
+            record = next(r for r in nih if r.image_id == plan.name)
             np.testing.assert_array_equal(gray(record), image.image)
             drawn.add(np.logical_or.reduce(image.crescents).tobytes())
     assert drawn == {rle_masks.union(record.rles, (SIZE, SIZE)).tobytes() for record in siim if record.rles}
@@ -154,77 +156,75 @@ def test_masks_in_the_table_are_the_drawn_ones(nih: list[ImageRecord], siim: lis
 
 def test_the_same_arguments_give_the_same_bytes(paths: SyntheticPaths, tmp_path: Path) -> None:
     calls: list[int] = []
-    again = archive.write(f"file://{tmp_path}/new/phantom", IMAGES, SIZE, SEED, calls.append)
+    again = archive.write(f"file://{tmp_path}/new/synthetic", IMAGES, SIZE, SEED, calls.append)
     assert calls == [1] * IMAGES
     assert tree(again.nih.parent) == tree(paths.nih.parent)
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["phantom"]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["synthetic"]
     other = archive.write(str(tmp_path / "other"), IMAGES, SIZE, SEED + 1)
     assert not set(tree(other.nih / "images_001").values()) & set(tree(paths.nih / "images_001").values())
 
 
 def test_what_is_drawn_is_not_drawn_again(paths: SyntheticPaths) -> None:
     root, calls = paths.nih.parent, list[int]()
-    before = (root / "phantom.json").stat().st_mtime_ns
+    before = (root / "synthetic.json").stat().st_mtime_ns
     assert archive.write(str(root), IMAGES, SIZE, SEED, calls.append) == paths
     assert not calls
-    assert (root / "phantom.json").stat().st_mtime_ns == before
-    assert json.loads((root / "phantom.json").read_text())["seed"] == SEED
+    assert (root / "synthetic.json").stat().st_mtime_ns == before
+    assert json.loads((root / "synthetic.json").read_text())["seed"] == SEED
 
 
-def test_a_folder_with_something_else_is_left_alone(paths: SyntheticPaths, tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"holds a synthetic archive of .*'seed': 3.* remove the folder or give another one"
-    ):
+def test_a_folder_with_other_files_is_not_touched(paths: SyntheticPaths, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds synthetic data of .*'seed': 3.* remove the folder or give another one"):
         archive.write(str(paths.nih.parent), IMAGES, SIZE, SEED + 1)
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match=r"is not empty and holds no phantom\.json; give a new folder"):
+    with pytest.raises(UserError, match=r"is not empty and has no synthetic\.json; give a new folder"):
         archive.write(str(tmp_path), IMAGES, SIZE, SEED)
     with pytest.raises(UserError, match="is a file; give a new folder"):
         archive.write(str(tmp_path / "file"), IMAGES, SIZE, SEED)
     with pytest.raises(UserError, match="cannot be written"):
         archive.write(str(tmp_path / "file" / "below"), IMAGES, SIZE, SEED)
-    (tmp_path / "phantom.json").write_text("{")
-    with pytest.raises(UserError, match="holds a synthetic archive of None"):
+    (tmp_path / "synthetic.json").write_text("{")
+    with pytest.raises(UserError, match="holds synthetic data of None"):
         archive.write(str(tmp_path), IMAGES, SIZE, SEED)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "phantom.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "synthetic.json"]
 
 
 @pytest.mark.parametrize(("images", "size", "seed"), [(9, 64, 0), (24, 31, 0), (24, 5000, 0), (24, 64, -1)])
-def test_arguments_out_of_range(tmp_path: Path, images: int, size: int, seed: int) -> None:
+def test_arguments_out_of_range_are_refused(tmp_path: Path, images: int, size: int, seed: int) -> None:
     with pytest.raises(UserError, match="at least 10 images, a size of 32 to 4096"):
-        archive.write(str(tmp_path / "phantom"), images, size, seed)
+        archive.write(str(tmp_path / "synthetic"), images, size, seed)
     with pytest.raises(UserError, match="drawn into a local folder"):
-        archive.write("s3://bucket/phantom")
+        archive.write("s3://bucket/synthetic")
 
 
-def test_an_interrupted_phantom_leaves_nothing(tmp_path: Path) -> None:
+def test_an_interrupted_drawing_leaves_nothing(tmp_path: Path) -> None:
     def interrupt(_: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        archive.write(str(tmp_path / "phantom"), IMAGES, SIZE, SEED, interrupt)
+        archive.write(str(tmp_path / "synthetic"), IMAGES, SIZE, SEED, interrupt)
     assert not list(tmp_path.iterdir())
 
 
-def test_shares_are_as_promised() -> None:
+def test_shares_are_as_documented() -> None:
     for seed in range(3):
-        shots = archive._shots(600, seed)
-        assert len(shots) == len({shot.name for shot in shots}) == 600
+        plans = archive._plan_images(600, seed)
+        assert len(plans) == len({plan.name for plan in plans}) == 600
         for finding in lesions.FINDINGS:
-            assert 0.15 < sum(finding in shot.planted for shot in shots) / 600 < 0.29
-        assert 0.35 < sum(not shot.planted for shot in shots) / 600 < 0.50
-        assert 1.9 < 600 / len({shot.patient for shot in shots}) < 2.5
-        test = archive._test_patients(shots, seed)
-        assert 150 <= sum(shot.patient in test for shot in shots) < 162
-        members, without_row = archive._siim_members(shots, seed)
-        assert {shot.name for shot in shots if "Pneumothorax" in shot.planted} <= members
+            assert 0.15 < sum(finding in plan.planted for plan in plans) / 600 < 0.29
+        assert 0.35 < sum(not plan.planted for plan in plans) / 600 < 0.50
+        assert 1.9 < 600 / len({plan.patient for plan in plans}) < 2.5
+        test = archive._test_patients(plans, seed)
+        assert 150 <= sum(plan.patient in test for plan in plans) < 162
+        members, without_row = archive._siim_members(plans, seed)
+        assert {plan.name for plan in plans if "Pneumothorax" in plan.planted} <= members
         assert len(without_row) == 2
 
 
 def test_every_patient_pose_and_finding_can_be_drawn() -> None:
     for size in (32, 96):
         for number in range(25):
-            body = anatomy.build(np.random.default_rng([4, number, 0]))
+            body = anatomy.sample_anatomy(np.random.default_rng([4, number, 0]))
             drawn = lesions.draw(body, size, frozenset(lesions.FINDINGS), "AP", np.random.default_rng([4, number, 1]))
             assert {box.finding for box in drawn.boxes} == set(lesions.FINDINGS)
             assert drawn.crescents
@@ -242,7 +242,7 @@ def test_a_finding_changes_the_image_where_its_box_says() -> None:
             inside[int(box.y) : int(box.y + box.height), int(box.x) : int(box.x + box.width)] = True
             if finding == "Pneumothorax":
                 inside = planted.crescents[0]
-            # The pose is the same, the exposure is not: hence against the whole image.
+            # The pose is the same, the exposure is not: hence the comparison with the mean of the image.
             contrast = [drawn.image[inside].mean() - drawn.image.mean() for drawn in (planted, healthy)]
             changes.append(contrast[0] - contrast[1])
         assert np.mean(changes) * sign > 3, finding

@@ -54,10 +54,10 @@ def test_sets_that_share_images_across_splits_are_refused(
 ) -> None:
     # Without its NIH duplicates, SIIM's patients are unknown and its random split tears NIH's patients apart.
     siim = str(tmp_path / "siim")
-    build.build("siim", str(drawn.siim), Pack(size=64), siim, local=True)
+    build.build_shards("siim", str(drawn.siim), Pack(size=64), siim, local=True)
     both = f"{nih_shards}, {siim}"
     more = ("data.findings=[Pneumothorax]", "train.epochs=1", "sampler.steps_per_epoch=1")
-    with pytest.raises(UserError, match=r"\d+ patients stand in more than one of train, val and test"):
+    with pytest.raises(UserError, match=r"\d+ patients are in more than one of train, val and test"):
         launch.launch(tiny(both, tmp_path, *more), "tiny", watch_run, local=True)
     allowed = tiny(both, tmp_path, *more, "data.allow_leaks=true")
     assert Path(launch.launch(allowed, "tiny", watch_run, local=True)).is_dir()

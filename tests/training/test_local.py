@@ -40,7 +40,7 @@ def until(terminal: int, mark: str, patience: float = 90.0) -> str:
 
 def test_a_breakpoint_in_the_loop_is_a_prompt_in_the_very_process(nih_shards: str, tmp_path: Path) -> None:
     recipe = tmp_path / "small.yaml"
-    recipe.write_text("train: {epochs: 1}\nplan: {steps_per_epoch: 2}\n")
+    recipe.write_text("train: {epochs: 1}\nsampler: {steps_per_epoch: 2}\n")
     words = [*TINY_CLASSIFIER, f"data.shards=[{nih_shards}]", f"tracking.runs_dir={tmp_path}", "tracking.name=debug"]
     master, slave = pty.openpty()
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONBREAKPOINT"}
@@ -54,7 +54,7 @@ def test_a_breakpoint_in_the_loop_is_a_prompt_in_the_very_process(nih_shards: st
                 ("import os, threading; print('pid', os.getpid() or 0)", f"pid {process.pid}"),
                 ("print(threading.current_thread() is threading.main_thread(), 'main')", "True main"),
                 ("print('loss is', bool(loss.isfinite()))", "loss is True"),
-                ("where", "cxrscale/train.py"),
+                ("where", "cxrscale/training/loop.py"),
             ):
                 os.write(master, f"{asked}\n".encode())
                 assert expected in until(master, "(Pdb)")

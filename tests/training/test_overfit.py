@@ -17,8 +17,8 @@ from cxrscale.types import UserError
 from tests.cli.test_app import run
 from tests.conftest import TINY_CLASSIFIER, TINY_SEGMENTER, tiny
 
-CLASSIFIER = (*TINY_CLASSIFIER, "optim.lr=5e-3", "augment.hflip=0.5", "loader.backend=reference")
-SEGMENTER = (*TINY_SEGMENTER, "optim.lr=5e-3", "loader.backend=reference")
+CLASSIFIER = (*TINY_CLASSIFIER, "optim.lr=5e-3", "augment.hflip=0.5", "loader.backend=opencv")
+SEGMENTER = (*TINY_SEGMENTER, "optim.lr=5e-3", "loader.backend=opencv")
 
 
 def found(recipe: Recipe, images: int, epochs: int) -> dict[str, Any]:

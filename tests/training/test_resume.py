@@ -1,4 +1,4 @@
-"""A run that is killed and started again ends in the same weights, to the bit."""
+"""A run that is killed and started again ends in the same weights, bit for bit."""
 
 import signal
 import subprocess
@@ -18,7 +18,7 @@ from cxrscale.types import UserError
 from tests.conftest import TINY_CLASSIFIER, TINY_SEGMENTER, tiny
 
 
-def final_weights(run: Path | str) -> dict[str, Any]:
+def final_state(run: Path | str) -> dict[str, Any]:
     name = sorted((Path(run) / checkpoint.FOLDER).glob("step-*.pt"))[-1]
     state: dict[str, Any] = checkpoint.read(name.read_bytes(), name.name)
     return state
@@ -39,13 +39,14 @@ def killed_at(recipe: Recipe, folder: Path, step: int) -> None:
     (folder / "recipe.yaml").write_text(config.to_yaml(recipe))
     script = (
         "import sys, torch; torch.set_num_threads(1)\n"
-        "from cxrscale import config, launch, train, tracking\n"
+        "from cxrscale import config\n"
+        "from cxrscale.training import launch, tracking\n"
         "from contextlib import nullcontext\n"
         "log = tracking.Tracker.log\n"
-        "def say(self, kind, step, values):\n"
+        "def log_and_print(self, kind, step, values):\n"
         "    log(self, kind, step, values); print(kind, step, flush=True)\n"
         f"    if kind == 'train' and step >= {step}: import time; time.sleep(60)\n"
-        "tracking.Tracker.log = say\n"
+        "tracking.Tracker.log = log_and_print\n"
         "recipe = config.load_recipe(sys.argv[1])\n"
         "launch.launch(recipe, 'tiny', lambda *_: nullcontext(), local=True)\n"
     )
@@ -55,14 +56,14 @@ def killed_at(recipe: Recipe, folder: Path, step: int) -> None:
         for line in process.stdout:
             if line.split() == ["train", str(step)]:
                 break
-        # Checkpoints are written while training goes on: the one before the kill may still be on its way.
+        # Checkpoints are written while training goes on: the one before the kill may still be being written.
         deadline = time.monotonic() + 20
-        while not written(folder / "tiny") and time.monotonic() < deadline:
+        while not checkpoints_of_step_6(folder / "tiny") and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
 
 
-def written(run: Path) -> list[Path]:
+def checkpoints_of_step_6(run: Path) -> list[Path]:
     return list((run / checkpoint.FOLDER).glob("step-000000006-*.pt"))
 
 
@@ -74,7 +75,7 @@ def test_two_epochs_equal_one_and_a_kill_and_one(
 ) -> None:
     more = ("train.epochs=2", "sampler.steps_per_epoch=4", "train.checkpoint_steps=3", "augment.hflip=0.5")
     data = request.getfixturevalue(shards)
-    whole = launch.launch(tiny(data, tmp_path / "whole", *more, base=base), "tiny", watch_run, local=True)
+    straight = launch.launch(tiny(data, tmp_path / "straight", *more, base=base), "tiny", watch_run, local=True)
     broken = tiny(data, tmp_path / "broken", *more, base=base)
     (tmp_path / "broken").mkdir()
     # Step 7 of 8: the newest checkpoint is of step 6, in the middle of the second epoch.
@@ -82,15 +83,15 @@ def test_two_epochs_equal_one_and_a_kill_and_one(
     newest = sorted((tmp_path / "broken" / "tiny" / checkpoint.FOLDER).glob("step-*.pt"))[-1]
     assert "step-000000006" in newest.name
     run = launch.launch(broken, "tiny", watch_run, local=True)
-    assert_equal(final_weights(run), final_weights(whole))
-    assert [line["step"] for line in tracking.read_log(run)] == [line["step"] for line in tracking.read_log(whole)]
+    assert_equal(final_state(run), final_state(straight))
+    assert [line["step"] for line in tracking.read_log(run)] == [line["step"] for line in tracking.read_log(straight)]
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     nih_shards: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     more = ("train.epochs=2", "sampler.steps_per_epoch=4", "train.checkpoint_steps=3")
-    whole = launch.launch(tiny(nih_shards, tmp_path / "whole", *more), "tiny", watch_run, local=True)
+    straight = launch.launch(tiny(nih_shards, tmp_path / "straight", *more), "tiny", watch_run, local=True)
     broken = tiny(nih_shards, tmp_path / "broken", *more)
     (tmp_path / "broken").mkdir()
     killed_at(broken, tmp_path / "broken", step=7)
@@ -100,24 +101,25 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     newest.write_bytes(content)
     run = launch.launch(broken, "tiny", watch_run, local=True)
     assert "is damaged; falling back" in caplog.text
-    assert_equal(final_weights(run), final_weights(whole))
+    assert_equal(final_state(run), final_state(straight))
 
 
-def test_sigterm_writes_a_checkpoint_and_the_same_command_goes_on(nih_shards: str, tmp_path: Path) -> None:
+def test_sigterm_writes_a_checkpoint_and_the_same_command_resumes(nih_shards: str, tmp_path: Path) -> None:
     more = ("train.epochs=2", "sampler.steps_per_epoch=4")
-    whole = launch.launch(tiny(nih_shards, tmp_path / "whole", *more), "tiny", watch_run, local=True)
+    straight = launch.launch(tiny(nih_shards, tmp_path / "straight", *more), "tiny", watch_run, local=True)
     broken = tiny(nih_shards, tmp_path / "broken", *more)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "recipe.yaml").write_text(config.to_yaml(broken))
     script = (
         "import os, signal, sys, torch; torch.set_num_threads(1)\n"
-        "from cxrscale import config, launch, tracking\n"
+        "from cxrscale import config\n"
+        "from cxrscale.training import launch, tracking\n"
         "from contextlib import nullcontext\n"
         "log = tracking.Tracker.log\n"
-        "def ask(self, kind, step, values):\n"
+        "def log_and_signal(self, kind, step, values):\n"
         "    log(self, kind, step, values)\n"
         "    if step == 2: os.kill(os.getpid(), signal.SIGTERM)\n"
-        "tracking.Tracker.log = ask\n"
+        "tracking.Tracker.log = log_and_signal\n"
         "launch.launch(config.load_recipe(sys.argv[1]), 'tiny', lambda *_: nullcontext(), local=True)\n"
     )
     command = [sys.executable, "-W", "ignore", "-c", script, str(tmp_path / "broken" / "recipe.yaml")]
@@ -125,7 +127,7 @@ def test_sigterm_writes_a_checkpoint_and_the_same_command_goes_on(nih_shards: st
     stopped = list((tmp_path / "broken" / "tiny" / checkpoint.FOLDER).glob("step-*.pt"))
     assert [path.name[:14] for path in stopped] == ["step-000000002"]
     run = launch.launch(broken, "tiny", watch_run, local=True)
-    assert_equal(final_weights(run), final_weights(whole))
+    assert_equal(final_state(run), final_state(straight))
 
 
 def test_an_unfinished_run_refuses_other_settings(nih_shards: str, tmp_path: Path) -> None:

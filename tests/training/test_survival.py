@@ -99,7 +99,7 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(
     thread.join()
     assert killed
     assert_equal(run, undisturbed)
-    assert run_info.read_run_info(run)["finished"]
+    assert run_info.read_run_info(run).finished
 
 
 def test_a_killed_driver_is_started_again_with_the_same_command(
@@ -133,7 +133,7 @@ def test_sigterm_writes_a_checkpoint_first_also_in_a_bucket(
     assert driver.returncode == 0, out
     assert "stopped with a checkpoint; go on with tracking.name=tiny" in out
     assert 0 < max(checkpoint.steps(storage.join(run, checkpoint.FOLDER)).values()) < 60
-    assert not run_info.read_run_info(run)["finished"]
+    assert not run_info.read_run_info(run).finished
     assert launch.launch(recipe, "tiny", lambda *_: nullcontext()) == run
     assert_equal(run, undisturbed)
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl survives kills and restarts."""
+"""train_log.jsonl survives kills and restarts."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from cxrscale.training import tracking
 from cxrscale.training.tracking import Tracker
 
 
-def test_a_resumed_run_drops_the_lines_it_will_write_again(tmp_path: Path) -> None:
+def test_a_resumed_run_drops_the_lines_that_it_will_repeat(tmp_path: Path) -> None:
     first = Tracker(str(tmp_path), Tracking(), {}, start_step=0)
     for step in range(1, 6):
         first.log("train", step, {"loss": step / 10})
@@ -32,7 +32,7 @@ def test_a_resumed_run_drops_the_lines_it_will_write_again(tmp_path: Path) -> No
 
 
 def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "train", "step": 1}) + "\n" + '{"kind": "tra')
+    (tmp_path / "train_log.jsonl").write_text(json.dumps({"kind": "train", "step": 1}) + "\n" + '{"kind": "tra')
     assert [line["step"] for line in tracking.read_log(str(tmp_path))] == [1]
 
 
@@ -43,7 +43,7 @@ def test_an_undefined_metric_is_null(tmp_path: Path) -> None:
     assert tracking.read_log(str(tmp_path))[0]["auroc"] is None
 
 
-def test_wandb_offline_leaves_a_run_of_its_own(tmp_path: Path) -> None:
+def test_wandb_offline_keeps_one_run_over_restarts(tmp_path: Path) -> None:
     for start in (0, 2):
         tracker = Tracker(str(tmp_path), Tracking(wandb="offline"), {"optim": {"lr": 0.1}}, start)
         tracker.log("train", start + 1, {"loss": 1.0})
@@ -53,7 +53,7 @@ def test_wandb_offline_leaves_a_run_of_its_own(tmp_path: Path) -> None:
     assert len({folder.name.split("-")[3] for folder in runs}) == 1, "a restart keeps the run's id"
 
 
-def test_wandb_gets_the_sample_images_and_metrics_jsonl_stays(tmp_path: Path) -> None:
+def test_wandb_gets_the_sample_images_and_the_log_stays(tmp_path: Path) -> None:
     image_BCHW = np.random.default_rng(0).normal(size=(5, 1, 8, 8)).astype(np.float32)
     tracker = Tracker(str(tmp_path), Tracking(wandb="offline"), {}, 0)
     tracker.samples(image_BCHW)
@@ -61,24 +61,24 @@ def test_wandb_gets_the_sample_images_and_metrics_jsonl_stays(tmp_path: Path) ->
     tracker.close()
     logged = list((tmp_path / "wandb").glob("offline-run-*/files/media/images/samples*.png"))
     assert len(logged) == 1
-    # Five images of 8 x 8 in three columns and two rows, the last place black.
-    mine, theirs = (cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) for path in (tmp_path / "samples.png", logged[0]))
-    assert mine is not None
+    # Five images of 8 x 8 in three columns and two rows, the last position black.
+    ours, theirs = (cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) for path in (tmp_path / "samples.png", logged[0]))
+    assert ours is not None
     assert theirs is not None
-    assert mine.shape == (16, 24)
-    assert np.array_equal(mine, theirs)
-    assert not mine[8:, 16:].any()
+    assert ours.shape == (16, 24)
+    assert np.array_equal(ours, theirs)
+    assert not ours[8:, 16:].any()
     assert [line["step"] for line in tracking.read_log(str(tmp_path))] == [1]
 
 
 DYING = """
 import sys, psutil
 from cxrscale.config import Tracking
-from cxrscale.tracking import Tracker
+from cxrscale.training.tracking import Tracker
 
 tracker = Tracker(sys.argv[1], Tracking(wandb="offline"), {}, 0)
 tracker.log("train", 1, {"loss": 1.0})
-(service,) = [each for each in psutil.Process().children(recursive=True) if "wandb-core" in each.name()]
+(service,) = [child for child in psutil.Process().children(recursive=True) if "wandb-core" in child.name()]
 service.kill()
 service.wait(10)
 for step in (2, 3):
@@ -87,8 +87,8 @@ tracker.close()
 """
 
 
-def test_wandb_that_dies_costs_its_copy_and_not_the_run(tmp_path: Path) -> None:
-    # By this variable a child would find the service of the tests before.
+def test_the_run_goes_on_when_wandb_dies(tmp_path: Path) -> None:
+    # Through this variable a child would find the service of earlier tests.
     alone = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     command = [sys.executable, "-c", DYING, str(tmp_path)]
     done = subprocess.run(command, env=alone, capture_output=True, text=True, timeout=120, check=True)
@@ -96,9 +96,9 @@ def test_wandb_that_dies_costs_its_copy_and_not_the_run(tmp_path: Path) -> None:
     assert done.stderr.count("wandb has stopped") == 1
 
 
-def test_wandb_disabled_leaves_nothing(tmp_path: Path) -> None:
+def test_wandb_disabled_writes_nothing(tmp_path: Path) -> None:
     tracker = Tracker(str(tmp_path), Tracking(wandb="disabled"), {}, 0)
     tracker.samples(np.zeros((2, 1, 8, 8), np.float32))
     tracker.log("train", 1, {"loss": 1.0})
     tracker.close()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "samples.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train_log.jsonl", "samples.png"]

@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import yaml
 
 from cxrscale import config
 from cxrscale.config import Recipe
-from cxrscale.reporting import tuning_page
+from cxrscale.reporting import tables
 from cxrscale.tuning import results, search_space
 from cxrscale.tuning.results import FINISHED, STOPPED, TrialRow
 from cxrscale.tuning.search_space import Space
@@ -131,52 +130,6 @@ def test_costs_add_up() -> None:
     assert results.totals(TRIALS)["cost"] is None
 
 
-def many() -> list[TrialRow]:
-    """24 trials whose metric hangs on the rate alone."""
-    rng = np.random.default_rng(0)
-    found = []
-    for number, share in enumerate(rng.random(24)):
-        value = 0.6 + 0.3 * share + 0.01 * rng.standard_normal()
-        base = row(f"trial-{number:03d}", [value - 0.1, value], STOPPED if share < 0.3 else FINISHED)
-        point = {
-            "optim.lr": 1e-4 * 100**share,
-            "sampler.sampling": ["all", "balanced"][number % 2],
-            "loss.bce": 0.5 + rng.random(),
-        }
-        found.append(TrialRow(**{**{f: getattr(base, f) for f in TrialRow.__slots__}, "point": point}))
-    return found
-
-
-def test_importance_finds_the_field_that_matters(domains: Space) -> None:
-    found = tuning_page.importances([*SEEDS, *many()], recipe(), domains)
-    assert found is not None
-    assert found.fields[0] == "optim.lr"
-    assert found.mean[0] > 5 * max(found.mean[1:])
-    assert found.explained > 0.5
-    assert tuning_page.importances(TRIALS, recipe(), domains) is None
-
-
-def test_the_page_needs_no_network_and_shows_every_trial(domains: Space, tmp_path: Path) -> None:
-    rows = [*SEEDS, *many(), row("trial-024", [], "failed", reason="the loss is nan <b>")]
-    tuning_page.write(rows, recipe(), domains, str(tmp_path))
-    text = (tmp_path / tuning_page.PAGE).read_text()
-    assert not re.search(r'(?:src|href)="(?!#)|@import|https?://', text)
-    assert all(f"<td>{each.name}</td>" in text for each in rows)
-    assert "the loss is nan &lt;b&gt;" in text
-    assert "times the seed sd" in text
-    assert "prefers-color-scheme: dark" in text
-    assert text.count("<svg") == 5
-    for name in ("noise", "curves", "parameters", "parallel", "importance"):
-        assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_a_search_of_few_trials_has_a_page_too(domains: Space, tmp_path: Path) -> None:
-    tuning_page.write(TRIALS[:1], recipe(), domains, str(tmp_path))
-    text = (tmp_path / tuning_page.PAGE).read_text()
-    assert "Fewer than 6 trials" in text
-    assert "nan" not in text.lower().replace("nanum", "")
-
-
 def test_the_written_table_is_read_back_best_first(
     domains: Space, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -191,7 +144,7 @@ def test_the_written_table_is_read_back_best_first(
     assert (tmp_path / "best.pt").read_bytes() == b"weights"
     stored = pq.read_table(io.BytesIO((tmp_path / results.PARQUET).read_bytes()))
     assert stored.num_rows == len(rows)
-    results.print_results(str(tmp_path), recipe(), domains)
+    tables.print_trials(results.read_results(str(tmp_path)), recipe(), list(domains), "search")
     lines = [line for line in capsys.readouterr().out.splitlines() if "trial-" in line or "seed-" in line]
     assert ["trial-001" in lines[0], "trial-002" in lines[-1]] == [True, True]
     assert json.dumps(stored["curve"].to_pylist()[3][0]) == "0.5"

@@ -1,4 +1,4 @@
-"""Metrics over gathered scores: every image counts once, intervals come from a bootstrap over patients."""
+"""Metrics of scores: every image counts once, confidence intervals come from a bootstrap over patients."""
 
 from cxrscale.evaluation.metrics.bootstrap import (
     BootstrapWeights,
@@ -9,7 +9,6 @@ from cxrscale.evaluation.metrics.bootstrap import (
     bootstrap_weights,
     divide,
     interval,
-    json_number,
     known,
     require,
     undefined,
@@ -17,6 +16,7 @@ from cxrscale.evaluation.metrics.bootstrap import (
     weighted_sums,
 )
 from cxrscale.evaluation.metrics.confusion import (
+    RATES,
     AtThreshold,
     at_threshold,
     at_thresholds,
@@ -39,6 +39,7 @@ from cxrscale.evaluation.metrics.ranking import (
 )
 from cxrscale.evaluation.metrics.readers import Raters, annotator_f1
 from cxrscale.evaluation.metrics.reliability import (
+    ProbabilityMetrics,
     Reliability,
     bootstrap_brier,
     bootstrap_ece,
@@ -50,28 +51,24 @@ from cxrscale.evaluation.metrics.reliability import (
 from cxrscale.evaluation.metrics.segmentation import bin_of, empty_baseline, has_mask, map_dice, map_iou, overlaps
 from cxrscale.evaluation.metrics.significance import bootstrap_p, delong, delong_test, holm
 from cxrscale.evaluation.metrics.subgroups import (
-    AGE_BANDS,
-    UNKNOWN,
     Group,
-    age_band,
     by_group,
     finding_metrics,
     group_names,
 )
 
 __all__ = [
-    "AGE_BANDS",
-    "UNKNOWN",
+    "RATES",
     "AtThreshold",
     "BootstrapWeights",
     "Curve",
     "Estimate",
     "Floats",
     "Group",
+    "ProbabilityMetrics",
     "Raters",
     "Reliability",
     "absent_class",
-    "age_band",
     "annotator_f1",
     "at_threshold",
     "at_thresholds",
@@ -100,7 +97,6 @@ __all__ = [
     "has_mask",
     "holm",
     "interval",
-    "json_number",
     "known",
     "macro",
     "macro_auroc",

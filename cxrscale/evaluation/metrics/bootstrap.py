@@ -1,44 +1,39 @@
-"""A metric and its interval, from a bootstrap that draws whole patients."""
+"""A metric and its interval, from a bootstrap that resamples patients, not images."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from cxrscale.io import Number
 from cxrscale.types import Scores, UserError
 
 Floats = npt.NDArray[np.float64]
 BootstrapWeights = npt.NDArray[np.uint8]
 
 BLOCK = 4_000_000
-"""Cells of an (R, N) block worked on at once: 16 to 32 MB a temporary array, whatever R and N are."""
+"""Cells of an (R, N) block that are processed at once: 16 to 32 MB per temporary array, whatever R and N are."""
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A metric with its interval, or the reason why there is none. Beside a value, the reason is a reservation."""
+    """A value with its 95% interval; in JSON, NaN is null."""
 
-    value: float
-    low: float = float("nan")
-    high: float = float("nan")
+    value: Number
+    """NaN where it is undefined."""
+    low: Number = float("nan")
+    high: Number = float("nan")
     reason: str = ""
+    """Why there is no value or no interval; beside both, a caveat."""
 
-    def plain(self) -> dict[str, float | str | None]:
-        """value, low and high as JSON has them (NaN is null), and the reason where there is one."""
-        found: dict[str, float | str | None] = {
-            "value": json_number(self.value),
-            "low": json_number(self.low),
-            "high": json_number(self.high),
-        }
-        return {**found, "reason": self.reason} if self.reason else found
-
-
-def json_number(value: float) -> float | None:
-    """A JSON number; None for NaN and infinities, which JSON does not have."""
-    return float(value) if np.isfinite(value) else None
+    @property
+    def defined(self) -> bool:
+        """Whether there is a value."""
+        return math.isfinite(self.value)
 
 
 def undefined(reason: str) -> Estimate:
@@ -47,55 +42,55 @@ def undefined(reason: str) -> Estimate:
 
 
 def bootstrap_weights(patients: Sequence[str] | npt.NDArray[np.object_], resamples: int, seed: int) -> BootstrapWeights:
-    """(R, N) how often each image enters each bootstrap resample, when whole patients are drawn with replacement.
+    """(R, N) how often each image is in each bootstrap resample: patients are resampled, not images.
 
-    uint8 holds any count that can be met: a patient is drawn more than 255 times with a chance below 1e-500.
+    uint8 holds every count that can occur: a patient is drawn more than 255 times with probability below 1e-500.
     """
     _, inverse = np.unique(np.asarray(patients).astype(str), return_inverse=True)
     count = int(inverse.max()) + 1
     rng = np.random.default_rng(seed)
-    draws = np.empty((resamples, len(inverse)), dtype=np.uint8)
-    for row in draws:
+    weights_RN = np.empty((resamples, len(inverse)), dtype=np.uint8)
+    for row in weights_RN:
         drawn = np.bincount(rng.integers(count, size=count), minlength=count).astype(np.uint8)
         np.take(drawn, inverse, out=row)
-    return draws
+    return weights_RN
 
 
-def blocks(draws_RN: npt.NDArray[np.integer], columns: int | None = None) -> list[slice]:
-    """Slices of the resamples, each small enough to work on at once."""
-    rows = max(1, BLOCK // max(1, draws_RN.shape[1] if columns is None else columns))
-    return [slice(begin, begin + rows) for begin in range(0, len(draws_RN), rows)]
+def blocks(weights_RN: npt.NDArray[np.integer], columns: int | None = None) -> list[slice]:
+    """Slices of the resamples, each small enough to be processed at once."""
+    rows = max(1, BLOCK // max(1, weights_RN.shape[1] if columns is None else columns))
+    return [slice(begin, begin + rows) for begin in range(0, len(weights_RN), rows)]
 
 
-def weighted_sums(value_NK: npt.ArrayLike, draws_RN: npt.NDArray[np.integer]) -> Floats:
+def weighted_sums(value_NK: npt.ArrayLike, weights_RN: npt.NDArray[np.integer]) -> Floats:
     """(R, K) sums of K per-image values over each resample: one matrix product, exact for counts."""
     value = np.asarray(value_NK, dtype=np.float64)
-    result = np.empty((len(draws_RN), value.shape[1]))
-    for part in blocks(draws_RN):
-        result[part] = draws_RN[part].astype(np.float64) @ value
+    result = np.empty((len(weights_RN), value.shape[1]))
+    for part in blocks(weights_RN):
+        result[part] = weights_RN[part].astype(np.float64) @ value
     return result
 
 
-def weighted_means(value_N: npt.ArrayLike, draws_RN: npt.NDArray[np.integer]) -> Floats:
+def weighted_means(value_N: npt.ArrayLike, weights_RN: npt.NDArray[np.integer]) -> Floats:
     """(R,) mean of a per-image value in each resample; images whose value is NaN are left out."""
     value = np.asarray(value_N, dtype=np.float64)
     known = np.isfinite(value)
-    sums = weighted_sums(np.stack([np.where(known, value, 0.0), known], axis=1), draws_RN)
+    sums = weighted_sums(np.stack([np.where(known, value, 0.0), known], axis=1), weights_RN)
     return divide(sums[:, 0], sums[:, 1])
 
 
-def divide(part: npt.ArrayLike, whole: npt.ArrayLike) -> Floats:
-    """part / whole, NaN where whole is 0."""
-    above, below = np.broadcast_arrays(np.asarray(part, dtype=np.float64), np.asarray(whole, dtype=np.float64))
-    result: Floats = np.divide(above, below, out=np.full(above.shape, np.nan), where=below != 0)
+def divide(part: npt.ArrayLike, total: npt.ArrayLike) -> Floats:
+    """part / total, NaN where total is 0."""
+    parts, totals = np.broadcast_arrays(np.asarray(part, dtype=np.float64), np.asarray(total, dtype=np.float64))
+    result: Floats = np.divide(parts, totals, out=np.full(parts.shape, np.nan), where=totals != 0)
     return result
 
 
 def interval(value: float, resampled_R: Floats, level: float = 0.95) -> Estimate:
     """The percentile interval of the defined resamples (Efron & Tibshirani 1993, chapter 13).
 
-    Where some resamples leave the value undefined (none of a rare finding's patients was drawn), the reason counts
-    those that were used.
+    Where the value is undefined in some resamples (no patient with a rare finding was drawn), the reason counts those
+    that were used.
     """
     if not np.isfinite(value):
         return undefined("undefined")
@@ -116,7 +111,7 @@ def known(score_N: npt.ArrayLike, label_N: npt.ArrayLike) -> tuple[Floats, Float
 
 
 def absent_class(label_N: npt.ArrayLike) -> str:
-    """Why a metric of both classes has no value for these labels; empty where it has one."""
+    """Why a metric that needs both classes has no value for these labels; empty where it has one."""
     label = np.asarray(label_N, dtype=np.float64)
     if np.isnan(label).all():
         return "no labeled image"
@@ -125,22 +120,25 @@ def absent_class(label_N: npt.ArrayLike) -> str:
     return "" if (label == 0).any() else "no image without the finding"
 
 
-def require(scores: Scores, where: str) -> None:
-    """Refuse scores that no metric or interval can be made of.
+def require(scores: Scores, source: str) -> None:
+    """Refuse scores from which no metric or interval can be computed.
+
+    Args:
+        source: the file or run that holds them, for the message.
 
     Raises:
         UserError: no image, fewer than two patients, or a score that is NaN (names image and finding).
     """
     if not len(scores.image_id):
-        raise UserError(f"{where} holds no image; score a split that has some")
-    wrong = np.argwhere(~np.isfinite(scores.score_NF))
-    if len(wrong):
-        row, finding = wrong[0]
+        raise UserError(f"{source} holds no image; score a split that has some")
+    invalid = np.argwhere(~np.isfinite(scores.score_NF))
+    if len(invalid):
+        row, finding = invalid[0]
         raise UserError(
-            f"{where}: the score of {scores.findings[finding]} of image {scores.image_id[row]} is "
-            f"{scores.score_NF[row, finding]} ({len(wrong)} such scores); the model diverged: predict with other weights"
+            f"{source}: the score of {scores.findings[finding]} of image {scores.image_id[row]} is "
+            f"{scores.score_NF[row, finding]} ({len(invalid)} such scores); the model diverged, use other weights"
         )
     if len(set(scores.patient.tolist())) < 2:
         raise UserError(
-            f"{where}: all {len(scores.image_id)} images are of one patient; an interval needs two patients or more"
+            f"{source}: all {len(scores.image_id)} images are of one patient; an interval needs two patients or more"
         )

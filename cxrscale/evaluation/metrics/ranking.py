@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
-from sklearn.metrics import roc_curve as every_roc_point
+from sklearn.metrics import roc_curve as sklearn_roc_curve
 
 from cxrscale.evaluation.metrics.bootstrap import (
     Estimate,
@@ -45,7 +45,7 @@ def macro_auroc(score_NF: npt.NDArray[np.float32], label_NF: npt.NDArray[np.floa
 def macro(value_F: Sequence[float] | Floats, resampled_FR: Floats) -> Estimate:
     """Mean over the findings whose value is defined, with the interval of that same mean.
 
-    A resample that leaves one of these findings undefined is left out whole: a mean over fewer findings is another
+    A resample in which one of these findings is undefined is left out: a mean over fewer findings is another
     quantity.
     """
     value = np.asarray(value_F, dtype=np.float64)
@@ -55,56 +55,56 @@ def macro(value_F: Sequence[float] | Floats, resampled_FR: Floats) -> Estimate:
     return interval(float(value[defined].mean()), np.asarray(resampled_FR)[defined].mean(axis=0))
 
 
-def bootstrap_auroc(score_N: npt.ArrayLike, label_N: npt.ArrayLike, draws_RN: npt.NDArray[np.integer]) -> Floats:
+def bootstrap_auroc(score_N: npt.ArrayLike, label_N: npt.ArrayLike, weights_RN: npt.NDArray[np.integer]) -> Floats:
     """(R,) AUROC of each resample by the rank-sum identity with weights; ties count one half. NaN: a class absent.
 
-    One sort serves all resamples: each positive beats the drawn negatives below it and half of those beside it, which
-    are two places in the running sum over the sorted negatives.
+    One sort serves all resamples: each positive outranks the drawn negatives that score lower and half of those that
+    score the same, which are two positions in the running sum over the sorted negatives.
     """
     score, label = np.asarray(score_N, dtype=np.float64), np.asarray(label_N, dtype=np.float64)
     positive, negative = np.flatnonzero(label == 1), np.flatnonzero(label == 0)
-    result = np.full(len(draws_RN), np.nan)
+    result = np.full(len(weights_RN), np.nan)
     if not len(positive) or not len(negative):
         return result
     negative = negative[np.argsort(score[negative], kind="stable")]
     below = np.searchsorted(score[negative], score[positive], side="left")
-    beside = np.searchsorted(score[negative], score[positive], side="right")
-    for part in blocks(draws_RN):
-        drawn = draws_RN[part]
+    not_above = np.searchsorted(score[negative], score[positive], side="right")
+    for part in blocks(weights_RN):
+        drawn = weights_RN[part]
         running = _running(drawn, negative)
-        up = drawn[:, positive]
-        wins = np.einsum("rp,rp->r", running[:, below] + running[:, beside], up, dtype=np.float64) / 2
-        result[part] = divide(wins, up.sum(axis=1, dtype=np.float64) * running[:, -1])
+        weight = drawn[:, positive]
+        wins = np.einsum("rp,rp->r", running[:, below] + running[:, not_above], weight, dtype=np.float64) / 2
+        result[part] = divide(wins, weight.sum(axis=1, dtype=np.float64) * running[:, -1])
     return result
 
 
-def bootstrap_auprc(score_N: npt.ArrayLike, label_N: npt.ArrayLike, draws_RN: npt.NDArray[np.integer]) -> Floats:
+def bootstrap_auprc(score_N: npt.ArrayLike, label_N: npt.ArrayLike, weights_RN: npt.NDArray[np.integer]) -> Floats:
     """(R,) average precision of each resample: the precision at each drawn positive's score, averaged over them.
 
-    NaN: a class absent. Equal scores share one cut, as in scikit-learn.
+    NaN: a class absent. Equal scores share one threshold, as in scikit-learn.
     """
     score, label = np.asarray(score_N, dtype=np.float64), np.asarray(label_N, dtype=np.float64)
-    positive, everything = np.flatnonzero(label == 1), np.flatnonzero(~np.isnan(label))
-    result = np.full(len(draws_RN), np.nan)
-    if not len(positive) or len(positive) == len(everything):
+    positive, labeled = np.flatnonzero(label == 1), np.flatnonzero(~np.isnan(label))
+    result = np.full(len(weights_RN), np.nan)
+    if not len(positive) or len(positive) == len(labeled):
         return result
-    everything = everything[np.argsort(-score[everything], kind="stable")]
+    labeled = labeled[np.argsort(-score[labeled], kind="stable")]
     positive = positive[np.argsort(-score[positive], kind="stable")]
-    called = np.searchsorted(-score[everything], -score[positive], side="right")
-    hit = np.searchsorted(-score[positive], -score[positive], side="right")
-    for part in blocks(draws_RN):
-        drawn = draws_RN[part]
-        calls, hits = _running(drawn, everything), _running(drawn, positive)
-        precision = np.nan_to_num(divide(hits[:, hit], calls[:, called]))
-        mean = divide(np.einsum("rp,rp->r", precision, drawn[:, positive], dtype=np.float64), hits[:, -1])
-        result[part] = np.where(hits[:, -1] < calls[:, -1], mean, np.nan)
+    called = np.searchsorted(-score[labeled], -score[positive], side="right")
+    true = np.searchsorted(-score[positive], -score[positive], side="right")
+    for part in blocks(weights_RN):
+        drawn = weights_RN[part]
+        calls, tp = _running(drawn, labeled), _running(drawn, positive)
+        precision = np.nan_to_num(divide(tp[:, true], calls[:, called]))
+        mean = divide(np.einsum("rp,rp->r", precision, drawn[:, positive], dtype=np.float64), tp[:, -1])
+        result[part] = np.where(tp[:, -1] < calls[:, -1], mean, np.nan)
     return result
 
 
-def _running(draws_RN: npt.NDArray[np.integer], order_K: npt.NDArray[np.intp]) -> npt.NDArray[np.int32]:
-    """(R, K + 1) drawn images among the first k of an order."""
-    running = np.zeros((len(draws_RN), len(order_K) + 1), dtype=np.int32)
-    np.cumsum(draws_RN[:, order_K], axis=1, dtype=np.int32, out=running[:, 1:])
+def _running(weights_RN: npt.NDArray[np.integer], order_K: npt.NDArray[np.intp]) -> npt.NDArray[np.int32]:
+    """(R, K + 1) drawn images among the first k in the given order."""
+    running = np.zeros((len(weights_RN), len(order_K) + 1), dtype=np.int32)
+    np.cumsum(weights_RN[:, order_K], axis=1, dtype=np.int32, out=running[:, 1:])
     return running
 
 
@@ -114,8 +114,8 @@ class Curve:
 
     x: tuple[float, ...]
     y: tuple[float, ...]
-    cut: tuple[float, ...]
-    """The threshold of each point: what scores at least this is called present. Infinity calls nothing."""
+    threshold: tuple[float, ...]
+    """The threshold of each point: images that score at least this are called positive. Infinity calls none."""
     reason: str = ""
 
 
@@ -125,8 +125,8 @@ def roc_curve(score_N: npt.ArrayLike, label_N: npt.ArrayLike, points: int = 200)
     reason = absent_class(label)
     if reason:
         return Curve((), (), (), reason)
-    x, y, cut = every_roc_point(label, score)
-    return _thin(x, y, cut, points)
+    x, y, threshold = sklearn_roc_curve(label, score)
+    return _thin(x, y, threshold, points)
 
 
 def pr_curve(score_N: npt.ArrayLike, label_N: npt.ArrayLike, points: int = 200) -> Curve:
@@ -135,12 +135,12 @@ def pr_curve(score_N: npt.ArrayLike, label_N: npt.ArrayLike, points: int = 200) 
     reason = absent_class(label)
     if reason:
         return Curve((), (), (), reason)
-    y, x, cut = precision_recall_curve(label, score)
-    return _thin(x[::-1], y[::-1], np.r_[np.inf, cut[::-1]], points)
+    y, x, threshold = precision_recall_curve(label, score)
+    return _thin(x[::-1], y[::-1], np.r_[np.inf, threshold[::-1]], points)
 
 
-def _thin(x: Floats, y: Floats, cut: Floats, points: int) -> Curve:
-    """At most `points` of the curve's own points, evenly along its length, both ends among them."""
+def _thin(x: Floats, y: Floats, threshold: Floats, points: int) -> Curve:
+    """At most `points` of the curve's own points, evenly along its length, including both ends."""
     length = np.r_[0.0, np.cumsum(np.abs(np.diff(x)) + np.abs(np.diff(y)))]
     kept = np.unique(np.searchsorted(length, np.linspace(0.0, length[-1], points)))
-    return Curve(tuple(x[kept].tolist()), tuple(y[kept].tolist()), tuple(cut[kept].tolist()))
+    return Curve(tuple(x[kept].tolist()), tuple(y[kept].tolist()), tuple(threshold[kept].tolist()))

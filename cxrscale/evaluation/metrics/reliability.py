@@ -1,4 +1,4 @@
-"""Whether a probability of 0.3 comes true three times in ten: Brier score, calibration error, reliability."""
+"""How well probabilities are calibrated: Brier score, calibration error, reliability diagrams."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cxrscale.evaluation.metrics.bootstrap import (
 )
 
 BINS = 15
-"""As Guo et al. 2017 count calibration error."""
+"""Bins of the calibration error, as in Guo et al. 2017."""
 
 
 def brier(score_N: npt.ArrayLike, label_N: npt.ArrayLike) -> Estimate:
@@ -29,22 +29,22 @@ def brier(score_N: npt.ArrayLike, label_N: npt.ArrayLike) -> Estimate:
     return Estimate(float(((score - label) ** 2).mean())) if len(label) else undefined("no labeled image")
 
 
-def bootstrap_brier(score_N: npt.ArrayLike, label_N: npt.ArrayLike, draws_RN: npt.NDArray[np.integer]) -> Floats:
+def bootstrap_brier(score_N: npt.ArrayLike, label_N: npt.ArrayLike, weights_RN: npt.NDArray[np.integer]) -> Floats:
     """(R,) Brier score of each resample."""
     return weighted_means(
-        (np.asarray(score_N, dtype=np.float64) - np.asarray(label_N, dtype=np.float64)) ** 2, draws_RN
+        (np.asarray(score_N, dtype=np.float64) - np.asarray(label_N, dtype=np.float64)) ** 2, weights_RN
     )
 
 
 def ece(score_N: npt.ArrayLike, label_N: npt.ArrayLike, bins: int = BINS, equal_mass: bool = False) -> Estimate:
     """Expected calibration error: |mean probability - observed share| of each bin, weighted by its images.
 
-    Guo et al. 2017, equation 3, taken over the probability that the finding is present (they bin the probability of
-    the predicted class, which for a rare finding is a bin of absences near 1).
+    Guo et al. 2017, equation 3, of the probability that the finding is present. (They bin the probability of the
+    predicted class; for a rare finding nearly all images would be negatives near 1.)
 
     Args:
-        equal_mass: bins of equally many images instead of equal width. With rare findings nearly all probabilities
-            fall into the lowest of equal widths.
+        equal_mass: bins of equally many images instead of equal width. For a rare finding nearly all probabilities
+            fall into the lowest bin of equal width.
     """
     score, label = known(score_N, label_N)
     if not len(label):
@@ -55,22 +55,22 @@ def ece(score_N: npt.ArrayLike, label_N: npt.ArrayLike, bins: int = BINS, equal_
 def bootstrap_ece(
     score_N: npt.ArrayLike,
     label_N: npt.ArrayLike,
-    draws_RN: npt.NDArray[np.integer],
+    weights_RN: npt.NDArray[np.integer],
     bins: int = BINS,
     equal_mass: bool = False,
 ) -> Floats:
-    """(R,) expected calibration error of each resample, in the bins of the whole sample.
+    """(R,) expected calibration error of each resample, in the bins of the full sample.
 
     A resample's error is biased upwards (noise in a bin cannot make |difference| smaller than 0), most with few
-    images: read the interval as what this error could be by chance, not as symmetric about the truth.
+    images: read the interval as the range that this error can take by chance, not as symmetric about the true value.
     """
     score, label = np.asarray(score_N, dtype=np.float64), np.asarray(label_N, dtype=np.float64)
     labeled = np.flatnonzero(~np.isnan(label))
     score, label = score[labeled], label[labeled]
     if not len(label):
-        return np.full(len(draws_RN), np.nan)
+        return np.full(len(weights_RN), np.nan)
     member_NB = _bin(score, bins, equal_mass)[:, None] == np.arange(bins)
-    drawn = draws_RN[:, labeled]
+    drawn = weights_RN[:, labeled]
     gap_RB = np.abs(weighted_sums(member_NB * (score - label)[:, None], drawn))
     return divide(gap_RB.sum(axis=1), drawn.sum(axis=1, dtype=np.float64))
 
@@ -84,7 +84,7 @@ class Reliability:
     observed: tuple[float, ...]
     """Share of images with the finding."""
     low: tuple[float, ...]
-    """95% interval of `observed` by Wilson 1927, which takes images for independent."""
+    """95% interval of `observed` (Wilson 1927), which assumes that images are independent."""
     high: tuple[float, ...]
     count: tuple[int, ...]
 
@@ -96,38 +96,42 @@ def reliability(
     score, label = known(score_N, label_N)
     if not len(label):
         return Reliability((), (), (), (), ())
-    place = _bin(score, bins, equal_mass)
-    count = np.bincount(place, minlength=bins)
-    present = np.bincount(place, weights=label, minlength=bins).astype(int)
-    total = np.bincount(place, weights=score, minlength=bins)
-    held = np.flatnonzero(count)
-    between = [binomtest(int(present[b]), int(count[b])).proportion_ci(method="wilson") for b in held]
+    bin_N = _bin(score, bins, equal_mass)
+    count = np.bincount(bin_N, minlength=bins)
+    present = np.bincount(bin_N, weights=label, minlength=bins).astype(int)
+    total = np.bincount(bin_N, weights=score, minlength=bins)
+    filled = np.flatnonzero(count)
+    intervals = [binomtest(int(present[b]), int(count[b])).proportion_ci(method="wilson") for b in filled]
     return Reliability(
-        tuple((total[held] / count[held]).tolist()),
-        tuple((present[held] / count[held]).tolist()),
-        tuple(float(found.low) for found in between),
-        tuple(float(found.high) for found in between),
-        tuple(count[held].tolist()),
+        tuple((total[filled] / count[filled]).tolist()),
+        tuple((present[filled] / count[filled]).tolist()),
+        tuple(float(interval.low) for interval in intervals),
+        tuple(float(interval.high) for interval in intervals),
+        tuple(count[filled].tolist()),
     )
 
 
+@dataclass(frozen=True, slots=True)
+class ProbabilityMetrics:
+    """How well the probabilities of a finding are calibrated."""
+
+    brier: Estimate
+    ece: Estimate
+    ece_equal_mass: Estimate
+
+
 def probability_metrics(
-    score_N: npt.ArrayLike, label_N: npt.ArrayLike, draws_RN: npt.NDArray[np.integer] | None = None
-) -> dict[str, Estimate]:
-    """brier, ece and ece_equal_mass, with intervals where resamples are given."""
-    found = {
-        "brier": brier(score_N, label_N),
-        "ece": ece(score_N, label_N),
-        "ece_equal_mass": ece(score_N, label_N, equal_mass=True),
-    }
-    if draws_RN is None or found["brier"].reason:
-        return found
-    resampled = {
-        "brier": bootstrap_brier(score_N, label_N, draws_RN),
-        "ece": bootstrap_ece(score_N, label_N, draws_RN),
-        "ece_equal_mass": bootstrap_ece(score_N, label_N, draws_RN, equal_mass=True),
-    }
-    return {name: interval(estimate.value, resampled[name]) for name, estimate in found.items()}
+    score_N: npt.ArrayLike, label_N: npt.ArrayLike, weights_RN: npt.NDArray[np.integer] | None = None
+) -> ProbabilityMetrics:
+    """Brier score and calibration errors, with intervals where resamples are given."""
+    result = ProbabilityMetrics(brier(score_N, label_N), ece(score_N, label_N), ece(score_N, label_N, equal_mass=True))
+    if weights_RN is None or result.brier.reason:
+        return result
+    return ProbabilityMetrics(
+        interval(result.brier.value, bootstrap_brier(score_N, label_N, weights_RN)),
+        interval(result.ece.value, bootstrap_ece(score_N, label_N, weights_RN)),
+        interval(result.ece_equal_mass.value, bootstrap_ece(score_N, label_N, weights_RN, equal_mass=True)),
+    )
 
 
 def _bin(score: Floats, bins: int, equal_mass: bool) -> npt.NDArray[np.intp]:

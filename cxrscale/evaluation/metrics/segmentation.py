@@ -1,4 +1,4 @@
-"""Overlap of predicted masks with true ones, from histograms of score maps instead of the maps."""
+"""Dice and IoU of predicted masks, computed from histograms of score maps instead of the maps."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from cxrscale.types import ScoreHistograms
 
 
 def map_dice(maps: ScoreHistograms, top: float, min_area: int, bottom: float) -> Floats:
-    """(N,) Dice of each image under the triplet: no mask unless `min_area` pixels score >= top; then all >= bottom.
+    """(N,) Dice of each image under a mask rule: no mask unless `min_area` pixels score >= top; then all >= bottom.
 
-    An empty prediction of an empty mask is 1 (the rule of the SIIM-ACR challenge).
+    An empty prediction of an empty mask counts 1 (the rule of the SIIM-ACR challenge).
     """
     overlap, total = _overlap(maps, top, min_area, bottom)
     return np.asarray(np.where(total == 0, 1.0, 2 * overlap / np.maximum(total, 1)), dtype=np.float64)
 
 
 def map_iou(maps: ScoreHistograms, top: float, min_area: int, bottom: float) -> Floats:
-    """(N,) intersection over union (Jaccard) of each image under the triplet; empty against empty is 1."""
+    """(N,) intersection over union (Jaccard) of each image under a mask rule; empty against empty counts 1."""
     overlap, total = _overlap(maps, top, min_area, bottom)
     return np.asarray(np.where(total == 0, 1.0, overlap / np.maximum(total - overlap, 1)), dtype=np.float64)
 
@@ -30,33 +30,33 @@ def has_mask(maps: ScoreHistograms) -> npt.NDArray[np.bool_]:
 
 
 def empty_baseline(maps: ScoreHistograms) -> float:
-    """Mean Dice over all images of predicting nothing: the share without a mask (0.7785 on SIIM's training table)."""
+    """Mean Dice over all images when no mask is predicted: the share without one (0.7785 on SIIM's training table)."""
     return 1.0 - float(has_mask(maps).mean())
 
 
 def overlaps(
-    maps: ScoreHistograms, top: float, min_area: int, bottom: float, draws_RN: npt.NDArray[np.integer] | None = None
+    maps: ScoreHistograms, top: float, min_area: int, bottom: float, weights_RN: npt.NDArray[np.integer] | None = None
 ) -> dict[str, Estimate]:
     """dice_all, dice_positives, iou_all, iou_positives, with intervals where resamples are given.
 
-    `_all` counts empty against empty as 1, as SIIM-ACR did, and is to be read beside `all_empty_floor`; `_positives`
-    are means over images with a mask, NaN with the reason where there is none.
+    `_all` counts empty against empty as 1, as SIIM-ACR did; compare it with `empty_baseline`. `_positives` are means
+    over images with a mask, NaN with the reason where there is none.
     """
     positive = has_mask(maps)
-    found: dict[str, Estimate] = {}
+    result: dict[str, Estimate] = {}
     for name, value_N in (
         ("dice", map_dice(maps, top, min_area, bottom)),
         ("iou", map_iou(maps, top, min_area, bottom)),
     ):
-        for part, chosen_N in (("all", value_N), ("positives", np.where(positive, value_N, np.nan))):
-            kept = chosen_N[np.isfinite(chosen_N)]
+        for part, selected_N in (("all", value_N), ("positives", np.where(positive, value_N, np.nan))):
+            kept = selected_N[np.isfinite(selected_N)]
             if not len(kept):
-                found[f"{name}_{part}"] = undefined("no image with a mask" if len(value_N) else "no image")
-            elif draws_RN is None:
-                found[f"{name}_{part}"] = Estimate(float(kept.mean()))
+                result[f"{name}_{part}"] = undefined("no image with a mask" if len(value_N) else "no image")
+            elif weights_RN is None:
+                result[f"{name}_{part}"] = Estimate(float(kept.mean()))
             else:
-                found[f"{name}_{part}"] = interval(float(kept.mean()), weighted_means(chosen_N, draws_RN))
-    return found
+                result[f"{name}_{part}"] = interval(float(kept.mean()), weighted_means(selected_N, weights_RN))
+    return result
 
 
 def bin_of(threshold: float, bins: int) -> int:
@@ -67,7 +67,7 @@ def bin_of(threshold: float, bins: int) -> int:
 def _overlap(
     maps: ScoreHistograms, top: float, min_area: int, bottom: float
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """(N,) pixels in both masks, and pixels of the two masks added up."""
+    """(N,) pixels in both masks, and the sum of the pixels of each."""
     above = maps.all_NT[:, ::-1].cumsum(axis=1)[:, ::-1]
     inside = maps.true_NT[:, ::-1].cumsum(axis=1)[:, ::-1]
     bins = maps.all_NT.shape[1]

@@ -1,4 +1,4 @@
-"""Two runs over the same images: is the difference more than chance?"""
+"""Tests of whether two runs differ on the same images: DeLong, bootstrap, Holm."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from scipy.stats import norm, rankdata
 
 from cxrscale.evaluation.metrics.bootstrap import Floats, absent_class
 
-NO_PEERS = "fewer than two images on one side"
+TOO_FEW = "fewer than two images on one side"
 
 
 def delong(
@@ -21,9 +21,9 @@ def delong(
     DeLong, DeLong & Clarke-Pearson 1988 over midranks (Sun & Xu 2014): N log N instead of positives times negatives.
 
     Args:
-        patient_N: count patients, not images, as independent (Obuchowski 1997). ChestX-ray14's official test split
-            has nine images a patient: taken as independent they make p-values too small. With a patient an image
-            both are the same.
+        patient_N: treat patients, not images, as independent (Obuchowski 1997). ChestX-ray14's official test split
+            has nine images per patient: treated as independent they make p-values too small. With one image per
+            patient both are the same.
 
     NaN where a class is absent; the covariance also where a class has fewer than two images (patients).
     """
@@ -35,7 +35,7 @@ def delong(
         return np.full(runs, np.nan), np.full((runs, runs), np.nan)
     order = np.r_[positive, negative]
     rank = rankdata(score[:, order], axis=1)
-    win_KP = (rank[:, :p] - rankdata(score[:, positive], axis=1)) / n  # share of negatives that each positive beats
+    win_KP = (rank[:, :p] - rankdata(score[:, positive], axis=1)) / n  # share of negatives that each positive outranks
     win_KN = 1 - (rank[:, p:] - rankdata(score[:, negative], axis=1)) / p  # share of positives above each negative
     area = win_KP.mean(axis=1)
     if patient_N is None:
@@ -43,13 +43,13 @@ def delong(
     else:
         _, group = np.unique(np.asarray(patient_N).astype(str)[order], return_inverse=True)
         group_P, group_N, groups = group[:p], group[p:], int(group.max()) + 1
-    up_KG, up_groups = _by_group(win_KP - area[:, None], group_P, groups)
-    down_KG, down_groups = _by_group(win_KN - area[:, None], group_N, groups)
-    if up_groups < 2 or down_groups < 2:
+    positive_KG, positive_groups = _by_group(win_KP - area[:, None], group_P, groups)
+    negative_KG, negative_groups = _by_group(win_KN - area[:, None], group_N, groups)
+    if positive_groups < 2 or negative_groups < 2:
         return area, np.full((runs, runs), np.nan)
-    covariance = up_KG @ up_KG.T * up_groups / (up_groups - 1) / p**2
-    covariance += down_KG @ down_KG.T * down_groups / (down_groups - 1) / n**2
-    both = up_KG @ down_KG.T * groups / (groups - 1) / (p * n)
+    covariance = positive_KG @ positive_KG.T * positive_groups / (positive_groups - 1) / p**2
+    covariance += negative_KG @ negative_KG.T * negative_groups / (negative_groups - 1) / n**2
+    both = positive_KG @ negative_KG.T * groups / (groups - 1) / (p * n)
     return area, covariance + both + both.T
 
 
@@ -59,7 +59,7 @@ def delong_test(
     label_N: npt.ArrayLike,
     patient_N: Sequence[str] | npt.NDArray[np.object_] | None = None,
 ) -> tuple[float, str]:
-    """Two-sided p-value that two AUROCs over the same images are equal; NaN with the reason where there is none."""
+    """Two-sided p-value of two AUROCs over the same images being equal; NaN with the reason where it is undefined."""
     reason = absent_class(label_N)
     if reason:
         return float("nan"), reason
@@ -67,16 +67,16 @@ def delong_test(
     variance = float(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
     difference = float(area[0] - area[1])
     if np.isnan(variance):
-        return float("nan"), NO_PEERS if patient_N is None else NO_PEERS.replace("images", "patients")
+        return float("nan"), TOO_FEW if patient_N is None else TOO_FEW.replace("images", "patients")
     if variance <= 1e-15:  # the same ranking twice leaves rounding errors of 1e-17
         return (1.0, "") if abs(difference) < 1e-12 else (float("nan"), "the difference has no variance")
     return float(2 * norm.sf(abs(difference) / variance**0.5)), ""
 
 
 def bootstrap_p(difference_R: Floats) -> float:
-    """Two-sided p-value of 'no difference' from its resamples: twice the smaller tail at 0, never below 2 / (R + 1).
+    """Two-sided p-value of 'no difference' from resamples: twice the smaller tail at 0, never below 2 / (R + 1).
 
-    Davison & Hinkley 1997, section 4.4; it turns 0.05 where the 95% percentile interval touches 0. NaN without two
+    Davison & Hinkley 1997, section 4.4; it is 0.05 where the 95% percentile interval touches 0. NaN with fewer than two
     defined resamples.
     """
     defined = difference_R[np.isfinite(difference_R)]
@@ -87,8 +87,8 @@ def bootstrap_p(difference_R: Floats) -> float:
 
 
 def holm(p_K: npt.ArrayLike) -> Floats:
-    """(K,) p-values adjusted for K tests (Holm 1979): reject those <= 0.05, and of twenty such tables one errs
-    anywhere. NaN stays NaN and is no test.
+    """(K,) p-values adjusted for K tests (Holm 1979): rejecting those <= 0.05 keeps the probability of any false
+    rejection below 5%. NaN stays NaN and is not counted as a test.
     """
     p = np.asarray(p_K, dtype=np.float64)
     result = np.full(len(p), np.nan)

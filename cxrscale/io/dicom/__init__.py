@@ -1,4 +1,4 @@
-"""DICOM files -> upright gray images and what their headers say, or a one-line reason why not."""
+"""DICOM files -> upright gray images with metadata, or a one-line reason why a file is unreadable."""
 
 from cxrscale.io.dicom.reader import DicomHeader, DicomImage, read_dicom, read_header
 

@@ -1,8 +1,8 @@
 """Stored values of a DICOM file -> gray values (PS3.3 C.11).
 
-The way of a value: modality LUT or rescale, then VOI LUT or window, then the inversion that MONOCHROME1 asks for, then
-8 bits. A stored value has at most 16 bits, so the whole way is computed once for every value there can be, in float64,
-and the image is one look-up in that table: the standard's formulas to half a gray level, whatever the image's size.
+The steps are: modality LUT or rescale, then VOI LUT or window, then the inversion for MONOCHROME1, then 8 bits. A stored
+value has at most 16 bits, so all steps are computed once per possible value, in float64, and the image is one look-up in
+that table. The result follows the standard's formulas to half a gray level.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cxrscale.types import GrayImage
 
 @dataclass(frozen=True, slots=True)
 class _Lut:
-    """A look-up table (PS3.3 C.11.1.1, C.11.2.1.1): input `first + i` becomes `entries[i]`, of 0..top."""
+    """A look-up table (PS3.3 C.11.1.1, C.11.2.1.1): input `first + i` becomes `entries[i]`, in the range 0..top."""
 
     first: int
     entries: npt.NDArray[np.uint16]
@@ -29,7 +29,7 @@ class _Lut:
 
 @dataclass(frozen=True, slots=True)
 class _Window:
-    """A window (PS3.3 C.11.2.1.2), in units of the modality's output."""
+    """A window (PS3.3 C.11.2.1.2), in units of the modality step's output."""
 
     center: float
     width: float
@@ -38,27 +38,29 @@ class _Window:
 
 
 @dataclass(frozen=True, slots=True)
-class Tone:
-    """The way from a stored value to a gray one."""
+class GrayTransform:
+    """The steps from a stored value to a gray value."""
 
     modality: _Lut | tuple[float, float]
-    """A table, or rescale: (slope, intercept)."""
+    """A look-up table, or rescale: (slope, intercept)."""
     voi: _Lut | _Window | None
+    """A look-up table, a window, or neither."""
     invert: bool
+    """Whether the smallest value is white."""
     padding: int | None
-    """The stored value of pixels outside the image, where the file names one."""
+    """The stored value of pixels outside the image, or None if the file has none."""
 
 
-def of(ds: Any, *, signed: bool, big_endian: bool) -> Tone:
+def read_transform(ds: Any, *, signed: bool, big_endian: bool) -> GrayTransform:
     """The modality LUT, VOI LUT and presentation of a file (PS3.3 C.11.1, C.11.2, C.11.6).
 
     Args:
         ds: the file's dataset.
-        signed: whether stored values are.
-        big_endian: whether the file's words are.
+        signed: whether stored values are signed.
+        big_endian: whether the file is big-endian.
 
     Raises:
-        UnreadableImageError: a tag of the three is malformed or leaves no grays apart.
+        UnreadableImageError: one of these tags is malformed or makes all gray values equal.
     """
     modality: _Lut | tuple[float, float]
     negative = False
@@ -73,10 +75,10 @@ def of(ds: Any, *, signed: bool, big_endian: bool) -> Tone:
     elif tags.value(ds, "WindowCenter") is not None or tags.value(ds, "WindowWidth") is not None:
         voi = _window(ds)
     shape = tags.text(ds, "PresentationLUTShape")
-    return Tone(
+    return GrayTransform(
         modality,
         voi,
-        # Two tags for one thing; the shape is the later step of the standard's pipeline.
+        # Two tags can ask for inversion; PresentationLUTShape is the later step of the standard's pipeline.
         invert=shape == "INVERSE" if shape else tags.text(ds, "PhotometricInterpretation") == "MONOCHROME1",
         padding=None if tags.value(ds, "PixelPaddingValue") is None else int(tags.number(ds, "PixelPaddingValue")),
     )
@@ -86,86 +88,86 @@ def _window(ds: Any) -> _Window:
     center, width = tags.number(ds, "WindowCenter"), tags.number(ds, "WindowWidth")
     function = tags.text(ds, "VOILUTFunction") or "LINEAR"
     if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
-        raise tags.wrong("VOILUTFunction", f"is {function[:40]!r}, not LINEAR, LINEAR_EXACT or SIGMOID")
+        raise tags.unreadable("VOILUTFunction", f"is {function[:40]!r}, not LINEAR, LINEAR_EXACT or SIGMOID")
     if width <= 0 or (function == "LINEAR" and width < 1):
-        least = "at least 1" if function == "LINEAR" else "above 0"
-        raise tags.wrong("WindowWidth", f"is {width:g}, not {least} as {function} needs")
+        required = "of at least 1" if function == "LINEAR" else "above 0"
+        raise tags.unreadable("WindowWidth", f"is {width:g}; {function} needs a width {required}")
     return _Window(center, width, function)
 
 
 def _lut(ds: Any, keyword: str, *, signed: bool, big_endian: bool) -> _Lut:
-    """The first table of a LUT sequence. `signed`: inputs may be negative, whatever the VR of the descriptor says."""
+    """The first table of a LUT sequence. `signed`: inputs may be negative, regardless of the descriptor's VR."""
     try:
         item = tags.value(ds, keyword)[0]
         count, first, bits = (int(value) for value in item.LUTDescriptor)
-        count = count or 1 << 16  # which has no place in the descriptor's 16 bits
+        count = count or 1 << 16  # the descriptor's 16 bits cannot hold 65,536, which is written as 0
         data = item.LUTData
         if not isinstance(data, bytes):
             data = np.atleast_1d(np.asarray(data, dtype="<u2")).tobytes()
         elif big_endian:
             data = np.frombuffer(data, dtype=">u2").astype("<u2").tobytes()
-        # Entries of 8 bits stand one or two in a word of 16.
+        # 8-bit entries may be stored one or two per 16-bit word.
         packed = bits == 8 and len(data) == count + count % 2
         entries = np.frombuffer(data, dtype=np.uint8 if packed else "<u2").astype(np.uint16)
         if packed:
             entries = entries[:count]
         if len(entries) != count or not 8 <= bits <= 16:
             raise ValueError(f"{len(data)} bytes for {count} entries of {bits} bits")
-    except Exception as error:  # damaged bytes make nearly any of these lines raise
-        raise tags.wrong(keyword, f"is malformed: {tags.one_line(error)}") from error
-    if bits == 16:  # often claimed and not used, as for the stored values themselves
+    except Exception as error:  # damaged bytes can make any of these lines raise
+        raise tags.unreadable(keyword, "is malformed", error) from error
+    if bits == 16:  # often declared but not used, as for the stored values
         bits = max(8, int(entries.max()).bit_length())
     return _Lut(first - (1 << 16) if signed and first >= 1 << 15 else first, entries, (1 << bits) - 1)
 
 
-def gray_table(stored_HW: npt.NDArray[Any], layout: Layout, tone: Tone) -> GrayImage:
-    """The gray value of each of the C = 256 or 65,536 codes that the bits of a stored value can form.
+def gray_table(stored_HW: npt.NDArray[Any], layout: Layout, transform: GrayTransform) -> GrayImage:
+    """The gray value of each of the C = 256 or 65,536 possible codes of a stored value.
 
     Args:
-        stored_HW: (H, W) uint8, int8, uint16 or int16. Its values count only where neither window nor VOI LUT is given;
-            `read` tells how.
-        layout: how they are stored.
-        tone: what the file says of them.
+        stored_HW: (H, W) uint8, int8, uint16 or int16. Its values matter only without a window and a VOI LUT, as
+            `read_dicom` describes.
+        layout: how the values are stored.
+        transform: the file's gray value transform.
 
     Returns:
-        (C,) uint8, to be indexed by stored values taken as unsigned: 0 black, bone bright.
+        (C,) uint8, indexed by stored values reinterpreted as unsigned: 0 black, bone bright.
 
     Raises:
-        UnreadableImageError: a rescale slope that leaves no grays apart.
+        UnreadableImageError: a rescale slope that makes all gray values equal.
     """
     codes = 1 << 8 * stored_HW.itemsize
     value_C = np.arange(codes, dtype=np.float64)
     if layout.pixel_representation:
         value_C[codes // 2 :] -= codes
-    with np.errstate(over="ignore", invalid="ignore"):  # absurd slopes and widths; what is not finite is refused
-        if isinstance(tone.modality, _Lut):
-            value_C = _looked_up(value_C, tone.modality)
+    with np.errstate(over="ignore", invalid="ignore"):  # absurd slopes and widths; infinite results are refused
+        if isinstance(transform.modality, _Lut):
+            value_C = _looked_up(value_C, transform.modality)
         else:
-            value_C = value_C * tone.modality[0] + tone.modality[1]
+            value_C = value_C * transform.modality[0] + transform.modality[1]
             if not np.isfinite(value_C).all() or value_C[0] == value_C[1]:
-                raise tags.wrong("RescaleSlope", f"is {tone.modality[0]:g}, which leaves no grays apart")
-        if isinstance(tone.voi, _Lut):
-            unit_C = _looked_up(value_C, tone.voi) / tone.voi.top
-        elif isinstance(tone.voi, _Window):
-            unit_C = _windowed(value_C, tone.voi)
+                raise tags.unreadable("RescaleSlope", f"is {transform.modality[0]:g}, which makes all gray values equal")
+        if isinstance(transform.voi, _Lut):
+            unit_C = _looked_up(value_C, transform.voi) / transform.voi.top
+        elif isinstance(transform.voi, _Window):
+            unit_C = _windowed(value_C, transform.voi)
         else:
-            low, high = _output_range(stored_HW, layout, tone)
+            low, high = _output_range(stored_HW, layout, transform)
             unit_C = (value_C - low) / (high - low)
     unit_C = np.clip(unit_C, 0, 1)
-    return np.rint(255 * (1 - unit_C if tone.invert else unit_C)).astype(np.uint8)
+    return np.rint(255 * (1 - unit_C if transform.invert else unit_C)).astype(np.uint8)
 
 
-def _output_range(stored_HW: npt.NDArray[Any], layout: Layout, tone: Tone) -> tuple[float, float]:
-    """The least and the greatest value that the modality's step can put out."""
-    if isinstance(tone.modality, _Lut):
-        return 0, tone.modality.top
-    slope, intercept = tone.modality
-    ends = [end * slope + intercept for end in _stored_range(stored_HW, layout, tone.padding)]
+def _output_range(stored_HW: npt.NDArray[Any], layout: Layout, transform: GrayTransform) -> tuple[float, float]:
+    """The smallest and the largest possible output of the modality step."""
+    if isinstance(transform.modality, _Lut):
+        return 0, transform.modality.top
+    slope, intercept = transform.modality
+    ends = [end * slope + intercept for end in _stored_range(stored_HW, layout, transform.padding)]
     return min(ends), max(ends)
 
 
 def _stored_range(stored_HW: npt.NDArray[Any], layout: Layout, padding: int | None) -> tuple[int, int]:
-    """The least and the greatest value that the stored bits can hold; `read` tells why 16 bits are not believed."""
+    """The smallest and the largest value of the stored bits; `read_dicom` explains why 16 bits are not trusted."""
     bits, signed = layout.bits_stored, layout.pixel_representation == 1
     if bits == 16:
         inside = stored_HW if padding is None else stored_HW[stored_HW != padding]
@@ -176,9 +178,9 @@ def _stored_range(stored_HW: npt.NDArray[Any], layout: Layout, padding: int | No
 
 
 def _looked_up(value_C: npt.NDArray[np.float64], lut: _Lut) -> npt.NDArray[np.float64]:
-    """What lies beyond a table's ends takes its first or last entry (PS3.3 C.11.1.1)."""
-    place_C = np.clip(np.rint(value_C) - lut.first, 0, len(lut.entries) - 1).astype(np.int64)
-    entry_C: npt.NDArray[np.float64] = lut.entries[place_C].astype(np.float64)
+    """Values outside a table's range get its first or last entry (PS3.3 C.11.1.1)."""
+    index_C = np.clip(np.rint(value_C) - lut.first, 0, len(lut.entries) - 1).astype(np.int64)
+    entry_C: npt.NDArray[np.float64] = lut.entries[index_C].astype(np.float64)
     return entry_C
 
 
@@ -186,7 +188,7 @@ def _windowed(value_C: npt.NDArray[np.float64], window: _Window) -> npt.NDArray[
     """PS3.3 C.11.2.1.2.1 (LINEAR), C.11.2.1.3.1 (SIGMOID), C.11.2.1.3.2 (LINEAR_EXACT); 0..1 inside the window."""
     center, width = window.center, window.width
     if window.function == "SIGMOID":
-        # Clipped where exp would overflow; the result is 0 or 1 to the last bit long before.
+        # Clipped before exp overflows; the result is exactly 0 or 1 long before that.
         unit_C: npt.NDArray[np.float64] = 1 / (1 + np.exp(np.clip(-4 * (value_C - center) / width, -700, 700)))
         return unit_C
     if window.function == "LINEAR":

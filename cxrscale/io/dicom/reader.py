@@ -1,7 +1,7 @@
-"""DICOM file -> upright gray image, or a one-line reason why not.
+"""DICOM file -> upright gray image with metadata, or a one-line reason why the file is unreadable.
 
-`frames` turns the file's pixels into stored values, `tone` stored values into gray ones; here is what joins them: the
-file itself, what its header says, and the order of the checks.
+`pixels` decodes the pixel data into stored values, `grayscale` turns stored values into gray values; this module parses
+the file, reads its metadata and calls the two in the order of the checks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pydicom.errors import InvalidDicomError
 
 from cxrscale.io.dicom import grayscale, tags
 from cxrscale.io.dicom.pixels import ENCODED, NATIVE, Layout, decode_frame
-from cxrscale.types import GrayImage, UnreadableImageError
+from cxrscale.types import GrayImage, UnreadableImageError, one_line
 
 MAX_PIXELS = 100_000_000
 """Rows x Columns above this is a damaged header, not a detector (the largest have some 20 million pixels)."""
@@ -31,114 +31,116 @@ MAX_AGE = 120
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DicomHeader:
-    """What a file says of its image."""
+    """The metadata of an image."""
 
     sop_uid: str
-    """SOPInstanceUID: the image's own name."""
+    """SOPInstanceUID: the unique id of the image."""
     patient_id: str | None
-    """PatientID as written, or None where empty. SIIM's differ from file to file and name nobody."""
+    """PatientID as written, or None if empty. In SIIM it differs from file to file and identifies nobody."""
     sex: str | None
     """F or M, or None."""
     age: int | None
-    """Whole years, 0 to 120, or None where unknown or impossible."""
+    """Age in full years, 0 to 120, or None if unknown or impossible."""
     view: str | None
-    """PA or AP, or None where unknown or another (lateral, oblique)."""
+    """PA or AP, or None if unknown or another view (lateral, oblique)."""
     spacing_mm: tuple[float, float] | None
-    """Millimeters between (rows, columns): in the patient, else at the detector; None where not given."""
+    """Distance between (rows, columns) in millimeters: in the patient, else at the detector; None if not given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DicomImage(DicomHeader):
-    """A file's header and its image."""
+    """An image with its metadata."""
 
     image_HW: GrayImage
     """(H, W) uint8: 0 black, bone bright. Rows and columns as stored."""
     jpeg: bytes | None
-    """The file's own JPEG frame, where that is the image as it stands: JPEG Baseline, no tone changed. Else None."""
+    """The file's own JPEG frame, if it shows exactly `image_HW`: JPEG Baseline with unchanged gray values. Else None."""
 
 
 def read_dicom(data: bytes, *, force: bool = False) -> DicomImage:
     """Read a single-frame monochrome DICOM file.
 
-    Of several windows the first counts; a VOI LUT counts before a window; PresentationLUTShape, where present, says
-    whether to invert, before PhotometricInterpretation does.
+    The first of several windows is used. A VOI LUT takes precedence over a window, and PresentationLUTShape, if present,
+    over PhotometricInterpretation in the decision whether to invert.
 
-    A file with neither window nor VOI LUT is shown by the standard's identity: the range that the stored bits can hold
-    becomes 0..255, so 8-bit images come out as they are and 12-bit ones divided by 4095/255. But where a file claims
-    16 stored bits, which is what writers put who do not know, the fewest bits (8 at least) that hold the image's
-    values are the range: 12-bit values under a 16-bit claim come out as under a 12-bit one, and not in 16 gray levels.
-    The image's own minimum and maximum are no good for it: among ChestX-ray14's they would move the gray by 4 levels
-    on average and by up to 59.
+    Without a window and a VOI LUT, the standard's identity maps the range of the stored bits to 0..255: 8-bit images are
+    unchanged, 12-bit values are divided by 4095/255. One exception: writers that do not know the number of bits declare
+    16, so with 16 stored bits the range is that of the fewest bits (at least 8) that hold the image's values. Then
+    12-bit values declared as 16 bits look as if declared as 12 bits, instead of using only 16 gray levels. The image's
+    own minimum and maximum would be a bad range: on ChestX-ray14 they would move the gray values by 4 levels on average
+    and by up to 59.
 
     Args:
-        data: the whole file.
+        data: the complete file.
         force: accept a file without the 128-byte preamble and 'DICM'.
 
     Returns:
-        The image, 8-bit and bone bright, with its header.
+        The image, 8-bit with bright bone, and its metadata.
 
     Raises:
-        UnreadableImageError: one line that names the tag and its value: not DICOM, cut short, color, several frames, a frame
-            that is not what the header says, a transfer syntax without a decoder.
+        UnreadableImageError: not DICOM, truncated, color, several frames, a frame that does not match the header, or a
+            transfer syntax without a decoder; one line with the tag and its value.
     """
-    with tags.quiet():
+    with tags.silence_pydicom():
         ds = _parse(io.BytesIO(data), force=force, stop_before_pixels=False)
-        about = _describe(ds)
+        header = _header(ds)
         syntax = _syntax(ds, force=force)
         layout = _layout(ds)
-        way = grayscale.of(ds, signed=layout.pixel_representation == 1, big_endian=syntax == uid.ExplicitVRBigEndian)
+        transform = grayscale.read_transform(
+            ds, signed=layout.pixel_representation == 1, big_endian=syntax == uid.ExplicitVRBigEndian
+        )
         pixels, vr = _pixels(ds, syntax)
     stored_HW, frame = decode_frame(pixels, vr, syntax, layout)
-    gray_C = grayscale.gray_table(stored_HW, layout, way)
+    gray_C = grayscale.gray_table(stored_HW, layout, transform)
     code_HW: npt.NDArray[Any] = stored_HW.view(f"u{stored_HW.itemsize}")
     unchanged = len(gray_C) == 256 and np.array_equal(gray_C, np.arange(256))
     return DicomImage(
-        **asdict(about),
-        # A code cannot lie outside the table; `clip` spares the check that raises.
+        **asdict(header),
+        # No code is outside the table; mode="clip" only avoids the slow bounds check.
         image_HW=code_HW if unchanged else gray_C.take(code_HW, mode="clip"),
         jpeg=frame if unchanged and syntax == uid.JPEGBaseline8Bit else None,
     )
 
 
 def read_header(source: bytes | BinaryIO, *, force: bool = False) -> DicomHeader:
-    """Read what a file says of its image and nothing behind it, in a third of a millisecond.
+    """Read only the metadata of an image, which takes a third of a millisecond.
 
     Args:
-        source: the file's bytes, or the file opened for reading, of which only the beginning is then read.
+        source: the file's bytes, or the open file, of which only the beginning is read.
         force: accept a file without the 128-byte preamble and 'DICM'.
 
     Returns:
-        The header. Tags that are absent, empty or malformed are None.
+        The metadata. Tags that are absent, empty or malformed are None.
 
     Raises:
-        UnreadableImageError: not DICOM, or without SOPInstanceUID. Whether the pixels can be read is not looked at.
+        UnreadableImageError: not DICOM, or without SOPInstanceUID. The pixels are not checked.
     """
     file = io.BytesIO(source) if isinstance(source, bytes) else source
-    with tags.quiet():
-        return _describe(_parse(file, force=force, stop_before_pixels=True))
+    with tags.silence_pydicom():
+        return _header(_parse(file, force=force, stop_before_pixels=True))
 
 
 def _parse(file: BinaryIO, *, force: bool, stop_before_pixels: bool) -> Any:
     try:
         ds = pydicom.dcmread(file, force=force, stop_before_pixels=stop_before_pixels)
     except InvalidDicomError:
-        raise UnreadableImageError("not a DICOM file: 'DICM' does not stand at byte 128") from None
-    except Exception as error:  # damaged bytes make the parser raise nearly anything
-        raise UnreadableImageError(f"DICOM cannot be parsed: {tags.one_line(error)}") from error
+        raise UnreadableImageError("not a DICOM file: 'DICM' is missing at byte 128") from None
+    except Exception as error:  # damaged bytes can make the parser raise any error
+        raise UnreadableImageError(f"DICOM cannot be parsed: {one_line(error, with_type=True, limit=200)}") from error
     if len(ds) == 0:
-        raise UnreadableImageError("not a DICOM file, or cut short: it holds no tag")
+        raise UnreadableImageError("not a DICOM file, or truncated: it holds no tag")
     return ds
 
 
-def _describe(ds: Any) -> DicomHeader:
+def _header(ds: Any) -> DicomHeader:
     sop_uid = tags.text(ds, "SOPInstanceUID")
     if not sop_uid:
-        raise tags.wrong("SOPInstanceUID", "is missing")
+        raise tags.unreadable("SOPInstanceUID", "is missing")
     sex = tags.text(ds, "PatientSex").upper()
     view = tags.text(ds, "ViewPosition").upper()
-    if not view:  # SIIM writes it in both places
-        found = re.search(r"view:\s*(\w+)", tags.text(ds, "SeriesDescription"), re.IGNORECASE)
-        view = found[1].upper() if found else ""
+    if not view:  # SIIM writes it in both tags
+        match = re.search(r"view:\s*(\w+)", tags.text(ds, "SeriesDescription"), re.IGNORECASE)
+        view = match[1].upper() if match else ""
     spacings = (_spacing(ds, tag) for tag in ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing"))
     return DicomHeader(
         sop_uid=sop_uid,
@@ -151,11 +153,11 @@ def _describe(ds: Any) -> DicomHeader:
 
 
 def _years(text: str) -> int | None:
-    """Whole years of an age string (PS3.5 6.2, AS): 062Y, 018M, 003W, 010D; SIIM's bare 62 means years."""
-    found = re.fullmatch(r"([0-9]{1,4})([YMWD]?)", text.upper())
-    if found is None:
+    """Full years of an age string (PS3.5 6.2, AS): 062Y, 018M, 003W, 010D; a plain 62, as in SIIM, means years."""
+    match = re.fullmatch(r"([0-9]{1,4})([YMWD]?)", text.upper())
+    if match is None:
         return None
-    age = int(found[1]) // {"": 1, "Y": 1, "M": 12, "W": 52, "D": 365}[found[2]]
+    age = int(match[1]) // {"": 1, "Y": 1, "M": 12, "W": 52, "D": 365}[match[2]]
     return age if age <= MAX_AGE else None
 
 
@@ -168,47 +170,47 @@ def _spacing(ds: Any, keyword: str) -> tuple[float, float] | None:
 
 
 def _syntax(ds: Any, *, force: bool) -> Any:
-    """The transfer syntax, known to be one that is read here."""
+    """The transfer syntax, which is a supported one."""
     syntax = getattr(ds, "file_meta", {}).get("TransferSyntaxUID")
-    if not syntax and force:  # without file meta information pixels are not encoded; byte order shows in the tags
+    if not syntax and force:  # without file meta information the pixels are not encoded, and the tags show the byte order
         syntax = uid.ExplicitVRLittleEndian if ds.original_encoding[1] else uid.ExplicitVRBigEndian
     if not isinstance(syntax, uid.UID) or not syntax:
-        raise tags.wrong("TransferSyntaxUID", "is missing or malformed, so what the pixels are is unknown")
+        raise tags.unreadable("TransferSyntaxUID", "is missing or malformed, so the encoding of the pixels is unknown")
     if syntax not in ENCODED and syntax not in NATIVE:
-        raise tags.wrong("TransferSyntaxUID", f"is {syntax.name[:64]!r}: convert the file, e.g. by gdcmconv --raw")
+        raise tags.unreadable("TransferSyntaxUID", f"is {syntax.name[:64]!r}: convert the file, e.g. with gdcmconv --raw")
     return syntax
 
 
 def _layout(ds: Any) -> Layout:
-    """The Image Pixel module (PS3.3 C.7.6.3), refused where it is not one gray image of 8 or 16 bits."""
+    """The Image Pixel module (PS3.3 C.7.6.3); only one gray image of 8 or 16 bits is accepted."""
     photometric = tags.text(ds, "PhotometricInterpretation")
     if not photometric:
-        raise tags.wrong("PhotometricInterpretation", "is missing")
+        raise tags.unreadable("PhotometricInterpretation", "is missing")
     if photometric not in ("MONOCHROME1", "MONOCHROME2"):
-        raise tags.wrong("PhotometricInterpretation", f"is {photometric[:40]!r}, not MONOCHROME1 or MONOCHROME2")
-    tags.whole(ds, "SamplesPerPixel", (1,), "1: color, not gray")
-    tags.whole(ds, "NumberOfFrames", (1,), "1: split the file into images", default=1)
+        raise tags.unreadable("PhotometricInterpretation", f"is {photometric[:40]!r}, not MONOCHROME1 or MONOCHROME2")
+    tags.integer(ds, "SamplesPerPixel", (1,), "1: color, not gray")
+    tags.integer(ds, "NumberOfFrames", (1,), "1: split the file into images", default=1)
     for keyword in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
         if keyword in ds:
-            raise tags.wrong(keyword, "is present: an enhanced multi-frame object; split it into images")
-    allocated = tags.whole(ds, "BitsAllocated", (8, 16), "8 or 16")
-    stored = tags.whole(ds, "BitsStored", range(1, allocated + 1), f"1 to BitsAllocated = {allocated}")
-    tags.whole(ds, "HighBit", (stored - 1,), f"BitsStored - 1 = {stored - 1}", default=stored - 1)
-    signed = tags.whole(ds, "PixelRepresentation", (0, 1), "0 or 1")
-    rows = tags.whole(ds, "Rows", range(1, 1 << 16), "1 to 65535")
-    columns = tags.whole(ds, "Columns", range(1, 1 << 16), "1 to 65535")
+            raise tags.unreadable(keyword, "is present: this is an enhanced multi-frame object; split it into images")
+    allocated = tags.integer(ds, "BitsAllocated", (8, 16), "8 or 16")
+    stored = tags.integer(ds, "BitsStored", range(1, allocated + 1), f"1 to BitsAllocated = {allocated}")
+    tags.integer(ds, "HighBit", (stored - 1,), f"BitsStored - 1 = {stored - 1}", default=stored - 1)
+    signed = tags.integer(ds, "PixelRepresentation", (0, 1), "0 or 1")
+    rows = tags.integer(ds, "Rows", range(1, 1 << 16), "1 to 65535")
+    columns = tags.integer(ds, "Columns", range(1, 1 << 16), "1 to 65535")
     if rows * columns > MAX_PIXELS:
-        raise tags.wrong("Rows", f"x {tags.named('Columns')} is {rows} x {columns}: over {MAX_PIXELS:,} pixels")
+        raise tags.unreadable("Rows", f"x {tags.label('Columns')} is {rows} x {columns}: over {MAX_PIXELS:,} pixels")
     return Layout(rows, columns, allocated, stored, signed)
 
 
 def _pixels(ds: Any, syntax: Any) -> tuple[bytes, str]:
-    """The value and VR of PixelData, which is encapsulated if and only if its transfer syntax says so."""
+    """The value and VR of PixelData, which is encapsulated if and only if its transfer syntax is an encoded one."""
     pixels = tags.value(ds, "PixelData")
     if pixels is None:
-        raise tags.wrong("PixelData", "is missing: the file holds no image, or is cut short")
+        raise tags.unreadable("PixelData", "is missing: the file holds no image, or is truncated")
     element = ds["PixelData"]
     if bool(element.is_undefined_length) != (syntax in ENCODED):
-        told = "encapsulated" if element.is_undefined_length else "not encapsulated"
-        raise tags.wrong("TransferSyntaxUID", f"is {syntax.name}, but {tags.named('PixelData')} is {told}")
+        actual = "encapsulated" if element.is_undefined_length else "not encapsulated"
+        raise tags.unreadable("TransferSyntaxUID", f"is {syntax.name}, but {tags.label('PixelData')} is {actual}")
     return pixels, str(element.VR)

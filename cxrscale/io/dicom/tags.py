@@ -1,4 +1,4 @@
-"""Tags of a DICOM file as plain values, and as reasons name them."""
+"""Reading the tags of a DICOM file as plain values, and naming them in error messages."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from pydicom.datadict import tag_for_keyword
 from pydicom.multival import MultiValue
 from pydicom.tag import Tag
 
-from cxrscale.types import UnreadableImageError
+from cxrscale.types import UnreadableImageError, one_line
 
-# The filters of `warnings` belong to the process, and overlapping catch_warnings of two threads can leave the wrong
-# ones in force. What is guarded holds the interpreter's lock anyway.
-_ONE_AT_A_TIME = threading.Lock()
+# The filters of `warnings` are global, and overlapping catch_warnings of two threads can leave the wrong ones active.
+# The lock costs nothing: the guarded code holds the interpreter's lock anyway.
+_WARNINGS_LOCK = threading.Lock()
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Silence pydicom, which warns of and logs all that is unusual: an image is usable, or has a reason why not."""
+def silence_pydicom() -> Iterator[None]:
+    """Silence pydicom's warnings and log messages: an image is either usable or unreadable for a given reason."""
     log = logging.getLogger("pydicom")
-    with _ONE_AT_A_TIME, warnings.catch_warnings():
+    with _WARNINGS_LOCK, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         level = log.level
         log.setLevel(logging.CRITICAL + 1)
@@ -35,59 +35,54 @@ def quiet() -> Iterator[None]:
             log.setLevel(level)
 
 
-def named(keyword: str) -> str:
-    """A tag as reasons name it: `Rows (0028,0010)`."""
+def label(keyword: str) -> str:
+    """A tag's name and number for messages: `Rows (0028,0010)`."""
     return f"{keyword} {Tag(tag_for_keyword(keyword))}"
 
 
-def wrong(keyword: str, told: str) -> UnreadableImageError:
-    """The reason that starts with a tag, to be raised."""
-    return UnreadableImageError(f"{named(keyword)} {told}")
-
-
-def one_line(error: BaseException) -> str:
-    """An error of somebody else's code, as part of a reason."""
-    text = "".join(letter if letter.isprintable() else " " for letter in f"{type(error).__name__}: {error}")
-    return " ".join(text.split())[:200].rstrip(": ")
+def unreadable(keyword: str, message: str, cause: Exception | None = None) -> UnreadableImageError:
+    """The error to raise when a tag makes the image unreadable: the tag, the message, and another library's error."""
+    reason = f": {one_line(cause, with_type=True, limit=200)}" if cause is not None else ""
+    return UnreadableImageError(f"{label(keyword)} {message}{reason}")
 
 
 def value(ds: Any, keyword: str) -> Any:
-    """A tag's value, or None where absent or empty; Unreadable where malformed."""
+    """A tag's value, or None if absent or empty. Raises UnreadableImageError if it is malformed."""
     try:
-        found = ds.get(keyword)
-    except Exception as error:  # values are converted here, by code that trusts them
-        raise wrong(keyword, f"is malformed: {one_line(error)}") from error
-    if found is None or (hasattr(found, "__len__") and len(found) == 0):
+        result = ds.get(keyword)
+    except Exception as error:  # pydicom converts the value here and may fail in any way
+        raise unreadable(keyword, "is malformed", error) from error
+    if result is None or (hasattr(result, "__len__") and len(result) == 0):
         return None
-    return found
+    return result
 
 
 def number(ds: Any, keyword: str, default: float | None = None) -> float:
-    """A tag's first value as a finite number; without a default the tag is required, else Unreadable."""
-    found = value(ds, keyword)
-    if found is None:
+    """A tag's first value as a finite number. Raises UnreadableImageError if it is none, or absent without a default."""
+    result = value(ds, keyword)
+    if result is None:
         if default is None:
-            raise wrong(keyword, "is missing")
+            raise unreadable(keyword, "is missing")
         return default
     try:
-        first = float(found[0] if isinstance(found, MultiValue) else found)
+        first = float(result[0] if isinstance(result, MultiValue) else result)
     except (TypeError, ValueError):
         first = math.nan
     if not math.isfinite(first):
-        raise wrong(keyword, f"is {str(found)[:40]!r}, not a number")
+        raise unreadable(keyword, f"is {str(result)[:40]!r}, not a number")
     return first
 
 
-def whole(ds: Any, keyword: str, allowed: range | tuple[int, ...], wanted: str, default: int | None = None) -> int:
-    """As `number`, and one of `allowed`, which `wanted` puts in words."""
-    found = number(ds, keyword, default)
-    if found not in allowed:
-        raise wrong(keyword, f"is {found:g}, not {wanted}")
-    return int(found)
+def integer(ds: Any, keyword: str, allowed: range | tuple[int, ...], expected: str, default: int | None = None) -> int:
+    """As `number`, but one of `allowed`; `expected` describes these in the message."""
+    result = number(ds, keyword, default)
+    if result not in allowed:
+        raise unreadable(keyword, f"is {result:g}, not {expected}")
+    return int(result)
 
 
 def text(ds: Any, keyword: str) -> str:
-    """A tag as text; "" where absent, empty or malformed, for tags that an image can do without."""
+    """A tag as text, for tags that an image does not need; "" if absent, empty or malformed."""
     try:
         return str(value(ds, keyword) or "").strip()
     except UnreadableImageError:

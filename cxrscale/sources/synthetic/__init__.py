@@ -1,4 +1,4 @@
-"""Synthetic chest X-rays: drawn thoraxes with planted findings, on disk exactly as NIH and SIIM publish theirs."""
+"""Synthetic chest X-rays: drawn thoraxes with planted findings, on disk in exactly the layouts of NIH and SIIM."""
 
 import lazy_loader
 

@@ -1,8 +1,8 @@
-"""The healthy thorax behind the synthetic archive: its organs as curves, and layers of brightness made of them.
+"""The healthy thorax of the synthetic images: organs as curves, and layers of brightness made from them.
 
-Shapes are closed curves in the unit square, x to the right and y down, the patient's right side on the left as images
-are hung. Layers add and remove brightness on a 0..1 scale before one image curve makes them 8-bit. Nothing here is
-copied from a real image, and nothing medical should be concluded from it.
+Shapes are closed curves in the unit square, x to the right and y down, with the patient's right side on the left as in
+radiology. Layers add and remove brightness on a 0..1 scale before one tone curve makes them 8-bit. Nothing here is
+copied from a real image, and no medical conclusion should be drawn from it.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ import numpy as np
 import numpy.typing as npt
 
 Layer = npt.NDArray[np.float32]
-"""(H, W) float32 in 0..1: how much of a shape covers each pixel."""
+"""(H, W) float32 in 0..1: the share of each pixel that a shape covers."""
 Mask = npt.NDArray[np.bool_]
 """(H, W) bool."""
 Points = npt.NDArray[np.float64]
 """(N, 2) x and y in the unit square."""
 
-# Viewer's left is the patient's right lung; x of a side's points is midline + sign * offset.
+# -1 is the viewer's left, the patient's right lung; the x of a side's points is midline + side * offset.
 SIDES = (-1, 1)
-# The part of a lung's smooth outline that is its dome, from the costophrenic angle to the mediastinum.
+# The points of a lung's smooth outline that are its dome, from the costophrenic angle to the mediastinum.
 _DOME = slice(88, 121)
 
 
 @dataclass(frozen=True, slots=True)
-class Build:
-    """What stays the same on all images of one patient; lengths are shares of the image's side."""
+class Anatomy:
+    """What is the same in all images of a patient; lengths are shares of the image side."""
 
     sex: str
     half_width: float
@@ -39,7 +39,7 @@ class Build:
     """y of the right diaphragm's top."""
     midline: float
     heart_share: float
-    """Width of a normal heart over the width of the thorax."""
+    """Width of the normal heart over the width of the thorax."""
     ribs: int
     rib_slope: float
     tissue: float
@@ -50,21 +50,21 @@ class Build:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """Where the unit square lies on the image: its pose and the image's side in pixels."""
+    """How the unit square is placed in the image: its pose, and the side of the image in pixels."""
 
     size: int
     matrix: npt.NDArray[np.float64]
     """(2, 3): unit square to unit square."""
 
     def pixels(self, points: Points) -> Points:
-        """(N, 2) points of the unit square as x and y in pixels, (0, 0) the image's upper left corner."""
+        """(N, 2) points of the unit square as x and y in pixels; (0, 0) is the upper left corner."""
         posed: Points = (points @ self.matrix[:, :2].T + self.matrix[:, 2]) * self.size
         return posed
 
 
 @dataclass(frozen=True, slots=True)
 class Chest:
-    """The posed organs of one image that findings are planted relative to."""
+    """The posed organs of one image; findings are planted relative to them."""
 
     frame: Frame
     midline: float
@@ -72,15 +72,15 @@ class Chest:
     apex: float
     domes: dict[int, float]
     contours: dict[int, Points]
-    """Side -> outline of its lung."""
+    """Side -> outline of the lung."""
     lungs: dict[int, Layer]
     heart: Layer
 
 
-def build(rng: np.random.Generator) -> Build:
+def sample_anatomy(rng: np.random.Generator) -> Anatomy:
     """Draw a patient's anatomy."""
     sex = "F" if rng.random() < 0.44 else "M"
-    return Build(
+    return Anatomy(
         sex=sex,
         half_width=rng.uniform(0.335, 0.39),
         apex=rng.uniform(0.09, 0.14),
@@ -95,31 +95,31 @@ def build(rng: np.random.Generator) -> Build:
     )
 
 
-def pose(patient: Build, size: int, heart_share: float, view: str, rng: np.random.Generator) -> Chest:
-    """Where the organs lie on one image: the patient's build, how they stand and how deep they breathe.
+def pose(anatomy: Anatomy, size: int, heart_share: float, view: str, rng: np.random.Generator) -> Chest:
+    """Positions of the organs in one image: from the patient's anatomy, posture and breathing.
 
     Args:
-        patient: from `build`.
+        anatomy: from `sample_anatomy`.
         size: side of the square image in pixels.
-        heart_share: width of the heart over the width of the thorax, on a PA image.
-        view: PA, or AP, taken from closer to the heart, which looks wider.
+        heart_share: width of the heart over the width of the thorax, in a PA image.
+        view: PA or AP; in an AP image the heart is magnified.
         rng: decides the pose.
     """
     angle, scale = math.radians(rng.normal(0, 1.5)), rng.uniform(0.95, 1.04)
     shift = rng.uniform(-0.02, 0.02, 2)
     turn = scale * np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     frame = Frame(size, np.column_stack([turn, 0.5 - turn @ (0.5, 0.5) + shift]))
-    dome = patient.dome + rng.uniform(-0.025, 0.025)
+    dome = anatomy.dome + rng.uniform(-0.025, 0.025)
     domes = {-1: dome, 1: dome + rng.uniform(0.005, 0.03)}
-    contours = {side: _lung(patient, side, domes[side], rng) for side in SIDES}
+    contours = {side: _lung(anatomy, side, domes[side], rng) for side in SIDES}
     lungs = {side: fill(frame, contours[side], 0.004) for side in SIDES}
     share = heart_share + rng.uniform(-0.01, 0.02) + (0.015 if view == "AP" else 0.0)
-    outline = _heart(patient, share, dome, rng)
+    outline = _heart(anatomy, share, dome, rng)
     return Chest(
         frame=frame,
-        midline=patient.midline,
-        half_width=patient.half_width,
-        apex=patient.apex,
+        midline=anatomy.midline,
+        half_width=anatomy.half_width,
+        apex=anatomy.apex,
         domes=domes,
         contours=contours,
         lungs=lungs,
@@ -127,9 +127,9 @@ def pose(patient: Build, size: int, heart_share: float, view: str, rng: np.rando
     )
 
 
-def _lung(patient: Build, side: int, dome: float, rng: np.random.Generator) -> Points:
+def _lung(anatomy: Anatomy, side: int, dome: float, rng: np.random.Generator) -> Points:
     """A lung's outline: the mediastinum, the apex, the chest wall, the sharp costophrenic angle, the dome."""
-    w, top, reach = patient.half_width, patient.apex, dome - patient.apex
+    w, top, reach = anatomy.half_width, anatomy.apex, dome - anatomy.apex
     angle = dome + rng.uniform(0.09, 0.13)
     offsets = [
         (0.07, dome + 0.015),
@@ -148,22 +148,22 @@ def _lung(patient: Build, side: int, dome: float, rng: np.random.Generator) -> P
         (0.80 * w, dome + 0.025),
         (0.52 * w, dome),
     ]
-    points = np.array(offsets) * (side, 1) + (patient.midline, 0)
+    points = np.array(offsets) * (side, 1) + (anatomy.midline, 0)
     return smooth(points + rng.normal(0, 0.0025, points.shape))
 
 
-def _heart(patient: Build, share: float, dome: float, rng: np.random.Generator) -> Points:
-    """The heart's outline with the great vessels above it; `share` of the thorax' width."""
-    width = share * 2 * patient.half_width
+def _heart(anatomy: Anatomy, share: float, dome: float, rng: np.random.Generator) -> Points:
+    """The outline of the heart with the great vessels above it; the heart is `share` of the thorax wide."""
+    width = share * 2 * anatomy.half_width
     right = width * rng.uniform(0.30, 0.36)
     left, base = width - right, dome + 0.05
     wide = base - rng.uniform(0.09, 0.12)
     points = [
-        (-0.035, patient.apex + 0.12),
-        (0.030, patient.apex + 0.12),
-        (0.060, patient.apex + 0.20),
-        (0.052, patient.apex + 0.26),
-        (0.45 * left, patient.apex + 0.36),
+        (-0.035, anatomy.apex + 0.12),
+        (0.030, anatomy.apex + 0.12),
+        (0.060, anatomy.apex + 0.20),
+        (0.052, anatomy.apex + 0.26),
+        (0.45 * left, anatomy.apex + 0.36),
         (0.86 * left, wide - 0.06),
         (left, wide + 0.02),
         (0.90 * left, base - 0.02),
@@ -171,19 +171,19 @@ def _heart(patient: Build, share: float, dome: float, rng: np.random.Generator) 
         (-0.75 * right, base - 0.01),
         (-right, wide - 0.01),
         (-0.80 * right, wide - 0.10),
-        (-0.045, patient.apex + 0.24),
+        (-0.045, anatomy.apex + 0.24),
     ]
-    return smooth(np.array(points) + np.array([patient.midline, 0]))
+    return smooth(np.array(points) + np.array([anatomy.midline, 0]))
 
 
-def background(patient: Build, chest: Chest, rng: np.random.Generator) -> Layer:
-    """Air around the patient, soft tissue, mediastinum and abdomen, and the lungs without anything in them."""
+def background(anatomy: Anatomy, chest: Chest, rng: np.random.Generator) -> Layer:
+    """Air around the patient, soft tissue, mediastinum, abdomen, and the empty lungs."""
     frame, mid, w = chest.frame, chest.midline, chest.half_width
     neck, shoulder, flank = rng.uniform(0.085, 0.11), rng.uniform(0.06, 0.12), w + rng.uniform(0.05, 0.10)
     half = [(neck, -0.1), (neck, 0.02), (0.30, shoulder + 0.02), (0.46, shoulder + 0.07), (0.62, 0.30)]
     half += [(flank + 0.05, 0.42), (flank, 0.60), (flank + 0.01, 1.1)]
     outline = [(mid + x, y) for x, y in half] + [(mid - x, y) for x, y in reversed(half)]
-    canvas = fill(frame, np.array(outline), 0.012) * patient.tissue
+    canvas = fill(frame, np.array(outline), 0.012) * anatomy.tissue
     rows = np.linspace(0, 1, frame.size, dtype=np.float32)[:, None]
     canvas *= 0.88 + 0.12 * rows
     lungs = np.maximum(chest.lungs[-1], chest.lungs[1])
@@ -196,24 +196,24 @@ def background(patient: Build, chest: Chest, rng: np.random.Generator) -> Layer:
         x, y = mid + rng.uniform(0.14, 0.24), chest.domes[1] + rng.uniform(0.06, 0.09)
         bubble = ellipse(frame, (x, y), (rng.uniform(0.03, 0.07), rng.uniform(0.015, 0.03)), 0.0, 0.006)
         canvas -= rng.uniform(0.05, 0.15) * bubble * (1 - lungs)
-    if patient.breast:
+    if anatomy.breast:
         for side in SIDES:
             center = (mid + side * 0.56 * w, chest.domes[side] - 0.01)
-            canvas += patient.breast * ellipse(frame, center, (0.45 * w, 0.11), 0.0, 0.02)
+            canvas += anatomy.breast * ellipse(frame, center, (0.45 * w, 0.11), 0.0, 0.02)
     return canvas
 
 
-def bones(patient: Build, chest: Chest, rng: np.random.Generator) -> Layer:
-    """Spine, ribs at the back and in front, and clavicles."""
+def bones(anatomy: Anatomy, chest: Chest, rng: np.random.Generator) -> Layer:
+    """Spine, posterior and anterior ribs, and clavicles."""
     frame, mid, w = chest.frame, chest.midline, chest.half_width
     layer = np.zeros((frame.size, frame.size), np.float32)
-    step = (chest.domes[-1] + 0.12 - chest.apex) / patient.ribs
+    step = (chest.domes[-1] + 0.12 - chest.apex) / anatomy.ribs
     back, front = [], []
     across = np.linspace(0, 1, 16)
-    for number in range(patient.ribs):
+    for number in range(anatomy.ribs):
         y = chest.apex - 0.015 + number * step
         reach = w * min(1.0, 0.62 + 0.14 * number) * 1.02
-        fall = patient.rib_slope * (0.4 + 0.09 * number)
+        fall = anatomy.rib_slope * (0.4 + 0.09 * number)
         for side in SIDES:
             x = mid + side * (0.03 + (reach - 0.03) * np.sin(across * math.pi / 2))
             back.append(np.column_stack([x, y - 0.02 * np.sin(across * math.pi) + fall * across**1.8]))
@@ -226,7 +226,7 @@ def bones(patient: Build, chest: Chest, rng: np.random.Generator) -> Layer:
     clavicles = [collar * (side, 1) + (mid, 0) for side in SIDES]
     layer += rng.uniform(0.07, 0.11) * stroke(frame, clavicles, 0.024, 0.003)
     levels = np.arange(-0.02, 1.02, step * 0.92)
-    bodies = [np.array([(mid - patient.spine_width, y), (mid + patient.spine_width, y)]) for y in levels]
+    bodies = [np.array([(mid - anatomy.spine_width, y), (mid + anatomy.spine_width, y)]) for y in levels]
     layer += 0.025 * stroke(frame, bodies, step * 0.66, 0.004)
     return layer
 
@@ -243,8 +243,8 @@ def vessels(chest: Chest, rng: np.random.Generator) -> Layer:
                 length = rng.uniform(0.6, 1.0) * w * (1.0 if abs(angle) < 0.8 else 1.25)
                 t = np.linspace(start, stop, 6)
                 bent = angle + rng.normal(0, 0.35) * t
-                way = np.column_stack([side * np.cos(bent), np.sin(bent)]) * (t * length)[:, None]
-                branches.append(hilum + way + rng.normal(0, 0.004, way.shape))
+                path = np.column_stack([side * np.cos(bent), np.sin(bent)]) * (t * length)[:, None]
+                branches.append(hilum + path + rng.normal(0, 0.004, path.shape))
         layer += 0.055 * stroke(frame, branches, width, 0.002)
     mottle = rng.standard_normal((48, 48), dtype=np.float32)
     layer += 0.012 * cv2.resize(mottle, (frame.size, frame.size), interpolation=cv2.INTER_CUBIC)
@@ -252,7 +252,7 @@ def vessels(chest: Chest, rng: np.random.Generator) -> Layer:
 
 
 def smooth(points: Points) -> Points:
-    """A closed Catmull-Rom curve through (N, 2) points, eight steps from each to the next."""
+    """A closed Catmull-Rom curve through (N, 2) points, eight steps per segment."""
     before, after, beyond = np.roll(points, 1, 0), np.roll(points, -1, 0), np.roll(points, -2, 0)
     t = np.linspace(0, 1, 8, endpoint=False)[:, None, None]
     curve = 0.5 * (
@@ -266,13 +266,13 @@ def smooth(points: Points) -> Points:
 
 
 def _fixed(frame: Frame, points: Points) -> npt.NDArray[np.int32]:
-    """Pixel coordinates in OpenCV's fixed point, 4 fractional bits; its pixels' centers lie on whole numbers."""
+    """Pixel coordinates in OpenCV's fixed point, 4 fractional bits; OpenCV's pixel centers are integers."""
     fixed: npt.NDArray[np.int32] = np.rint((frame.pixels(points) - 0.5) * 16).astype(np.int32)
     return fixed
 
 
 def _soften(frame: Frame, layer: npt.NDArray[np.uint8], blur: float) -> Layer:
-    """0..255 to 0..1 with an edge of `blur` of the image's side (a Gaussian's sigma)."""
+    """0..255 to 0..1, blurred by a Gaussian whose sigma is the share `blur` of the image side."""
     soft: Layer = layer.astype(np.float32) / np.float32(255)
     if blur * frame.size >= 0.3:
         soft = cv2.GaussianBlur(soft, (0, 0), blur * frame.size)
@@ -280,7 +280,7 @@ def _soften(frame: Frame, layer: npt.NDArray[np.uint8], blur: float) -> Layer:
 
 
 def fill(frame: Frame, contour: Points, blur: float) -> Layer:
-    """The inside of a closed curve, its edge softened by a Gaussian of sigma `blur`, a share of the image's side."""
+    """The inside of a closed curve, blurred by a Gaussian whose sigma is the share `blur` of the image side."""
     layer = np.zeros((frame.size, frame.size), np.uint8)
     cv2.fillPoly(layer, [_fixed(frame, contour)], 255, cv2.LINE_AA, 4)
     return _soften(frame, layer, blur)
@@ -289,7 +289,7 @@ def fill(frame: Frame, contour: Points, blur: float) -> Layer:
 def ellipse(
     frame: Frame, center: tuple[float, float], radii: tuple[float, float], degrees: float, blur: float
 ) -> Layer:
-    """The inside of an ellipse turned by an angle, softened as in `fill`; center and radii in the unit square."""
+    """The inside of a rotated ellipse, blurred as in `fill`; center and radii in the unit square."""
     t = np.linspace(0, 2 * math.pi, 40, endpoint=False)
     turn = math.radians(degrees)
     x, y = radii[0] * np.cos(t), radii[1] * np.sin(t)
@@ -298,7 +298,7 @@ def ellipse(
 
 
 def stroke(frame: Frame, lines: list[Points], width: float, blur: float) -> Layer:
-    """Open lines of a width; one thinner than a pixel is drawn a pixel wide and fainter."""
+    """Open lines of a given width; lines thinner than a pixel are drawn one pixel wide and fainter."""
     layer = np.zeros((frame.size, frame.size), np.uint8)
     pixels = width * frame.size
     shade = round(255 * min(1.0, pixels))

@@ -1,7 +1,7 @@
-"""Synthetic archives: drawn thorax-like images on disk exactly as NIH ChestX-ray14 and SIIM-ACR publish theirs.
+"""Synthetic data: drawn, thorax-like images on disk, in exactly the layout in which NIH and SIIM-ACR publish theirs.
 
-What is drawn is in anatomy.py (the healthy thorax) and lesions.py (the planted findings); this file decides who is
-photographed with what, and writes files that the readers of the real archives read.
+anatomy.py draws the healthy thorax and lesions.py the planted findings; this module decides which patient has which
+images and findings, and writes files that the readers of the real sources can read.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import JPEGBaseline8Bit, SecondaryCaptureImageStorage
 
 from cxrscale.io import encode
-from cxrscale.sources.synthetic.anatomy import Build, Mask, build
+from cxrscale.sources.synthetic.anatomy import Anatomy, Mask, sample_anatomy
 from cxrscale.sources.synthetic.lesions import FINDINGS, DrawnImage, draw
 from cxrscale.types import GrayImage, UserError
 
 _MARKER = "synthetic.json"
-_DRAWING = 1  # Raise it when the images change, so that an older archive is not taken for a new one.
+_DRAWING = 1  # Raise it when the images change, so that older synthetic data is not taken for new.
 _HEALTHY = 0.38
 _PREVALENCE = 0.36  # of each finding among those who are not healthy
 _TEST_SHARE = 0.25
@@ -42,23 +42,23 @@ _BOX_HEADER = "Image Index,Finding Label,Bbox [x,y,w,h],,,"
 
 @dataclass(frozen=True, slots=True)
 class SyntheticPaths:
-    """Roots of the two archives, for archives.nih.read and archives.siim.read."""
+    """Roots of the two synthetic sources, for sources.read("nih", ...) and sources.read("siim", ...)."""
 
     nih: Path
     siim: Path
 
 
 @dataclass(frozen=True, slots=True)
-class _Shot:
-    """One image to be drawn, and what the tables say of it."""
+class _ImagePlan:
+    """One image to be drawn, and its row in the tables."""
 
     patient: int
     follow_up: int
-    build: Build
+    anatomy: Anatomy
     age: int
     view: str
     scan: tuple[int, int, float]
-    """Width and height of the scan in pixels, and millimeters a pixel."""
+    """Width and height of the scan in pixels, and millimeters per pixel."""
     planted: frozenset[str]
 
     @property
@@ -73,32 +73,33 @@ def write(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> SyntheticPaths:
-    """Draw a synthetic archive and write it as an NIH archive, `root/nih`, and a SIIM one, `root/siim`.
+    """Draw synthetic data and write it twice: as NIH publishes, `root/nih`, and as SIIM does, `root/siim`.
 
     Findings are lesions.FINDINGS, each in about 22% of the images; some 40% have none. Patients have 2.2 images on
-    average; a quarter of the images are in the test list, and no patient is in both lists. Boxes are given for
-    the test images. The SIIM archive holds every image with a pneumothorax and 1.5 times as many without, all of
-    them re-encoded NIH images; two of the negative ones have no row in its mask table.
+    average; a quarter of the images are in the test list, and no patient is in both lists. Only the test images have
+    boxes. The SIIM folder has all images with a pneumothorax and 1.5 times as many without. All of them are
+    re-encoded NIH images; two of the negative ones have no row in the mask table.
 
-    The same arguments give the same bytes (with the same versions of the libraries). The folder appears whole or not
-    at all; where it is there already with these arguments, nothing is drawn.
+    The same arguments give the same bytes (with the same versions of the libraries). The folder is published
+    completely or not at all; if it already exists with these arguments, nothing is drawn.
 
     Args:
-        root: a local folder that is absent, empty, or holds a synthetic archive of the same arguments.
+        root: a local folder that does not exist, is empty, or holds synthetic data of the same arguments.
         images: how many NIH images, 10 or more.
         size: side of the square images in pixels, 32 to 4096.
         seed: 0 or more.
-        progress: called after every image with how many more are drawn: 1.
+        progress: called after every image with the number of images drawn since the last call: 1.
 
     Raises:
         UserError: an argument is out of its range; the folder holds something else or cannot be written.
     """
     if images < 10 or not 32 <= size <= 4096 or seed < 0:
         raise UserError(
-            f"synthetic: images={images} size={size} seed={seed}; at least 10 images, a size of 32 to 4096, a seed from 0"
+            f"synthetic data: images={images} size={size} seed={seed}; "
+            "give at least 10 images, a size of 32 to 4096, and a seed of 0 or more"
         )
     if "://" in root and not root.startswith("file://"):
-        raise UserError(f"{root}: a synthetic archive is drawn into a local folder; give a path")
+        raise UserError(f"{root}: synthetic data is drawn into a local folder; give a path")
     folder = Path(root.removeprefix("file://")).resolve()
     arguments = {"drawing": _DRAWING, "images": images, "size": size, "seed": seed}
     paths = SyntheticPaths(folder / "nih", folder / "siim")
@@ -106,7 +107,7 @@ def write(
         return paths
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the folder, so that a rename publishes it; under a name of its own, so that two processes may race.
+        # Beside the folder, so that a rename publishes it; under a unique name, so that two processes may race.
         draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             _draw_archives(draft, images, size, seed, progress or (lambda _: None))
@@ -117,109 +118,107 @@ def write(
             shutil.rmtree(draft, ignore_errors=True)
     except OSError as error:
         if _is_drawn(folder, arguments):
-            return paths  # by another process, meanwhile
+            return paths  # another process was faster
         raise UserError(f"{folder} cannot be written: {error.strerror}; choose another folder") from None
     return paths
 
 
 def _is_drawn(folder: Path, arguments: dict[str, int]) -> bool:
-    """Whether the folder holds the synthetic archive of these arguments; anything else in it is an UserError."""
+    """Whether the folder holds the synthetic data of these arguments; anything else in it is a UserError."""
     if not folder.exists():
         return False
     if not folder.is_dir():
-        raise UserError(f"{folder} is a file; give a new folder for the synthetic archive")
+        raise UserError(f"{folder} is a file; give a new folder for the synthetic data")
     marker = folder / _MARKER
     if not marker.exists():
         if any(folder.iterdir()):
-            raise UserError(
-                f"{folder} is not empty and holds no {_MARKER}; give a new folder for the synthetic archive"
-            )
+            raise UserError(f"{folder} is not empty and has no {_MARKER}; give a new folder for the synthetic data")
         return False
     try:
-        found = json.loads(marker.read_text())
+        existing = json.loads(marker.read_text())
     except ValueError:
-        found = None
-    if found != arguments:
+        existing = None
+    if existing != arguments:
         raise UserError(
-            f"{folder} holds a synthetic archive of {found}, asked for is {arguments}; remove the folder or give another one"
+            f"{folder} holds synthetic data of {existing}, not of {arguments}; remove the folder or give another one"
         )
     return True
 
 
 def _draw_archives(draft: Path, images: int, size: int, seed: int, progress: Callable[[int], None]) -> None:
-    shots = _shots(images, seed)
-    test = _test_patients(shots, seed)
-    in_siim, without_row = _siim_members(shots, seed)
-    image_list = draft / "nih" / "images_001" / "images"
-    image_list.mkdir(parents=True)
+    plans = _plan_images(images, seed)
+    test = _test_patients(plans, seed)
+    in_siim, without_row = _siim_members(plans, seed)
+    image_folder = draft / "nih" / "images_001" / "images"
+    image_folder.mkdir(parents=True)
     boxes, mask_rows, positives = [_BOX_HEADER], [], 0
-    for number, shot in enumerate(shots):
-        image = draw(shot.build, size, shot.planted, shot.view, np.random.default_rng(_key(seed, shot)))
-        # NIH has a few hundred RGBA images among the gray ones; here they are two.
-        (image_list / shot.name).write_bytes(_png(image.image, color=number in (2, 7)))
-        if shot.patient in test:
-            boxes += [f"{shot.name},{b.finding},{b.x},{b.y},{b.width},{b.height}" for b in image.boxes]
-        if shot.name in in_siim:
-            uid = _uid(seed, shot.name, "image")
-            _write_dicom(draft / "siim" / "dicom-images-train", uid, shot, image.image, seed)
-            if shot.name not in without_row:
-                mask_rows += [f"{uid}, {rle}" for rle in _rles(image, twice=positives % 10 == 0)]
-                positives += bool(image.crescents)
+    for number, plan in enumerate(plans):
+        drawn = draw(plan.anatomy, size, plan.planted, plan.view, np.random.default_rng(_key(seed, plan)))
+        # NIH has a few hundred RGBA images among the gray ones; here there are two.
+        (image_folder / plan.name).write_bytes(_png(drawn.image, color=number in (2, 7)))
+        if plan.patient in test:
+            boxes += [f"{plan.name},{b.finding},{b.x},{b.y},{b.width},{b.height}" for b in drawn.boxes]
+        if plan.name in in_siim:
+            uid = _uid(seed, plan.name, "image")
+            _write_dicom(draft / "siim" / "dicom-images-train", uid, plan, drawn.image, seed)
+            if plan.name not in without_row:
+                mask_rows += [f"{uid}, {rle}" for rle in _rles(drawn, twice=positives % 10 == 0)]
+                positives += bool(drawn.crescents)
         progress(1)
     lists: dict[str, list[str]] = {"train_val_list.txt": [], "test_list.txt": []}
-    for shot in shots:
-        lists["test_list.txt" if shot.patient in test else "train_val_list.txt"].append(shot.name)
+    for plan in plans:
+        lists["test_list.txt" if plan.patient in test else "train_val_list.txt"].append(plan.name)
     for file, names in lists.items():
         _write_lines(draft / "nih" / file, names)
-    _write_lines(draft / "nih" / "Data_Entry_2017.csv", [_LABEL_HEADER, *map(_label_row, shots)])
+    _write_lines(draft / "nih" / "Data_Entry_2017.csv", [_LABEL_HEADER, *map(_label_row, plans)])
     _write_lines(draft / "nih" / "BBox_List_2017.csv", boxes)
     _write_lines(draft / "siim" / "train-rle.csv", ["ImageId, EncodedPixels", *sorted(mask_rows)])
 
 
-def _key(seed: int, shot: _Shot) -> list[int]:
-    """The seed of one image. Numbered from 1: a seed sequence takes [seed, patient] for [seed, patient, 0]."""
-    return [seed, shot.patient, shot.follow_up + 1]
+def _key(seed: int, plan: _ImagePlan) -> list[int]:
+    """The seed of one image. Counted from 1, because [seed, patient, 0] already seeds the patient's anatomy."""
+    return [seed, plan.patient, plan.follow_up + 1]
 
 
-def _shots(images: int, seed: int) -> list[_Shot]:
-    """Who is photographed, how often and with what: patients in turn, until there are enough images."""
-    shots: list[_Shot] = []
+def _plan_images(images: int, seed: int) -> list[_ImagePlan]:
+    """All images: patient by patient, with their number of images and findings, until there are enough images."""
+    plans: list[_ImagePlan] = []
     patient = 0
-    while len(shots) < images:
+    while len(plans) < images:
         patient += 1
         rng = np.random.default_rng([seed, patient, 0])
-        body, age = build(rng), int(rng.integers(18, 88))
-        for follow_up in range(min(int(rng.geometric(1 / 2.2)), 12, images - len(shots))):
+        anatomy, age = sample_anatomy(rng), int(rng.integers(18, 88))
+        for follow_up in range(min(int(rng.geometric(1 / 2.2)), 12, images - len(plans))):
             sick = rng.random() >= _HEALTHY
             planted = frozenset(finding for finding in FINDINGS if rng.random() < _PREVALENCE and sick)
             view = "AP" if rng.random() < 0.4 else "PA"
             scan = _SCANS[int(rng.integers(len(_SCANS)))]
-            shots.append(_Shot(patient, follow_up, body, age + follow_up // 2, view, scan, planted))
-    return shots
+            plans.append(_ImagePlan(patient, follow_up, anatomy, age + follow_up // 2, view, scan, planted))
+    return plans
 
 
-def _test_patients(shots: list[_Shot], seed: int) -> frozenset[int]:
-    """Whole patients, at random, until they have the test's share of the images."""
+def _test_patients(plans: list[_ImagePlan], seed: int) -> frozenset[int]:
+    """Patients drawn at random until they have the test split's share of the images."""
     test: set[int] = set()
-    wanted = _TEST_SHARE * len(shots)
-    for patient in np.random.default_rng([seed]).permutation(shots[-1].patient) + 1:
-        if sum(shot.patient in test for shot in shots) >= wanted:
+    wanted = _TEST_SHARE * len(plans)
+    for patient in np.random.default_rng([seed]).permutation(plans[-1].patient) + 1:
+        if sum(plan.patient in test for plan in plans) >= wanted:
             break
         test.add(int(patient))
     return frozenset(test)
 
 
-def _siim_members(shots: list[_Shot], seed: int) -> tuple[frozenset[str], frozenset[str]]:
-    """Names of the images that SIIM has too, and of those among them that its table has no row for."""
-    positive = [shot.name for shot in shots if "Pneumothorax" in shot.planted]
-    negative = [shot.name for shot in shots if "Pneumothorax" not in shot.planted]
+def _siim_members(plans: list[_ImagePlan], seed: int) -> tuple[frozenset[str], frozenset[str]]:
+    """Names of the images that SIIM has too, and of those among them without a row in its table."""
+    positive = [plan.name for plan in plans if "Pneumothorax" in plan.planted]
+    negative = [plan.name for plan in plans if "Pneumothorax" not in plan.planted]
     order = np.random.default_rng([seed, 0, 1]).permutation(len(negative))
     chosen = [negative[at] for at in order[: max(4, round(_NEGATIVES * len(positive)))]]
     return frozenset(positive + chosen), frozenset(chosen[-2:])
 
 
 def _rles(image: DrawnImage, twice: bool) -> list[str]:
-    """A row a mask; `twice`, as by two annotators who marked overlapping parts of it; -1 where there is none."""
+    """One row per mask, or -1 without any; `twice` splits the first into two that overlap, as by two annotators."""
     masks: list[Mask] = list(image.crescents)
     if not masks:
         return ["-1"]
@@ -232,11 +231,11 @@ def _rles(image: DrawnImage, twice: bool) -> list[str]:
     return [encode(mask) for mask in masks]
 
 
-def _label_row(shot: _Shot) -> str:
-    findings = "|".join(sorted(shot.planted)) or "No Finding"
-    width, height, mm = shot.scan
+def _label_row(plan: _ImagePlan) -> str:
+    findings = "|".join(sorted(plan.planted)) or "No Finding"
+    width, height, mm = plan.scan
     return (
-        f"{shot.name},{findings},{shot.follow_up},{shot.patient},{shot.age},{shot.build.sex},{shot.view},"
+        f"{plan.name},{findings},{plan.follow_up},{plan.patient},{plan.age},{plan.anatomy.sex},{plan.view},"
         f"{width},{height},{mm},{mm}"
     )
 
@@ -247,14 +246,15 @@ def _png(image: GrayImage, color: bool) -> bytes:
 
 
 def _uid(seed: int, name: str, part: str) -> str:
-    """A DICOM UID (of the 2.25 root, for which anyone may draw a number) that says nothing of the NIH image."""
+    """A DICOM UID (of root 2.25, under which anyone may draw a number) that does not reveal the NIH image."""
+    # "phantom" is part of the hashed bytes: another word would change every UID, and with them the files and shards.
     drawn = hashlib.blake2b(f"phantom {seed} {name} {part}".encode(), digest_size=15).digest()
     return f"2.25.{int.from_bytes(drawn, 'big')}"
 
 
-def _write_dicom(folder: Path, uid: str, shot: _Shot, image: GrayImage, seed: int) -> None:
-    """A file with the tags and oddities of SIIM's: study/series/image.dcm, JPEG Baseline, 8 bits."""
-    study, series = _uid(seed, shot.name, "study"), _uid(seed, shot.name, "series")
+def _write_dicom(folder: Path, uid: str, plan: _ImagePlan, image: GrayImage, seed: int) -> None:
+    """A file with the tags and irregularities of SIIM's: study/series/image.dcm, JPEG Baseline, 8 bits."""
+    study, series = _uid(seed, plan.name, "study"), _uid(seed, plan.name, "series")
     dicom = pydicom.Dataset()
     dicom.file_meta = pydicom.dataset.FileMetaDataset()
     dicom.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
@@ -263,18 +263,18 @@ def _write_dicom(folder: Path, uid: str, shot: _Shot, image: GrayImage, seed: in
     dicom.StudyInstanceUID, dicom.SeriesInstanceUID = study, series
     dicom.StudyDate, dicom.StudyTime, dicom.AccessionNumber = "19010101", "000000.00", ""
     dicom.Modality, dicom.ConversionType, dicom.BodyPartExamined = "CR", "WSD", "CHEST"
-    dicom.ReferringPhysicianName, dicom.SeriesDescription = "", f"view: {shot.view}"
-    # One patient a file, whoever it is: that is why SIIM's patients have to be found through their NIH duplicates.
+    dicom.ReferringPhysicianName, dicom.SeriesDescription = "", f"view: {plan.view}"
+    # A different patient in every file: this is why SIIM's patients must be found through their NIH duplicates.
     dicom.PatientID = dicom.PatientName = f"anon-{uid[-12:]}"
-    dicom.PatientBirthDate, dicom.PatientSex, dicom.ViewPosition = "", shot.build.sex, shot.view
-    # Without the unit that the standard demands, as SIIM has it.
-    age = pydicom.DataElement("PatientAge", "AS", str(shot.age), validation_mode=pydicom.config.IGNORE)
+    dicom.PatientBirthDate, dicom.PatientSex, dicom.ViewPosition = "", plan.anatomy.sex, plan.view
+    # Without the unit that the standard requires, as in SIIM.
+    age = pydicom.DataElement("PatientAge", "AS", str(plan.age), validation_mode=pydicom.config.IGNORE)
     dicom.add(age)
     dicom.StudyID, dicom.SeriesNumber, dicom.InstanceNumber, dicom.PatientOrientation = "", "1", "1", ""
     dicom.SamplesPerPixel, dicom.PhotometricInterpretation = 1, "MONOCHROME2"
     dicom.Rows, dicom.Columns = image.shape
-    # The scan's spacing although the image is smaller, as SIIM has it.
-    dicom.PixelSpacing = [shot.scan[2], shot.scan[2]]
+    # The spacing of the scan although the image is smaller, as in SIIM.
+    dicom.PixelSpacing = [plan.scan[2], plan.scan[2]]
     dicom.BitsAllocated, dicom.BitsStored, dicom.HighBit, dicom.PixelRepresentation = 8, 8, 7, 0
     dicom.LossyImageCompression, dicom.LossyImageCompressionMethod = "01", "ISO_10918_1"
     jpeg = simplejpeg.encode_jpeg(np.ascontiguousarray(image[..., None]), quality=95, colorspace="GRAY")

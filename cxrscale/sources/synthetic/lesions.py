@@ -1,4 +1,4 @@
-"""Findings planted into a drawn thorax, with their masks and boxes, and the image that comes of it."""
+"""Findings planted into a drawn thorax, with their masks and boxes, and the finished image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from cxrscale.sources.synthetic.anatomy import (
     SIDES,
-    Build,
+    Anatomy,
     Chest,
     Frame,
     Layer,
@@ -30,9 +30,9 @@ from cxrscale.types import Box, GrayImage
 FINDINGS = ("Cardiomegaly", "Effusion", "Mass", "Nodule", "Consolidation", "Pneumothorax")
 """What can be planted, by NIH's names."""
 
-# How hard the findings are, as ranges that each image draws from. Lengths are shares of the image's side, brightness
-# is on the canvas' scale, where lung and soft tissue lie some 0.34 apart and the grain has a sigma of 0.01 to 0.02.
-_LARGE_HEART = (0.55, 0.66)  # of the thorax' width; a normal heart takes 0.39 to 0.49
+# How visible the findings are: ranges from which each image draws. Lengths are shares of the image side; brightness is
+# on the scale of the canvas, where lung and soft tissue differ by some 0.34 and the noise has a sigma of 0.01 to 0.02.
+_LARGE_HEART = (0.55, 0.66)  # of the width of the thorax; normal hearts are 0.39 to 0.49
 _SHRUNK_X, _SHRUNK_Y = (0.70, 0.88), (0.80, 0.94)
 _AIR, _PLEURA = (0.04, 0.09), (0.10, 0.20)
 _FLUID = (0.10, 0.26)  # its level above the costophrenic angle
@@ -43,30 +43,30 @@ _PATCH_RADIUS, _PATCH = (0.075, 0.12), (0.20, 0.32)
 
 @dataclass(frozen=True, slots=True)
 class DrawnImage:
-    """One drawn image and the truth about it."""
+    """One drawn image and its ground truth."""
 
     image: GrayImage
     boxes: tuple[Box, ...]
-    """One box for every planted finding, two for a finding on both sides; pixels of the image."""
+    """One box per planted finding, two for a finding on both sides; in pixels of the image."""
     crescents: tuple[Mask, ...]
-    """A pneumothorax's mask, one a side; they do not touch. Empty where there is none."""
+    """The masks of a pneumothorax, one per side, which do not touch; empty without one."""
 
 
-def draw(patient: Build, size: int, planted: frozenset[str], view: str, rng: np.random.Generator) -> DrawnImage:
+def draw(anatomy: Anatomy, size: int, planted: frozenset[str], view: str, rng: np.random.Generator) -> DrawnImage:
     """Draw one image of a patient.
 
     Args:
-        patient: from `build`.
+        anatomy: from `sample_anatomy`.
         size: side of the square image in pixels, 32 or more.
-        planted: which of FINDINGS to plant; any of them may coincide.
-        view: PA or AP; an AP image is taken closer, which makes the heart look wider.
-        rng: decides pose, exposure, noise and what each finding looks like; an image is a pure function of its state.
+        planted: which of FINDINGS to plant; any combination is possible.
+        view: PA or AP; in an AP image the heart is magnified.
+        rng: decides pose, exposure, noise and the look of each finding; the image is a pure function of its state.
     """
-    heart_share = rng.uniform(*_LARGE_HEART) if "Cardiomegaly" in planted else patient.heart_share
-    chest = pose(patient, size, heart_share, view, rng)
+    heart_share = rng.uniform(*_LARGE_HEART) if "Cardiomegaly" in planted else anatomy.heart_share
+    chest = pose(anatomy, size, heart_share, view, rng)
     lungs = np.maximum(chest.lungs[-1], chest.lungs[1])
     nothing = np.zeros_like(lungs)
-    canvas, skeleton, markings = background(patient, chest, rng), bones(patient, chest, rng), vessels(chest, rng)
+    canvas, skeleton, markings = background(anatomy, chest, rng), bones(anatomy, chest, rng), vessels(chest, rng)
     fluid, pools = _effusion(chest, rng) if "Effusion" in planted else (nothing, [])
     air, line, crescents = _pneumothorax(chest, fluid, rng) if "Pneumothorax" in planted else (nothing, nothing, [])
     boxes = [_box("Pneumothorax", mask) for mask in crescents] + [_box("Effusion", mask) for mask in pools]
@@ -79,10 +79,10 @@ def draw(patient: Build, size: int, planted: frozenset[str], view: str, rng: np.
             taken = np.maximum(taken, np.minimum(shape * 2, 1))
             boxes.append(_box(finding, shape > 0.3))
     heart = chest.heart * rng.uniform(0.84, 0.92)
-    canvas = canvas * (1 - heart) + heart * (patient.tissue + rng.uniform(0.05, 0.10))
-    canvas = canvas * (1 - fluid) + fluid * (patient.tissue + 0.05)
+    canvas = canvas * (1 - heart) + heart * (anatomy.tissue + rng.uniform(0.05, 0.10))
+    canvas = canvas * (1 - fluid) + fluid * (anatomy.tissue + 0.05)
     if "Cardiomegaly" in planted:
-        # Without the great vessels, which the outline includes.
+        # The outline includes the great vessels; the box does not.
         top = round(chest.frame.pixels(np.array([[chest.midline, chest.apex + 0.26]]))[0, 1])
         boxes.append(_box("Cardiomegaly", (chest.heart > 0.5) & (np.arange(size)[:, None] >= top)))
     image = _expose(canvas + skeleton * (0.5 + 0.5 * lungs), view, rng)
@@ -90,12 +90,12 @@ def draw(patient: Build, size: int, planted: frozenset[str], view: str, rng: np.
 
 
 def _pneumothorax(chest: Chest, fluid: Layer, rng: np.random.Generator) -> tuple[Layer, Layer, list[Mask]]:
-    """Air between the chest wall and a lung that shrank from it: its layer, the pleural line, a mask a side."""
+    """Air between the chest wall and a collapsed lung: its layer, the pleural line, one mask per side."""
     size = chest.frame.size
     air, line = np.zeros_like(fluid), np.zeros_like(fluid)
     crescents: list[Mask] = []
     for side in _sides(0.08, rng):
-        # The lung stays hung up near its hilum and base, so that the gap opens at the apex and along the side.
+        # The lung stays attached near the hilum and the base, so that the gap opens at the apex and laterally.
         anchor = np.array([chest.midline + side * 0.06, chest.domes[side] + 0.04])
         shrunk = anchor + (chest.contours[side] - anchor) * (rng.uniform(*_SHRUNK_X), rng.uniform(*_SHRUNK_Y))
         inside = fill(chest.frame, shrunk, 0.0)
@@ -113,7 +113,7 @@ def _pneumothorax(chest: Chest, fluid: Layer, rng: np.random.Generator) -> tuple
 
 
 def _effusion(chest: Chest, rng: np.random.Generator) -> tuple[Layer, list[Mask]]:
-    """Fluid at a lung's base, its upper edge a meniscus that climbs the chest wall: its layer, a mask a side."""
+    """Fluid at the base of a lung, its upper edge a meniscus along the chest wall: its layer, one mask per side."""
     fluid = np.zeros_like(chest.heart)
     pools: list[Mask] = []
     for side in _sides(0.2, rng):
@@ -122,7 +122,7 @@ def _effusion(chest: Chest, rng: np.random.Generator) -> tuple[Layer, list[Mask]
         t = np.linspace(0, 1, 16)
         x = chest.midline + side * (0.04 + (chest.half_width - 0.02) * t)
         below = np.vstack([np.column_stack([x, level - climb * (t**3 - 0.3)]), [(x[-1], 1.0), (x[0], 1.0)]])
-        # Up to the lung's very edge, or its blurred rim would stay dark.
+        # Up to the edge of the lung, or its blurred rim would stay dark.
         pool = fill(chest.frame, below, 0.008) * np.minimum(chest.lungs[side] * 3, 1)
         fluid = np.maximum(fluid, pool * rng.uniform(0.75, 0.95))
         pools.append(pool > 0.5)
@@ -130,7 +130,7 @@ def _effusion(chest: Chest, rng: np.random.Generator) -> tuple[Layer, list[Mask]
 
 
 def _sides(both: float, rng: np.random.Generator) -> tuple[int, ...]:
-    """One side, or with a probability of `both` the two."""
+    """One side, or with probability `both` the two."""
     first = SIDES[int(rng.integers(2))]
     return (first, -first) if rng.random() < both else (first,)
 
@@ -138,32 +138,34 @@ def _sides(both: float, rng: np.random.Generator) -> tuple[int, ...]:
 def _mass(size: int, free: Layer, rng: np.random.Generator) -> tuple[Layer, float]:
     """A large, bright, slightly lobed blob."""
     radius = rng.uniform(*_MASS_RADIUS)
-    x, y = _place(free, radius * 0.7, rng)
+    x, y = _position(free, radius * 0.7, rng)
     angles = np.linspace(0, 2 * math.pi, 12, endpoint=False)
     lobes = radius * (1 + rng.normal(0, 0.07, 12))
     outline = smooth(np.column_stack([x + lobes * np.cos(angles), y + lobes * np.sin(angles)]))
-    return fill(_film(size), outline, 0.008), rng.uniform(*_MASS)
+    return fill(_image_frame(size), outline, 0.008), rng.uniform(*_MASS)
 
 
 def _nodule(size: int, free: Layer, rng: np.random.Generator) -> tuple[Layer, float]:
     """A small, round, bright spot."""
     radius = rng.uniform(*_NODULE_RADIUS)
-    center = _place(free, radius * 1.2, rng)
-    return ellipse(_film(size), center, (radius, radius), 0.0, 0.004), rng.uniform(*_NODULE)
+    center = _position(free, radius * 1.2, rng)
+    return ellipse(_image_frame(size), center, (radius, radius), 0.0, 0.004), rng.uniform(*_NODULE)
 
 
 def _consolidation(size: int, free: Layer, rng: np.random.Generator) -> tuple[Layer, float]:
     """A fuzzy, patchy brightening in which the airways stay dark."""
     spread = rng.uniform(*_PATCH_RADIUS)
-    center = _place(free, spread * 0.5, rng)
-    blob = ellipse(_film(size), center, (spread, spread * rng.uniform(0.7, 1.1)), rng.uniform(0, 180), spread * 0.35)
+    center = _position(free, spread * 0.5, rng)
+    blob = ellipse(
+        _image_frame(size), center, (spread, spread * rng.uniform(0.7, 1.1)), rng.uniform(0, 180), spread * 0.35
+    )
     patches = cv2.resize(rng.standard_normal((20, 20), dtype=np.float32), (size, size), interpolation=cv2.INTER_CUBIC)
     airways = []
     for angle in rng.uniform(0, 2 * math.pi, 5):
         t = np.linspace(0.0, spread * 1.2, 5)
-        way = np.column_stack([np.cos(angle) * t, np.sin(angle) * t])
-        airways.append(np.array(center) + way + rng.normal(0, 0.006, way.shape))
-    dark = stroke(_film(size), airways, 0.008, 0.002)
+        path = np.column_stack([np.cos(angle) * t, np.sin(angle) * t])
+        airways.append(np.array(center) + path + rng.normal(0, 0.006, path.shape))
+    dark = stroke(_image_frame(size), airways, 0.008, 0.002)
     shape = blob * np.clip(0.85 + 0.30 * patches, 0.2, 1.3) * (1 - 0.45 * dark)
     return shape.astype(np.float32), rng.uniform(*_PATCH)
 
@@ -176,7 +178,7 @@ _PLANTERS: dict[str, Callable[[int, Layer, np.random.Generator], tuple[Layer, fl
 
 
 def _expose(canvas: Layer, view: str, rng: np.random.Generator) -> GrayImage:
-    """The image: scatter, exposure, grain and a side marker."""
+    """The finished image: scatter, exposure, noise and a side marker."""
     size = canvas.shape[0]
     haze = cv2.resize(rng.standard_normal((5, 5), dtype=np.float32), (size, size), interpolation=cv2.INTER_CUBIC)
     light = canvas + 0.012 * haze + (rng.uniform(0.0, 0.05) if view == "AP" else 0.0)
@@ -189,8 +191,8 @@ def _expose(canvas: Layer, view: str, rng: np.random.Generator) -> GrayImage:
     return image
 
 
-def _place(free: Layer, margin: float, rng: np.random.Generator) -> tuple[float, float]:
-    """A point of the image, in the unit square, `margin` deep inside the free lung, or as deep as there is room."""
+def _position(free: Layer, margin: float, rng: np.random.Generator) -> tuple[float, float]:
+    """A point in the unit square, `margin` deep inside the free lung, or as deep as there is room."""
     size = free.shape[0]
     depth = cv2.distanceTransform((free > 0.6).astype(np.uint8), cv2.DIST_L2, 3)
     inside = np.flatnonzero(depth >= min(margin * size, 0.9 * float(depth.max())))
@@ -198,8 +200,8 @@ def _place(free: Layer, margin: float, rng: np.random.Generator) -> tuple[float,
     return (chosen % size + 0.5) / size, (chosen // size + 0.5) / size
 
 
-def _film(size: int) -> Frame:
-    """The image's own unit square, for what is placed on the image and not in the patient."""
+def _image_frame(size: int) -> Frame:
+    """The unit square of the image itself, for shapes that are placed in the image and not in the patient."""
     return Frame(size, np.eye(2, 3))
 
 
@@ -213,6 +215,6 @@ def _largest(mask: Mask) -> Mask:
 
 
 def _box(finding: str, mask: Mask) -> Box:
-    """The rectangle around a mask, in pixels; what other shapes hide wholly still gets a pixel."""
+    """The bounding box of a mask in pixels; a shape that others hide completely still gets one pixel."""
     x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
     return Box(finding, float(x), float(y), float(max(width, 1)), float(max(height, 1)))

@@ -1,4 +1,4 @@
-"""Small datasets, written here so that these tests hang on nothing but the manifest's schema."""
+"""Small datasets, written here so that the tests that use them depend on nothing but the manifest's schema."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MakeShards = Callable[..., Manifest]
 
 
 def chest(index: int, size: int) -> npt.NDArray[np.uint8]:
-    """A smooth gray image with an edge and a blob, other for each index: interpolation has something to get wrong."""
+    """A smooth gray image with an edge and a blob, different for each index, so that wrong interpolation shows."""
     rng = np.random.default_rng(index)
     y, x = np.mgrid[0:size, 0:size] / size
     waves = sum(
@@ -40,12 +40,12 @@ def chest(index: int, size: int) -> npt.NDArray[np.uint8]:
 def blob(index: int, size: int) -> npt.NDArray[np.uint8]:
     """A mask of 0 and 255 with one ellipse; every third is empty."""
     rng = np.random.default_rng(index + 1000)
-    drawn = np.zeros((size, size), np.uint8)
+    mask = np.zeros((size, size), np.uint8)
     if index % 3:
         center = rng.integers(size // 4, 3 * size // 4, 2).tolist()
         axes = rng.integers(size // 10, size // 4, 2).tolist()
-        cv2.ellipse(drawn, center, axes, float(rng.uniform(0, 180)), 0, 360, 255, -1)
-    return drawn
+        cv2.ellipse(mask, center, axes, float(rng.uniform(0, 180)), 0, 360, 255, -1)
+    return mask
 
 
 def _member(suffix: str, image: npt.NDArray[np.uint8]) -> bytes:
@@ -71,7 +71,7 @@ def write_shards(
             rows.append(_row(i, name, size))
         writer.close()
         (root / name).write_bytes(buffer.getvalue())
-        _fill_in_places(rows[start:], root / name)
+        _add_offsets(rows[start:], root / name)
     about = {"format": manifest.FORMAT, "pack": {"codec": codec, "size": size, "masks": masks}, "shards": {}}
     table = pa.Table.from_pylist(rows, schema=manifest.schema(FINDINGS))
     manifest.write(str(root / manifest.NAME), table, about)
@@ -93,7 +93,7 @@ def _row(index: int, shard: str, size: int) -> dict[str, Any]:
     }
 
 
-def _fill_in_places(rows: list[dict[str, Any]], path: Path) -> None:
+def _add_offsets(rows: list[dict[str, Any]], path: Path) -> None:
     kinds = {"jpg": "image", "png": "image", "mask.png": "mask", "json": "json"}
     by_key = {f"k{row['image_id'].removesuffix('.png').zfill(5)}": row for row in rows}
     with tarfile.open(path) as tar:
@@ -101,8 +101,8 @@ def _fill_in_places(rows: list[dict[str, Any]], path: Path) -> None:
             key, suffix = member.name.split(".", 1)
             file = tar.extractfile(member)
             assert file is not None
-            place = {"offset": member.offset_data, "length": member.size, "crc": zlib.crc32(file.read())}
-            by_key[key] |= {f"{kinds[suffix]}_{name}": value for name, value in place.items()}
+            location = {"offset": member.offset_data, "length": member.size, "crc": zlib.crc32(file.read())}
+            by_key[key] |= {f"{kinds[suffix]}_{name}": value for name, value in location.items()}
 
 
 @pytest.fixture
@@ -117,5 +117,5 @@ def make_shards(tmp_path: Path) -> MakeShards:
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    """24 images of 64 pixels with masks, in three tars; not to be changed."""
+    """24 images of 64 pixels with masks, in three tars; do not change it."""
     return write_shards(tmp_path_factory.mktemp("shards"))

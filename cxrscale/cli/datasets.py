@@ -1,0 +1,110 @@
+"""Commands from a raw source to a dataset: shard, verify, audit, preview."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cxrscale import config, sources
+from cxrscale.cli import progress
+from cxrscale.cli.group import Local, Overrides, RecipePath, app
+from cxrscale.config import Recipe
+from cxrscale.io import storage
+from cxrscale.types import UserError
+
+# Each command imports what it runs: torch, Ray and DALI take seconds that `--help` and a typing mistake need not.
+
+
+@app.command()
+def shard(
+    source: Annotated[str, typer.Argument(help="The source's name: nih, siim, rsna or kermany.")],
+    root: Annotated[str, typer.Argument(help="The source's folder or address.")],
+    overrides: Overrides = None,
+    out: Annotated[str, typer.Option(help="Where the dataset goes.")] = "shards",
+    patients_from: Annotated[
+        str | None, typer.Option(help="A dataset with the same images under their true patients (NIH, for SIIM).")
+    ] = None,
+    local: Local = False,
+) -> None:
+    """Pack a raw source into a dataset of verified shards: cxrscale shard nih /data/nih --out shards/nih pack.size=512."""
+    from cxrscale.shards import build, pack
+
+    tree = config.override({"pack": dict(sources.get(source).pack_defaults)}, overrides or [])
+    settings = config.parse(Recipe, tree, where="shard").pack
+    total = [0, 0]
+    with progress.bar(f"sharding {source}", None, "images") as bar:
+
+        def on_shard(images: int, quarantined: int, planned: int) -> None:
+            bar.set_total(planned)
+            total[0] += images
+            total[1] += quarantined
+            bar.update(total[0], f"{total[1]} quarantined")
+
+        prepared = build.prepare(source, root, settings, patients_from_dataset=patients_from, local=local)
+        packed = pack.pack(prepared, settings, out, local=local, progress=on_shard)
+    note = "" if packed.fresh else ", all from an earlier run"
+    print(f"{packed.images} images, {packed.quarantined} quarantined{note}")
+    print(packed.root if storage.is_remote(packed.root) else Path(packed.root).resolve())
+    if packed.quarantined > settings.max_quarantined:
+        quarantine = storage.join(packed.root, "quarantine.jsonl")
+        raise UserError(f"{packed.quarantined} unreadable images, more than pack.max_quarantined; see {quarantine}")
+
+
+@app.command("verify")
+def verify_command(root: Annotated[str, typer.Argument(help="A dataset.")]) -> None:
+    """Re-read every byte of a dataset and check it against its manifest."""
+    from cxrscale.shards import verify
+
+    with progress.bar(f"verifying {root}", None, "images") as bar:
+        faults = verify.verify(root, lambda count: bar.update(bar.done + count))
+    for line in faults:
+        print(line)
+    if faults:
+        raise UserError(f"{root}: {len(faults)} faults; remove the damaged tars and the manifest, then shard again")
+    print(root)
+
+
+@app.command()
+def audit(
+    shards: Annotated[list[str], typer.Argument(help="One or more datasets that are meant to be used together.")],
+    out: Annotated[str, typer.Option(help="The page; the JSON goes beside it.")] = "audit.html",
+) -> None:
+    """Count findings, splits, people, pixels and masks; name the patients and images that splits or sets share."""
+    from cxrscale.reporting import audit_page
+    from cxrscale.shards import audit as auditing
+
+    result = auditing.audit(*shards)
+    leaks = result.leaks
+    table = Table(title=f"{result.images} images of {leaks.patients} patients")
+    for heading in ("present", *result.splits):
+        table.add_column(heading, justify="right" if heading != "present" else "left")
+    for finding, counts in result.findings.items():
+        table.add_row(finding, *(str(counts[split].present) for split in result.splits))
+    table.add_row("all images", *map(str, result.splits.values()), style="bold")
+    Console().print(table)
+    print(f"{len(result.quarantined)} quarantined, {len(leaks.patients_in_two_splits)} patients in two splits")
+    for line in leaks.not_checked:
+        print(f"not checked: {line}")
+    for line in leaks.verdict:
+        print(line)
+    page = audit_page.write(result, out)
+    print(page if storage.is_remote(page) else Path(page).resolve())
+
+
+@app.command("preview")
+def preview(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    out: Annotated[str, typer.Option(help="The page.")] = "batches.html",
+) -> None:
+    """Look before you train: images as the model will see them, and the first epoch's sampling against its plan."""
+    from cxrscale.reporting import batch_preview
+
+    resolved = config.load_recipe(recipe, overrides or [])
+    for line in batch_preview.write(resolved, Path(recipe).stem, out):
+        print(line)
+    print(out if storage.is_remote(out) else Path(out).resolve())

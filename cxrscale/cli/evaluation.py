@@ -1,0 +1,109 @@
+"""Commands on trained runs: threshold, evaluate, compare, predict."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cxrscale.cli import progress
+from cxrscale.cli.group import Overrides, Resamples, RunFolder, app
+from cxrscale.io import storage
+from cxrscale.types import UserError
+
+# Each command imports what it runs: torch, Ray and DALI take seconds that `--help` and a typing mistake need not.
+
+
+@app.command()
+def threshold(run: RunFolder, overrides: Overrides = None, resamples: Resamples = 1000) -> None:
+    """Choose thresholds on validation: cxrscale threshold RUN threshold.goal=recall threshold.min_rate=0.9.
+
+    Goals: f1, youden, recall, precision, cost, fixed. threshold.calibration=platt|temperature|isotonic also makes
+    probabilities of the scores. The test split is not looked at.
+    """
+    from cxrscale.evaluation import artifacts
+    from cxrscale.reporting import tables
+    from cxrscale.run import open_run
+
+    trained = open_run(run)
+    with progress.bar("scoring validation", None, "images") as bar:
+        thresholds = trained.choose_thresholds(overrides or [], resamples, lambda count: bar.update(bar.done + count))
+    tables.print_thresholds(thresholds, run)
+    print(storage.absolute(trained.artifact(artifacts.THRESHOLDS)))
+
+
+@app.command("evaluate")
+def evaluate_command(run: RunFolder, resamples: Resamples = 1000) -> None:
+    """Metrics of the test split at the stored thresholds, with intervals: test_metrics.json, plots/, report.html."""
+    from cxrscale.evaluation import artifacts
+    from cxrscale.reporting import tables
+    from cxrscale.run import open_run
+
+    trained = open_run(run)
+    with progress.bar("scoring test", None, "images") as bar:
+        test = trained.evaluate(resamples, lambda count: bar.update(bar.done + count))
+    tables.print_metrics(test, run)
+    print(storage.absolute(trained.artifact(artifacts.TEST_METRICS)))
+    print(storage.absolute(trained.report()))
+
+
+@app.command("compare")
+def compare_command(
+    run_a: Annotated[str, typer.Argument(help="A run's folder.", metavar="RUN_A")],
+    run_b: Annotated[str, typer.Argument(help="Another run's folder, over the same datasets.", metavar="RUN_B")],
+    split: Annotated[str, typer.Option(help="The split that both are scored on: val or test.")] = "test",
+    resamples: Annotated[int, typer.Option(help="Bootstrap resamples of the patients.", min=2)] = 2000,
+    out: Annotated[str, typer.Option(help="The JSON file of differences.")] = "compare.json",
+) -> None:
+    """Is one run better than another, or is it chance? AUROC and Dice as A - B on the same images.
+
+    Intervals and p-values count patients, not images; 'Holm' adjusts for the number of findings.
+    """
+    from cxrscale.io import write_artifact
+    from cxrscale.reporting import tables
+    from cxrscale.run import compare_runs
+
+    comparison = compare_runs(run_a, run_b, split, resamples)
+    tables.print_comparison(comparison)
+    for side, findings in ((comparison.a, comparison.only_in_a), (comparison.b, comparison.only_in_b)):
+        if findings:
+            print(f"only in {side.name}, not compared: {', '.join(findings)}")
+    write_artifact(out, comparison)
+    print(storage.absolute(out))
+
+
+@app.command("predict")
+def predict_command(
+    run: Annotated[str, typer.Option(help="The run whose best checkpoint predicts.")],
+    files: Annotated[list[str] | None, typer.Argument(help="DICOM, PNG or JPEG files.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="train, val or test: the run's own images, into RUN/predictions-SPLIT.parquet.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The file of predictions.")] = Path("predictions.json"),
+) -> None:
+    """Probabilities for image files (predict a.dcm b.png --run runs/NAME) or of a split (--split train)."""
+    from cxrscale.inference import Predictor, predictions
+
+    if (split is None) == (not files):
+        raise UserError("predict takes either files or --split train|val|test")
+    if split is not None:
+        predictions.predict_split(run, split)
+        print(storage.absolute(predictions.predictions_path(run, split)))
+        return
+    predictor = Predictor(run)
+    results = predictor.predict(files or [])
+    for prediction in results:
+        print(prediction.path)
+        for name, value in prediction.probabilities.items():
+            print(f"  {name:<20} {value:.4f}")
+        if prediction.error:
+            print(f"  not read: {prediction.error}")
+    listed = [{key: value for key, value in asdict(prediction).items() if value} for prediction in results]
+    content = {"predictions": listed, **predictor.provenance.model_dump(mode="json")}
+    storage.write(str(out), json.dumps(content, indent=2) + "\n")
+    print(out.resolve())
+    if all(prediction.error for prediction in results):
+        raise UserError("none of the files could be read; see the reasons above")
