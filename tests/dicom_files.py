@@ -111,7 +111,7 @@ def encoded(stored: Stored, syntax: str, *, bits: int | None = None, quality: in
         options = {"jls_error": 2}
     plugin = "pyjpegls" if syntax in uid.JPEGLSTransferSyntaxes else "pylibjpeg"
     ds.compress(syntax, encoding_plugin=plugin, generate_instance_uid=False, **options)
-    size = struct.unpack_from("<L", ds.PixelData, 4)[0]  # of the offset table, which precedes the fragment's tag and size
+    size = struct.unpack_from("<L", ds.PixelData, 4)[0]  # of the offset table, which precedes the fragment
     length = struct.unpack_from("<L", ds.PixelData, 12 + size)[0]
     return bytes(ds.PixelData[16 + size : 16 + size + length])
 

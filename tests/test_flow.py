@@ -113,7 +113,7 @@ def test_5_training_leaves_a_run(way: Way) -> None:
     about = json.loads((way.run / "run.json").read_text())
     assert about["finished"]
     assert about["manifest"] == data.digest
-    lines = [json.loads(line) for line in (way.run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (way.run / "train_log.jsonl").read_text().splitlines()]
     assert [line["kind"] for line in lines].count("val") == 2
 
 

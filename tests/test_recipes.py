@@ -25,7 +25,7 @@ from cxrscale.models import losses
 from cxrscale.models.networks import build_model, count_trainable
 from cxrscale.run import open_run
 from cxrscale.shards import build, manifest
-from cxrscale.sources import kermany, rsna
+from cxrscale.sources import rsna
 from cxrscale.sources.synthetic.archive import SyntheticPaths
 from cxrscale.training import launch
 from cxrscale.types import ImageRecord
@@ -273,7 +273,7 @@ def shards(
         table.append(f"{number:08d},{'10,10,30,30,1' if sick else ',,,,0'}")
     (root / "rsna" / rsna.LABEL_TABLE).write_text("\n".join(table) + "\n")
     made = {"nih": nih_shards, "siim": siim_shards}
-    for source in (kermany.SOURCE, rsna.SOURCE):
+    for source in ("kermany", "rsna"):
         made[source] = str(root / f"{source}-shards")
         packing = Pack(size=64, val_fraction=0.3, test_fraction=0.3)
         build.build_shards(source, str(root / source), packing, made[source], local=True)

@@ -16,10 +16,10 @@ from cxrscale.config import Recipe
 
 @app.command("demo")
 def demo_command(
-    out: Annotated[Path, typer.Option(help="Where the synthetic archive, shards and runs go.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Where synthetic data, datasets and runs go.")] = Path("runs/demo"),
     local: Local = False,
 ) -> None:
-    """Make a synthetic archive and take it the whole way: shards, audit, two models, thresholds, test metrics."""
+    """Draw synthetic data and take it the whole way: datasets, audit, two models, thresholds, test metrics."""
     from cxrscale.cli import demo
     from cxrscale.reporting import tables
 
@@ -35,7 +35,7 @@ def config_command(
     overrides: Overrides = None,
     help_fields: Annotated[bool, typer.Option("--help-fields", help="List every field with its meaning.")] = False,
 ) -> None:
-    """Print the resolved recipe, every field of it, as `train` would see it."""
+    """Print the resolved recipe with every field, as `train` would see it."""
     if help_fields:
         for name, sentence in config.fields(Recipe).items():
             print(f"{name}\n    {sentence}")

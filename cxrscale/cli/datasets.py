@@ -30,7 +30,7 @@ def shard(
     ] = None,
     local: Local = False,
 ) -> None:
-    """Pack a raw source into a dataset of verified shards: cxrscale shard nih /data/nih --out shards/nih pack.size=512."""
+    """Pack a raw source into a dataset: cxrscale shard nih /data/nih --out shards/nih pack.size=512."""
     from cxrscale.shards import build, pack
 
     tree = config.override({"pack": dict(sources.get(source).pack_defaults)}, overrides or [])
@@ -99,9 +99,9 @@ def audit(
 def preview(
     recipe: RecipePath,
     overrides: Overrides = None,
-    out: Annotated[str, typer.Option(help="The page.")] = "batches.html",
+    out: Annotated[str, typer.Option(help="The page.")] = "preview.html",
 ) -> None:
-    """Look before you train: images as the model will see them, and the first epoch's sampling against its plan."""
+    """Look before you train: images as the model will see them, and the first epoch's sampling, counted."""
     from cxrscale.reporting import batch_preview
 
     resolved = config.load_recipe(recipe, overrides or [])

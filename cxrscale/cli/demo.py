@@ -25,13 +25,15 @@ SIZE = 160
 def run_demo(out: Path, images: int = IMAGES, *, local: bool = False) -> Iterator[tuple[Run, TestMetrics]]:
     """Draw, shard, audit, train, threshold and evaluate; yields (run, test metrics) of each of the two models.
 
-    Everything lies under `out`; a demo that was interrupted goes on, one that is finished only reports.
+    Everything lies under `out`; an interrupted demo is resumed, a finished one only reports.
     """
     jobs = Path(__file__).resolve().parents[2] / "jobs"
     if not jobs.is_dir():
         raise UserError(f"{jobs} is not there: run the demo from a checkout of cxrscale")
-    with progress.bar("drawing the synthetic archive", images, "images") as bar:
-        drawn = synthetic.archive.write(str(out / "synthetic"), images=images, progress=lambda n: bar.update(bar.done + n))
+    with progress.bar("drawing synthetic data", images, "images") as bar:
+        drawn = synthetic.archive.write(
+            str(out / "synthetic"), images=images, progress=lambda n: bar.update(bar.done + n)
+        )
     nih, siim = str(out / "shards" / "nih"), str(out / "shards" / "siim")
     settings = config.Pack(size=SIZE, samples_per_shard=100)
     print(f"sharding {drawn.nih} and {drawn.siim}")

@@ -128,8 +128,8 @@ class Sampler(Section):
         if not value and info.data.get("sampling") == needed_by[str(info.field_name)]:
             remedies = {
                 "weights": "sampling=weighted needs a weight for a finding, e.g. sampler.weights={Hernia: 5}",
-                "hard_predictions": "sampling=hard needs the file that `cxrscale predict --split train --run runs/NAME` writes: "
-                "runs/NAME/predictions-train.parquet",
+                "hard_predictions": "sampling=hard needs predictions of the training split, which "
+                "`cxrscale predict --split train --run runs/NAME` writes to runs/NAME/predictions-train.parquet",
             }
             raise ValueError(remedies[str(info.field_name)])
         return value

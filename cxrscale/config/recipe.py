@@ -41,7 +41,9 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check_across_sections(self) -> Recipe:
         if self.data.task == "segment" and len(self.data.findings) != 1:
-            raise ValueError(f"data.findings={list(self.data.findings)}: segmentation needs exactly one, e.g. data.findings=[X]")
+            raise ValueError(
+                f"data.findings={list(self.data.findings)}: segmentation needs exactly one, e.g. data.findings=[X]"
+            )
         for name, weight in LOSS_WEIGHTS.items():
             if weight.segment_only and getattr(self.loss, name) and self.data.task != "segment":
                 raise ValueError(f"loss.{name} needs pixels: set data.task=segment or loss.{name}=0")
@@ -78,7 +80,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     except yaml.YAMLError as error:
         raise UserError(f"recipe {path} is not YAML: {one_line(error)}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"recipe {path} holds a {type(tree).__name__}, not sections; see `cxrscale config` for an example")
+        raise UserError(f"recipe {path} holds a {type(tree).__name__}, not sections; see `cxrscale config`")
     return parse(Recipe, override(tree, overrides), where=str(path))
 
 
@@ -162,4 +164,3 @@ def _value(text: str) -> Any:
         return yaml.load(text, _Loader)
     except yaml.YAMLError:
         return text
-

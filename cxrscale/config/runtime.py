@@ -54,7 +54,7 @@ class Tracking(Section):
     log_steps: int = Field(10, ge=1)
     """Steps between two lines of train_log.jsonl."""
     gpu_hour_price: float | None = Field(None, ge=0)
-    """Price per hour of one GPU (of one worker without GPUs) in your currency; run.json then has the cost of the run."""
+    """Price per hour of one GPU (of one worker without GPUs) in your currency; run.json then has the total cost."""
 
 
 class Threshold(Section):

@@ -70,7 +70,7 @@ def choose_threshold(
     """The threshold by a rule; an image is called positive where score >= threshold. NaN labels are left out.
 
     f1: highest F1. youden: highest recall + specificity - 1 (Youden 1950). recall: the highest threshold whose recall
-    is at least `rule.min_rate`. precision: the lowest threshold whose precision is, hence the best recall with it.
+    is at least `rule.min_rate`. precision: the lowest threshold whose precision is, which has the highest recall.
     cost: the lowest `fn_cost` x FN + `fp_cost` x FP, which may be to call no image positive. fixed: `rule.value`.
 
     Every distinct score is a candidate, by one sort; `value` lies midway to the next lower score. Of equally good

@@ -80,7 +80,7 @@ class TrainedModel:
 class Predictor:
     """A run's model, loaded once, for many calls from any number of threads.
 
-        predictor = Predictor("runs/chexnet14")
+        predictor = cx.Predictor("runs/chexnet14")
         predictor("a.dcm").probabilities  # {'Atelectasis': 0.12, ...}
 
     Threads decode their images side by side and take turns at the model.

@@ -68,8 +68,8 @@ class LoadedImage:
 def load_image(data: bytes, *, name: str = "") -> LoadedImage:
     """Decode an image file; its format is recognized by its first bytes, not by its name.
 
-    16-bit gray is divided by 257 and rounded. Color files with equal red, green and blue are accepted as gray; alpha must
-    be opaque. A JPEG's EXIF orientation is applied, so that the image is upright.
+    16-bit gray is divided by 257 and rounded. Color files with equal red, green and blue are accepted as gray; alpha
+    must be opaque. A JPEG's EXIF orientation is applied, so that the image is upright.
 
     Args:
         data: the complete file.
@@ -92,9 +92,8 @@ def load_image(data: bytes, *, name: str = "") -> LoadedImage:
     if data[128:132] == b"DICM" or (force and _other_format(data) is None):
         image = dicom.read_dicom(data, force=force)
         return LoadedImage(image.image_HW, image.jpeg, image.view, image.sex, image.age, image.spacing_mm)
-    raise UnreadableImageError(
-        f"not a PNG, JPEG or DICOM file but {_other_format(data) or f'an unknown format that starts with {data[:8].hex()}'}"
-    )
+    actual = _other_format(data) or f"an unknown format that starts with {data[:8].hex()}"
+    raise UnreadableImageError(f"not a PNG, JPEG or DICOM file but {actual}")
 
 
 def encode_jpeg(image_HW: GrayImage, quality: int = 95) -> bytes:
@@ -126,7 +125,7 @@ def encode_png(image_HW: GrayImage) -> bytes:
 
 
 def encode_mask(mask_HW: npt.NDArray[np.bool_]) -> bytes:
-    """Encode as PNG with one bit per pixel, which is read as a gray image of 0 and 255; the same bytes for the same mask.
+    """Encode as PNG with one bit per pixel, which reads as a gray image of 0 and 255; the same bytes for the same mask.
 
     Args:
         mask_HW: (H, W) bool.
@@ -166,7 +165,7 @@ def decode_mask(data: bytes) -> npt.NDArray[np.bool_]:
 
 
 def resize_image(image_HW: GrayImage, size: int) -> GrayImage:
-    """Resize to `size` x `size` pixels, by area averaging along axes that shrink (no aliasing), linearly along axes that grow.
+    """Resize to `size` x `size` pixels: area averaging (no aliasing) for shrinking, linear interpolation for enlarging.
 
     The aspect ratio is not kept, and nothing is padded or cropped: published models are trained this way, and findings
     at the edges stay in the image. Images of NIH and SIIM are square.

@@ -105,7 +105,7 @@ def _checked(shape: tuple[int, int]) -> tuple[int, int]:
 
 
 def _bounds(rle: str, pixels: int) -> npt.NDArray[np.int64] | None:
-    """Column-major pixel indices of the starts (even indices) and ends (odd indices) of runs; None for an empty mask."""
+    """Column-major pixel indices of run starts (even entries) and run ends (odd entries); None for an empty mask."""
     words = rle.split()
     if words == [EMPTY]:
         return None

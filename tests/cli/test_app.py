@@ -58,7 +58,7 @@ def test_the_whole_way_by_commands(drawn: SyntheticPaths, tmp_path: Path, capsys
     code, out, _ = run(capsys, "predict", image, dicom, __file__, "--run", str(tmp_path / "small"), "--out", str(made))
     lines = json.loads(made.read_text())["predictions"]
     assert (code, out[-1]) == (0, str(made))
-    assert [len(line.get("scores", {})) for line in lines] == [3, 3, 0]
+    assert [len(line.get("probabilities", {})) for line in lines] == [3, 3, 0]
     assert lines[2]["error"]
 
 
@@ -78,7 +78,7 @@ def test_config_resolves_and_explains(capsys: pytest.CaptureFixture[str]) -> Non
         (["shard", "nih", "{nih}", "pack.sise=3", "--out", "{tmp}/o"], ["unknown field pack.sise", "pack.size"]),
         (["shard", "nih", "{broken}", "--out", "{tmp}/o"], ["Data_Entry_2017", "Finding Labels"]),
         (["train", "jobs/nothing.yaml"], ["jobs/nothing.yaml does not exist"]),
-        (["threshold", "{tmp}"], ["best.pt does not exist", "cxrscale train"]),
+        (["threshold", "{tmp}"], ["recipe.yaml does not exist", "cxrscale train"]),
         (["predict", "x.dcm", "--run", "{tmp}"], ["best.pt does not exist"]),
         (["verify", "{tmp}"], ["manifest.parquet does not exist"]),
     ],

@@ -227,7 +227,8 @@ def partwise(data: bytes, parts: list[Part], rng: Rng) -> bytes:
             length = struct.unpack_from(a.field, data, a.length_offset)[0]
             values = [0, 1, most, most >> 1, length - 1, length + 1, 2 * length, int(rng.integers(most))]
             value = values[int(rng.integers(len(values)))] % (most + 1)
-            return data[: a.length_offset] + struct.pack(a.field, value) + data[a.length_offset + struct.calcsize(a.field) :]
+            after = a.length_offset + struct.calcsize(a.field)
+            return data[: a.length_offset] + struct.pack(a.field, value) + data[after:]
 
 
 def resealed(data: bytes, rng: Rng) -> bytes:
@@ -297,7 +298,7 @@ KINDS = {
 
 
 def mutated(kind: str, seed: int, number: int) -> tuple[int, bytes]:
-    """The damaged input of a number: the index of the original file, and the bytes, which are damaged one to three times."""
+    """The damaged input of a number: the index of the original file, and its bytes with one to three damages."""
     rng = np.random.default_rng([seed, list(KINDS).index(kind), number])
     chosen = KINDS[kind]
     files = chosen.files()

@@ -85,7 +85,7 @@ def test_any_other_exception_is_a_fault(
     def fails(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("cxrscale.io.images.load_image", fails)
+    monkeypatch.setattr("tests.fuzz.campaign.load_image", fails)
     outcome = read_damaged("png", 0, 0, tmp_path)
     assert outcome.status == status
     assert outcome.message.startswith(message)

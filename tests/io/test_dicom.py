@@ -312,8 +312,9 @@ def test_header_reads_no_pixels() -> None:
     file = io.BytesIO(data)
     header = dicom.read_header(file)
     assert file.tell() < 2000
-    image = dicom.read_dicom(data)
-    assert (header.sop_uid, header.age, header.view) == (image.sop_uid, image.age, image.view) == ("1.2.3.4", 62, "PA")
+    loaded = dicom.read_dicom(data)
+    assert (header.sop_uid, header.age, header.view) == ("1.2.3.4", 62, "PA")
+    assert (loaded.sop_uid, loaded.age, loaded.view) == ("1.2.3.4", 62, "PA")
     assert dicom.read_header(data[:2000]) == header
     with pytest.raises(UnreadableImageError, match="SOPInstanceUID"):
         dicom.read_header(dicom_file(gray_image(), SOPInstanceUID=None))
@@ -362,9 +363,9 @@ def test_siim_training_files_keep_their_frames() -> None:
     if not paths:
         pytest.skip("the SIIM files are missing")
     for path in paths:
-        image = dicom.read_dicom(path.read_bytes())
-        assert image.sop_uid == path.stem
-        assert image.jpeg is not None
-        assert image.jpeg in path.read_bytes()
-        assert image.age is not None
-        assert image.view in ("PA", "AP")
+        loaded = dicom.read_dicom(path.read_bytes())
+        assert loaded.sop_uid == path.stem
+        assert loaded.jpeg is not None
+        assert loaded.jpeg in path.read_bytes()
+        assert loaded.age is not None
+        assert loaded.view in ("PA", "AP")

@@ -58,9 +58,9 @@ def needs_imagecodecs(syntax: str, bits: int) -> None:
 def test_lossless_syntaxes_are_lossless(syntax: str, dtype: str, bits: int) -> None:
     needs_imagecodecs(syntax, bits)
     stored = gray_image(dtype=dtype, bits=bits)
-    image = dicom.read_dicom(encoded_file(stored, syntax, bits))
-    assert np.array_equal(image.image_HW, gray_of(dicom_file(stored, BitsStored=bits)))
-    assert image.jpeg is None
+    loaded = dicom.read_dicom(encoded_file(stored, syntax, bits))
+    assert np.array_equal(loaded.image_HW, gray_of(dicom_file(stored, BitsStored=bits)))
+    assert loaded.jpeg is None
 
 
 @pytest.mark.parametrize("syntax", LOSSY, ids=lambda syntax: syntax.name[:40])
@@ -132,8 +132,8 @@ def test_the_jpeg_frame_is_returned_unchanged() -> None:
     stored = gray_image(41, 33)
     frame = encoded(stored, uid.JPEGBaseline8Bit)
     for padded in (frame, frame + b"\0", frame + b"\xff"):
-        image = dicom.read_dicom(dicom_file(stored, syntax=uid.JPEGBaseline8Bit, frames=[padded]))
-        assert image.jpeg == frame
+        loaded = dicom.read_dicom(dicom_file(stored, syntax=uid.JPEGBaseline8Bit, frames=[padded]))
+        assert loaded.jpeg == frame
     fragments = [frame[:100], frame[100:400], frame[400:]]
     assert dicom.read_dicom(dicom_file(stored, syntax=uid.JPEGBaseline8Bit, frames=fragments)).jpeg == frame
 
@@ -157,10 +157,10 @@ def test_the_jpeg_frame_is_returned_unchanged() -> None:
 def test_the_frame_is_returned_only_if_it_shows_the_image(tags: dict[str, Any], kept: bool) -> None:
     stored = gray_image()
     frame = encoded(stored, uid.JPEGBaseline8Bit)
-    image = dicom.read_dicom(dicom_file(stored, syntax=uid.JPEGBaseline8Bit, frames=[frame], **tags))
-    assert (image.jpeg == frame) is kept
+    loaded = dicom.read_dicom(dicom_file(stored, syntax=uid.JPEGBaseline8Bit, frames=[frame], **tags))
+    assert (loaded.jpeg == frame) is kept
     with Image.open(io.BytesIO(frame)) as image:
-        assert np.array_equal(image.image_HW, np.asarray(image)) is kept
+        assert np.array_equal(loaded.image_HW, np.asarray(image)) is kept
 
 
 # Truncated

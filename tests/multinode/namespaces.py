@@ -106,9 +106,9 @@ class Site:
         if missing := [name for name in NEEDED if shutil.which(name, path=_PATH) is None]:
             raise NotAllowed(f"no {', '.join(missing)} on this machine")
         self.home.mkdir()
-        command = ["unshare", "--user", "--map-root-user", "--model", "bash", "-c", _BRIDGE]
+        command = ["unshare", "--user", "--map-root-user", "--net", "bash", "-c", _BRIDGE]
         self._process = _start(command, os.environ, self.logs / "site.log")
-        self._inside = ["nsenter", "--target", str(self._process.pid), "--user", "--model", "--preserve-credentials"]
+        self._inside = ["nsenter", "--target", str(self._process.pid), "--user", "--net", "--preserve-credentials"]
         _expect(self._process, "ready", self.logs / "site.log")
         return self
 
@@ -130,7 +130,7 @@ class Site:
         Raises:
             NotAllowed: it cannot be made here.
         """
-        unshare = ["unshare", "--model", "--pid", "--mount", "--uts", "--ipc", "--fork", "--kill-child", "--mount-proc"]
+        unshare = ["unshare", "--net", "--pid", "--mount", "--uts", "--ipc", "--fork", "--kill-child", "--mount-proc"]
         number = next(self._numbers)
         log, port = self.logs / f"{name}-{number}.log", f"port{number}"
         environment = {**environment, "HOME": str(self.home), "TMPDIR": str(self.home)}

@@ -101,4 +101,4 @@ def test_wandb_disabled_writes_nothing(tmp_path: Path) -> None:
     tracker.samples(np.zeros((2, 1, 8, 8), np.float32))
     tracker.log("train", 1, {"loss": 1.0})
     tracker.close()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["train_log.jsonl", "samples.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["samples.png", "train_log.jsonl"]

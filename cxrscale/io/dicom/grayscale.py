@@ -1,8 +1,8 @@
 """Stored values of a DICOM file -> gray values (PS3.3 C.11).
 
-The steps are: modality LUT or rescale, then VOI LUT or window, then the inversion for MONOCHROME1, then 8 bits. A stored
-value has at most 16 bits, so all steps are computed once per possible value, in float64, and the image is one look-up in
-that table. The result follows the standard's formulas to half a gray level.
+The steps are: modality LUT or rescale, then VOI LUT or window, then the inversion for MONOCHROME1, then 8 bits. A
+stored value has at most 16 bits, so all steps are computed once per possible value, in float64, and the image is one
+look-up in that table. The result follows the standard's formulas to half a gray level.
 """
 
 from __future__ import annotations
@@ -145,7 +145,9 @@ def gray_table(stored_HW: npt.NDArray[Any], layout: Layout, transform: GrayTrans
         else:
             value_C = value_C * transform.modality[0] + transform.modality[1]
             if not np.isfinite(value_C).all() or value_C[0] == value_C[1]:
-                raise tags.unreadable("RescaleSlope", f"is {transform.modality[0]:g}, which makes all gray values equal")
+                raise tags.unreadable(
+                    "RescaleSlope", f"is {transform.modality[0]:g}, which makes all gray values equal"
+                )
         if isinstance(transform.voi, _Lut):
             unit_C = _looked_up(value_C, transform.voi) / transform.voi.top
         elif isinstance(transform.voi, _Window):

@@ -51,7 +51,7 @@ called without pydicom."""
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The Image Pixel module (PS3.3 C.7.6.3) of one gray image. The fields have the names of the decoders' arguments."""
+    """The Image Pixel module (PS3.3 C.7.6.3) of one gray image. The fields are arguments of the decoders."""
 
     rows: int
     columns: int
@@ -151,7 +151,7 @@ def _frame_header(frame: bytes, syntax: Any, markers: tuple[int, ...]) -> _Frame
 
 
 def _check(header: _FrameHeader, layout: Layout) -> None:
-    """Compare a frame with the file's header; decoders check only the number of pixels, so 64 x 32 passes as 32 x 64."""
+    """Compare a frame with the file's header; decoders check only the number of pixels, not 64 x 32 against 32 x 64."""
     if (header.rows, header.columns) != (layout.rows, layout.columns):
         shapes = f"{layout.rows} x {layout.columns}, but the frame is {header.rows} x {header.columns}"
         raise tags.unreadable("Rows", f"x {tags.label('Columns')} is {shapes}")
@@ -196,14 +196,16 @@ def _jpeg2000_header(frame: bytes) -> _FrameHeader:
 
 
 def _by_jpeg(frame: bytes, header: _FrameHeader, syntax: Any, layout: Layout) -> npt.NDArray[Any]:
-    """Decode 8-bit JPEG with simplejpeg, 9 to 16 bits (Extended, Lossless) with imagecodecs, which is optional and lenient.
+    """Decode 8-bit JPEG with simplejpeg, 9 to 16 bits (Extended, Lossless) with imagecodecs, which is optional.
 
     Because imagecodecs is lenient, simplejpeg first decodes the same frame with its header changed to 8 bits. The codes
     of a scan do not depend on the bits per value (ITU-T T.81 F.2.2, H.2), so simplejpeg reads all of them and refuses a
     truncated or damaged scan; its output is ignored.
     """
     if (header.bits == 8) != (layout.bits_stored == 8):
-        raise tags.unreadable("BitsStored", f"is {layout.bits_stored}, but the {syntax.name} frame holds {header.bits} bits")
+        raise tags.unreadable(
+            "BitsStored", f"is {layout.bits_stored}, but the {syntax.name} frame holds {header.bits} bits"
+        )
     try:
         as_8_bit = frame[: header.bits_offset] + b"\x08" + frame[header.bits_offset + 1 :]
         stored_HW = simplejpeg.decode_jpeg(as_8_bit, colorspace="GRAY", strict=True)[..., 0]
@@ -212,7 +214,7 @@ def _by_jpeg(frame: bytes, header: _FrameHeader, syntax: Any, layout: Layout) ->
     except ImportError:
         raise tags.unreadable(
             "TransferSyntaxUID",
-            f"is {syntax.name} of {header.bits} bits: install imagecodecs, or decompress the file with DCMTK's dcmdjpeg",
+            f"is {header.bits}-bit {syntax.name}: install imagecodecs, or decompress the file with DCMTK's dcmdjpeg",
         ) from None
     except Exception as error:  # imagecodecs raises errors of its own types
         raise tags.unreadable("PixelData", f"cannot be decoded as {syntax.name}", error) from error

@@ -54,21 +54,21 @@ class DicomImage(DicomHeader):
     image_HW: GrayImage
     """(H, W) uint8: 0 black, bone bright. Rows and columns as stored."""
     jpeg: bytes | None
-    """The file's own JPEG frame, if it shows exactly `image_HW`: JPEG Baseline with unchanged gray values. Else None."""
+    """The file's own JPEG frame if it shows exactly `image_HW` (JPEG Baseline, unchanged gray values), else None."""
 
 
 def read_dicom(data: bytes, *, force: bool = False) -> DicomImage:
     """Read a single-frame monochrome DICOM file.
 
-    The first of several windows is used. A VOI LUT takes precedence over a window, and PresentationLUTShape, if present,
-    over PhotometricInterpretation in the decision whether to invert.
+    The first of several windows is used. A VOI LUT takes precedence over a window. Whether to invert is decided by
+    PresentationLUTShape if present, else by PhotometricInterpretation.
 
-    Without a window and a VOI LUT, the standard's identity maps the range of the stored bits to 0..255: 8-bit images are
-    unchanged, 12-bit values are divided by 4095/255. One exception: writers that do not know the number of bits declare
-    16, so with 16 stored bits the range is that of the fewest bits (at least 8) that hold the image's values. Then
-    12-bit values declared as 16 bits look as if declared as 12 bits, instead of using only 16 gray levels. The image's
-    own minimum and maximum would be a bad range: on ChestX-ray14 they would move the gray values by 4 levels on average
-    and by up to 59.
+    Without a window and a VOI LUT, the standard's identity maps the range of the stored bits to 0..255: 8-bit images
+    are unchanged, 12-bit values are divided by 4095/255. One exception: writers that do not know the number of bits
+    declare 16, so with 16 stored bits the range is that of the fewest bits (at least 8) that hold the image's values.
+    Then 12-bit values declared as 16 bits look as if declared as 12 bits, instead of using only 16 gray levels. The
+    image's own minimum and maximum would be a bad range: on ChestX-ray14 they would move the gray values by 4 levels on
+    average and by up to 59.
 
     Args:
         data: the complete file.
@@ -172,12 +172,14 @@ def _spacing(ds: Any, keyword: str) -> tuple[float, float] | None:
 def _syntax(ds: Any, *, force: bool) -> Any:
     """The transfer syntax, which is a supported one."""
     syntax = getattr(ds, "file_meta", {}).get("TransferSyntaxUID")
-    if not syntax and force:  # without file meta information the pixels are not encoded, and the tags show the byte order
+    if not syntax and force:  # no file meta information: the pixels are not encoded, the tags show the byte order
         syntax = uid.ExplicitVRLittleEndian if ds.original_encoding[1] else uid.ExplicitVRBigEndian
     if not isinstance(syntax, uid.UID) or not syntax:
         raise tags.unreadable("TransferSyntaxUID", "is missing or malformed, so the encoding of the pixels is unknown")
     if syntax not in ENCODED and syntax not in NATIVE:
-        raise tags.unreadable("TransferSyntaxUID", f"is {syntax.name[:64]!r}: convert the file, e.g. with gdcmconv --raw")
+        raise tags.unreadable(
+            "TransferSyntaxUID", f"is {syntax.name[:64]!r}: convert the file, e.g. with gdcmconv --raw"
+        )
     return syntax
 
 

@@ -58,7 +58,7 @@ def value(ds: Any, keyword: str) -> Any:
 
 
 def number(ds: Any, keyword: str, default: float | None = None) -> float:
-    """A tag's first value as a finite number. Raises UnreadableImageError if it is none, or absent without a default."""
+    """A tag's first value as a finite number; UnreadableImageError if it is not one, or absent without a default."""
     result = value(ds, keyword)
     if result is None:
         if default is None:
