@@ -1,4 +1,4 @@
-"""What many tests share: one small phantom, its shards, one Ray cluster."""
+"""What many tests share: one small synthetic archive, its shards, one Ray cluster."""
 
 import os
 import signal
@@ -110,7 +110,7 @@ def real() -> Path:
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> SyntheticPaths:
     """A synthetic archive of 80 images of 96 pixels."""
-    return archive.write(str(tmp_path_factory.mktemp("phantom") / "archive"), images=80, size=96, seed=3)
+    return archive.write(str(tmp_path_factory.mktemp("synthetic") / "archive"), images=80, size=96, seed=3)
 
 
 @pytest.fixture(scope="session")
@@ -181,9 +181,9 @@ def ray_cluster() -> Iterator[Any]:
     cluster.shutdown()  # type: ignore[no-untyped-call]
 
 
-def tiny(shards: str, root: Path, *overrides: str, base: tuple[str, ...] = TINY_CLASSIFIER) -> Recipe:
+def tiny(dataset: str, root: Path, *overrides: str, base: tuple[str, ...] = TINY_CLASSIFIER) -> Recipe:
     """A small recipe over a dataset, whose runs go under `root`."""
-    given = [*base, f"data.shards=[{shards}]", f"tracking.runs_dir={root}", "tracking.name=tiny", *overrides]
+    given = [*base, f"data.shards=[{dataset}]", f"tracking.runs_dir={root}", "tracking.name=tiny", *overrides]
     return config.parse(Recipe, config.override({}, given), where="test")
 
 

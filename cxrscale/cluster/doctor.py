@@ -1,4 +1,4 @@
-"""What this machine or cluster can do, a verdict on each finding, and what mends it."""
+"""Checks of this machine or of a cluster: the result of each check, a verdict, and how to fix what is wrong."""
 
 from __future__ import annotations
 
@@ -20,130 +20,134 @@ from cxrscale.io import storage
 OK, WARN, WRONG = "ok", "warn", "wrong"
 COLORS = {OK: "green", WARN: "yellow", WRONG: "red"}
 GIB, MB = 2**30, 1e6
-HERE = "this machine"
-PAIRS = 8
-"""How many node-to-node transfers are measured."""
+THIS_MACHINE = "this machine"
+"""The node's name without a cluster."""
+MAX_TRANSFERS = 8
+"""How many transfers between nodes are measured."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One finding on one node."""
+    """One check on one node."""
 
     check: str
     node: str
-    found: str
+    result: str
     verdict: str = OK
+    """ok, warn or wrong."""
     remedy: str = ""
+    """How to fix it."""
     amount: float | None = None
-    """What `found` states, as a number; good rows that differ in it alone are shown as a range."""
+    """`result` as a number; good rows that differ only in it are shown as a range."""
 
 
 def examine(
-    address: str | None = None, shards: Sequence[str] = (), root: str | None = None, free_orphans: bool = False
+    address: str | None = None, shards: Sequence[str] = (), root: str | None = None, remove_orphans: bool = False
 ) -> tuple[list[Row], dict[str, Any]]:
-    """Examine the cluster at `address`, at RAY_ADDRESS or already joined; else this machine.
+    """Check the cluster at `address`, at RAY_ADDRESS or already connected; without a cluster, this machine.
 
     Args:
+        address: host:port of a cluster.
         shards: datasets that must be readable.
-        root: where runs go; a bucket is written to.
-        free_orphans: remove the placement groups that no living job owns.
+        root: where runs go; if it is a bucket, a small file is written to it.
+        remove_orphans: remove the placement groups that no running job owns.
 
     Returns:
-        The findings, and what each node said.
+        The rows, and node -> its measurements by `probe`.
 
     Raises:
         UserError: no cluster answers at the address.
     """
     address = address or os.environ.get("RAY_ADDRESS")
-    folders = {"shard cache": os.environ.get(CACHE_FOLDER) or "~/.cache/cxrscale"}
+    folders = {"dataset cache": os.environ.get(CACHE_FOLDER) or "~/.cache/cxrscale"}
     remote_root = root is not None and storage.is_remote(root)
     if not remote_root:
-        folders["run root"] = str(storage.local_path(root or "runs").absolute())
-    asked = (folders, tuple(shards), (root,) if root is not None and remote_root else ())
+        folders["runs folder"] = str(storage.local_path(root or "runs").absolute())
+    inputs = (folders, tuple(shards), (root,) if root is not None and remote_root else ())
     if not address and not ray_session.connected():
-        said = {HERE: probe.light_facts(*asked) | probe.heavy_facts_in_subprocess()}
-        return judge(HERE, said[HERE], cluster=False), said
+        report = probe.light_facts(*inputs) | probe.heavy_facts_in_subprocess()
+        return judge(THIS_MACHINE, report, cluster=False), {THIS_MACHINE: report}
     ray_session.connect(address)
-    there = nodes.alive()
-    print(f"asking {len(there)} nodes ...", file=sys.stderr)
-    rows = [_room(there)]
-    light, heavy = (
-        nodes.ask_each(probe.light_facts, there, *asked),
-        nodes.ask_each(probe.heavy_facts_in_subprocess, there, timeout=240),
-    )
-    said = {}
-    for node in there:
-        silent = [answer for answer in (light[node.name], heavy[node.name]) if isinstance(answer, Exception)]
-        if silent:
-            rows.append(Row("answers", node.name, str(silent[0]), WRONG, "look at `ray status` and the node's logs"))
+    available = nodes.alive()
+    print(f"checking {len(available)} nodes ...", file=sys.stderr)
+    rows = [_capacity(available)]
+    light = nodes.ask_each(probe.light_facts, available, *inputs)
+    heavy = nodes.ask_each(probe.heavy_facts_in_subprocess, available, timeout=240)
+    reports: dict[str, Any] = {}
+    for node in available:
+        failed = [answer for answer in (light[node.name], heavy[node.name]) if isinstance(answer, Exception)]
+        if failed:
+            rows.append(Row("answers", node.name, str(failed[0]), WRONG, "look at `ray status` and the node's logs"))
             continue
-        said[node.name] = light[node.name] | heavy[node.name]
-        rows += judge(node.name, said[node.name], cluster=True)
-    rows += compare_versions(probe.versions(), {name: answer["versions"] for name, answer in said.items()})
-    speaking = [node for node in there if node.name in said]
-    rows += [judge_clock(node.name, *_clock(node)) for node in speaking]
-    rows += _network(speaking)
-    return rows + _orphans(free_orphans), said
+        reports[node.name] = light[node.name] | heavy[node.name]
+        rows += judge(node.name, reports[node.name], cluster=True)
+    rows += compare_versions(probe.versions(), {name: report["versions"] for name, report in reports.items()})
+    answering = [node for node in available if node.name in reports]
+    rows += [judge_clock(node.name, *_clock(node)) for node in answering]
+    rows += _network(answering)
+    return rows + _orphans(remove_orphans), reports
 
 
-def judge(node: str, said: Mapping[str, Any], cluster: bool) -> list[Row]:
-    """The verdicts on what one machine said of itself (machine.facts and machine.heavy together)."""
-    versions = said["versions"]
+def judge(node: str, report: Mapping[str, Any], cluster: bool) -> list[Row]:
+    """The rows of one machine, from `probe.light_facts` and `probe.heavy_facts` together."""
+    versions = report["versions"]
     rows = [
         Row("python", node, versions["python"]),
-        Row("packages", node, ", ".join(f"{name} {of}" for name, of in versions.items() if name != "python")),
-        Row("CPUs", node, f"{said['cpus']}", amount=said["cpus"]),
-        Row("memory", node, f"{said['memory'] / GIB:.0f} GiB", amount=said["memory"]),
-        _shm(node, said["shm"], said["memory"]),
-        _open_files(node, said["open_files"]),
+        Row("packages", node, ", ".join(f"{name} {version}" for name, version in versions.items() if name != "python")),
+        Row("CPUs", node, f"{report['cpus']}", amount=report["cpus"]),
+        Row("memory", node, f"{report['memory'] / GIB:.0f} GiB", amount=report["memory"]),
+        _shm(node, report["shm"], report["memory"]),
+        _open_files(node, report["open_files"]),
     ]
-    if said["no_bytecode"]:
-        remedy = "unset PYTHONDONTWRITEBYTECODE where Ray starts: each worker compiles torch anew, 11 s instead of 5"
-        rows.append(Row("bytecode", node, "not kept", WARN, remedy))
-    if said["auth_mode"] is None and cluster:
-        remedy = "set RAY_AUTH_MODE to token or disabled on every node; Ray's own choice differs between its commands"
+    if report["no_bytecode"]:
+        remedy = "unset PYTHONDONTWRITEBYTECODE where Ray starts: each worker recompiles torch, 11 s instead of 5"
+        rows.append(Row("bytecode", node, "not saved", WARN, remedy))
+    if report["auth_mode"] is None and cluster:
+        remedy = "set RAY_AUTH_MODE to token or disabled on every node; Ray's default differs between its commands"
         rows.append(Row("RAY_AUTH_MODE", node, "not set", WARN, remedy))
-    elif said["auth_mode"] is not None:
-        rows.append(Row("RAY_AUTH_MODE", node, said["auth_mode"]))
-    rows += [_disk(node, name, disk) for name, disk in said["disks"].items()]
-    for address, reached in {**said["reads"], **said["writes"]}.items():
-        if "fault" in reached:
-            remedy = "check the address, the node's credentials (environment, role) and its route there"
-            rows.append(Row(address, node, reached["fault"], WRONG, remedy))
+    elif report["auth_mode"] is not None:
+        rows.append(Row("RAY_AUTH_MODE", node, report["auth_mode"]))
+    rows += [_disk(node, name, disk) for name, disk in report["disks"].items()]
+    for address, answer in {**report["reads"], **report["writes"]}.items():
+        if "error" in answer:
+            remedy = "check the address, the node's credentials (environment, role) and its network"
+            rows.append(Row(address, node, answer["error"], WRONG, remedy))
         else:
-            rows.append(Row(address, node, f"{reached['seconds'] * 1000:.0f} ms", amount=reached["seconds"]))
-    return rows + _heavy(node, said)
+            rows.append(Row(address, node, f"{answer['seconds'] * 1000:.0f} ms", amount=answer["seconds"]))
+    return rows + _heavy(node, report)
 
 
-def _heavy(node: str, said: Mapping[str, Any]) -> list[Row]:
-    if "fault" in said:
-        remedy = "run `python -c 'import torch, nvidia.dali'` there; install cxrscale again if it fails"
-        return [Row("torch, DALI", node, said["fault"], WRONG, remedy)]
-    gpus, smi = said["gpus"], said["smi"]
+def _heavy(node: str, report: Mapping[str, Any]) -> list[Row]:
+    if "error" in report:
+        remedy = "run `python -c 'import torch, nvidia.dali'` on the node; reinstall cxrscale if it fails"
+        return [Row("torch, DALI", node, report["error"], WRONG, remedy)]
+    gpus, smi = report["gpus"], report["smi"]
     if len(smi) > len(gpus):
-        remedy = f"torch wants CUDA {said['cuda']}: update the driver, or install the torch build for the driver's CUDA"
+        remedy = (
+            f"torch needs CUDA {report['cuda']}: update the driver, or install the torch build for the driver's CUDA"
+        )
         rows = [Row("GPUs", node, f"torch sees {len(gpus)} of {len(smi)}: {smi[0]}", WRONG, remedy)]
     elif gpus:
         names = ", ".join(f"{gpu['name']} {gpu['memory'] / GIB:.0f} GiB" for gpu in gpus)
         driver = f", driver {smi[0].split(', ')[1]}" if smi else ""
-        rows = [Row("GPUs", node, f"{len(gpus)}: {names}{driver}, CUDA {said['cuda']}")]
+        rows = [Row("GPUs", node, f"{len(gpus)}: {names}{driver}, CUDA {report['cuda']}")]
     else:
-        rows = [Row("GPUs", node, "none: the CPU trains")]
-    for device, answer in said["dali"].items():
+        rows = [Row("GPUs", node, "none: training uses the CPU")]
+    for device, answer in report["dali"].items():
         remedy = "" if answer == OK else "install the nvidia-dali-cuda package for the driver's CUDA"
         rows.append(Row(f"DALI on {device}", node, answer, OK if answer == OK else WRONG, remedy))
-    kinds = [name for name in ("gloo", "nccl") if said[name]]
-    missing = "nccl" if gpus and not said["nccl"] else "gloo" if not said["gloo"] else None
+    kinds = [name for name in ("gloo", "nccl") if report[name]]
+    missing = "nccl" if gpus and not report["nccl"] else "gloo" if not report["gloo"] else None
     remedy = f"install a torch build with {missing}" if missing else ""
-    found = ", ".join(f"{kind} {said[kind]}" if kind == "nccl" else kind for kind in kinds) or "none"
-    return [*rows, Row("collectives", node, found, WRONG if missing else OK, remedy)]
+    text = ", ".join(f"{kind} {report[kind]}" if kind == "nccl" else kind for kind in kinds) or "none"
+    return [*rows, Row("collectives", node, text, WRONG if missing else OK, remedy)]
 
 
 def _shm(node: str, shm: Mapping[str, int] | None, memory: int) -> Row:
     if shm is None:
-        return Row("/dev/shm", node, "not there", WARN, "mount a tmpfs there: Ray keeps its objects in it")
+        return Row("/dev/shm", node, "missing", WARN, "mount a tmpfs at /dev/shm: Ray stores its objects in it")
     text, size = f"{shm['total'] / GIB:.2g} GiB, {shm['free'] / GIB:.2g} free", shm["total"]
-    remedy = "give the container --shm-size=8g (Kubernetes: an emptyDir with medium Memory); Ray's objects lie there"
+    remedy = "start the container with --shm-size=8g (Kubernetes: an emptyDir with medium Memory), for Ray's objects"
     if size <= 64 * 2**20:
         return Row("/dev/shm", node, text, WRONG, remedy)
     return (
@@ -154,48 +158,53 @@ def _shm(node: str, shm: Mapping[str, int] | None, memory: int) -> Row:
 def _open_files(node: str, limit: int) -> Row:
     text = "no limit" if limit < 0 else f"{limit}"
     if 0 <= limit < 4096:
-        return Row("open files", node, text, WARN, "raise it before Ray starts: ulimit -n 65536")
+        return Row("open files", node, text, WARN, "raise the limit before Ray starts: ulimit -n 65536")
     return Row("open files", node, text)
 
 
 def _disk(node: str, name: str, disk: Mapping[str, Any]) -> Row:
-    if "fault" in disk:
-        where = f"set {CACHE_FOLDER}" if name == "shard cache" else "give another --root"
-        return Row(name, node, f"{disk['path']}: {disk['fault']}", WRONG, f"{where} to a folder you may write to")
+    if "error" in disk:
+        setting = f"set {CACHE_FOLDER} to" if name == "dataset cache" else "give as --root"
+        return Row(name, node, f"{disk['path']}: {disk['error']}", WRONG, f"{setting} a folder with write permission")
     speed = f"{disk['write'] / MB:.0f} MB/s write, {disk['read'] / MB:.0f} read"
     name, text = f"{name} {disk['path']}", f"{disk['free'] / GIB:.0f} GiB free, {speed}"
     if disk["free"] < 2 * GIB:
-        return Row(name, node, text, WRONG, "free space there, or choose another disk")
+        return Row(name, node, text, WRONG, "free some space, or choose another disk")
     if disk["free"] < 20 * GIB:
         return Row(
-            name, node, text, WARN, "little room: all of ChestX-ray14 at 512 pixels takes 6.2 GB, a run some more"
+            name,
+            node,
+            text,
+            WARN,
+            "little space: all of ChestX-ray14 at 512 pixels takes 6.2 GB, and a run needs some more",
         )
     if min(disk["write"], disk["read"]) < 50 * MB:
         return Row(name, node, text, WARN, "slow: choose a local SSD")
     return Row(name, node, text, amount=disk["write"])
 
 
-def _room(there: Sequence[nodes.Node]) -> Row:
-    cpus, gpus = sum(node.cpus for node in there), sum(node.gpus for node in there)
-    text = f"{len(there)} nodes, {cpus:g} CPUs, {gpus:g} GPUs"
-    remedy = "" if cpus else "start workers: no node has CPUs to give"
+def _capacity(available: Sequence[nodes.Node]) -> Row:
+    cpus, gpus = sum(node.cpus for node in available), sum(node.gpus for node in available)
+    text = f"{len(available)} nodes, {cpus:g} CPUs, {gpus:g} GPUs"
+    remedy = "" if cpus else "start workers: no node offers CPUs"
     return Row("cluster", "all", text, OK if cpus else WRONG, remedy)
 
 
-def compare_versions(here: dict[str, str], there: dict[str, dict[str, str]]) -> list[Row]:
-    """Whether every node has the driver's versions."""
-    wrong = nodes.version_differences(here, there)
-    remedy = "run one image on all nodes; `cxrscale submit` ships the code"
+def compare_versions(driver: dict[str, str], by_node: dict[str, dict[str, str]]) -> list[Row]:
+    """Whether every node has the same versions as the driver."""
+    wrong = nodes.version_differences(driver, by_node)
+    remedy = "run the same image on all nodes; `cxrscale submit` ships the code"
     return [Row("versions agree", "all", line, WRONG, remedy) for line in wrong] or [
         Row("versions agree", "all", "yes")
     ]
 
 
-def judge_clock(node: str, seconds: float, doubt: float) -> Row:
-    """The verdict on a clock that is so many seconds ahead of the driver's, give or take `doubt`."""
-    text, off = f"{seconds:+.2f} s, +-{doubt:.2f}", max(0.0, abs(seconds) - doubt)
-    remedy = "keep time by NTP (chrony): signed requests to a bucket fail, and logs mislead"
-    return Row("clock", node, text, WRONG if off > 60 else WARN if off > 1 else OK, remedy if off > 1 else "", seconds)
+def judge_clock(node: str, seconds: float, uncertainty: float) -> Row:
+    """The row of a clock that is this many seconds ahead of the driver's, plus or minus `uncertainty`."""
+    text, error = f"{seconds:+.2f} s, +-{uncertainty:.2f}", max(0.0, abs(seconds) - uncertainty)
+    verdict = WRONG if error > 60 else WARN if error > 1 else OK
+    remedy = "synchronize it by NTP (chrony): signed requests to a bucket fail, and times in logs are wrong"
+    return Row("clock", node, text, verdict, remedy if error > 1 else "", seconds)
 
 
 def _clock(node: nodes.Node) -> tuple[float, float]:
@@ -205,60 +214,60 @@ def _clock(node: nodes.Node) -> tuple[float, float]:
     return answer - (before + after) / 2, (after - before) / 2
 
 
-def _network(there: Sequence[nodes.Node]) -> list[Row]:
-    pairs = list(zip(there, [*there[1:], there[0]], strict=True)) if len(there) > 1 else []
+def _network(available: Sequence[nodes.Node]) -> list[Row]:
+    pairs = list(zip(available, [*available[1:], available[0]], strict=True)) if len(available) > 1 else []
     rows = []
-    for source, target in pairs[:PAIRS]:
-        speed = nodes.transfer(source, target)
+    for source, target in pairs[:MAX_TRANSFERS]:
+        speed = nodes.measure_transfer(source, target)
         name, text = f"{source.name} to {target.name}", f"{speed / MB:.0f} MB/s"
         if speed < 120 * MB:
-            remedy = "1 Gbit/s or less: gradients will wait; put the nodes in one placement group or zone"
+            remedy = "1 Gbit/s or less slows down training: put the nodes into one placement group or zone"
             rows.append(Row("network", name, text, WARN, remedy))
         else:
             rows.append(Row("network", name, text, amount=speed))
     return rows
 
 
-def _orphans(free: bool) -> list[Row]:
+def _orphans(remove: bool) -> list[Row]:
     rows = []
-    for orphan in nodes.orphans():
+    for orphan in nodes.find_orphans():
         text = f"{orphan.name or orphan.id[:12]} of ended job {orphan.job}: {orphan.state.lower()}, {orphan.bundles}"
-        if free:
-            nodes.free(orphan)
-            rows.append(Row("orphans", "all", f"freed {text}"))
+        if remove:
+            nodes.remove_orphan(orphan)
+            rows.append(Row("orphans", "all", f"removed {text}"))
         else:
-            rows.append(Row("orphans", "all", text, WRONG, "cxrscale doctor --free-orphans"))
+            rows.append(Row("orphans", "all", text, WRONG, "cxrscale doctor --remove-orphans"))
     return rows or [Row("orphans", "all", "none")]
 
 
-def merged(rows: Iterable[Row]) -> list[Row]:
-    """Rows that say the same of several nodes as one; good ones that differ in a number alone as a range."""
+def merge_rows(rows: Iterable[Row]) -> list[Row]:
+    """One row per result instead of one per node; good rows that differ only in their amount become a range."""
     rows = list(rows)
-    everyone = {row.node for row in rows if row.check == "CPUs"}
+    all_nodes = {row.node for row in rows if row.check == "CPUs"}
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
-        same = "" if row.verdict == OK and row.amount is not None else row.found
-        groups.setdefault((row.check, same, row.remedy), []).append(row)
-    found = []
+        result = "" if row.verdict == OK and row.amount is not None else row.result
+        groups.setdefault((row.check, result, row.remedy), []).append(row)
+    merged = []
     for group in groups.values():
         least, most = (edge(group, key=lambda row: row.amount or 0.0) for edge in (min, max))
-        text = least.found if least.found == most.found else f"{least.found} ... {most.found}"
+        text = least.result if least.result == most.result else f"{least.result} ... {most.result}"
         names = [row.node for row in group]
-        node = f"all {len(everyone)}" if len(everyone) > 1 and set(names) == everyone else ", ".join(names)
-        found.append(Row(least.check, node, text, least.verdict, least.remedy))
-    return found
+        node = f"all {len(all_nodes)}" if len(all_nodes) > 1 and set(names) == all_nodes else ", ".join(names)
+        merged.append(Row(least.check, node, text, least.verdict, least.remedy))
+    return merged
 
 
 def show(rows: Iterable[Row]) -> None:
-    """Print the findings as a table."""
-    table = Table("check", "node", "found", "verdict", "remedy")
-    for row in merged(rows):
-        table.add_row(row.check, row.node, row.found, f"[{COLORS[row.verdict]}]{row.verdict}[/]", row.remedy)
+    """Print the rows as a table."""
+    table = Table("check", "node", "result", "verdict", "how to fix")
+    for row in merge_rows(rows):
+        table.add_row(row.check, row.node, row.result, f"[{COLORS[row.verdict]}]{row.verdict}[/]", row.remedy)
     console = Console()
     (console if console.is_terminal else Console(width=200)).print(table)
 
 
-def write(rows: Iterable[Row], said: Mapping[str, Any], out: str) -> None:
-    """The findings, and all that the nodes said, as JSON."""
-    listed = [asdict(row) for row in rows]
-    storage.write(out, json.dumps({"findings": listed, "nodes": said}, indent=2) + "\n")
+def write(rows: Iterable[Row], reports: Mapping[str, Any], out: str) -> None:
+    """Write the rows and the measurements of all nodes as JSON."""
+    content = {"checks": [asdict(row) for row in rows], "nodes": reports}
+    storage.write(out, json.dumps(content, indent=2) + "\n")

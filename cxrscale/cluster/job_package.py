@@ -1,4 +1,4 @@
-"""What a job takes along: the checkout's files in one zip, its words, and its variables; and what it must not take."""
+"""What is sent with a job: the checkout's files as a zip, the command line, environment variables; never secrets."""
 
 from __future__ import annotations
 
@@ -17,160 +17,173 @@ from cxrscale import config
 from cxrscale.io import storage
 from cxrscale.types import UserError
 
-LIMIT = 100 * 2**20
-"""Bytes. Ray 2.60 names 500 MiB, but its job server answers 413 past 100."""
-LEFT_OUT_ANYWHERE = (".*", "__pycache__", "*.egg-info", "node_modules", "venv", "wandb", "*.tar", "*.pyc")
-LEFT_OUT_AT_THE_TOP = ("runs", "shards", "build", "dist", "synthetic")
-"""Names at the top alone: cxrscale/shards is a part of the package."""
+MAX_BYTES = 100 * 2**20
+"""Ray 2.60 documents 500 MiB, but its job server answers 413 above 100 MiB."""
+EXCLUDED_ANYWHERE = (".*", "__pycache__", "*.egg-info", "node_modules", "venv", "wandb", "*.tar", "*.pyc")
+EXCLUDED_AT_TOP = ("runs", "shards", "build", "dist", "synthetic")
+"""Names that are excluded at the top only: cxrscale/shards is a part of the package."""
 SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 SECRET_VALUE = re.compile(
     r"\b(AKIA|ASIA)[A-Z0-9]{16}\b|\bgh[pousr]_\w{30}|\bgithub_pat_\w{20}|\bhf_\w{30}|\bwandb_v\d_\w{20}|\bsk-[\w-]{20}"
     r"|://[^/\s:@]+:[^/\s@]+@|BEGIN [A-Z ]*PRIVATE KEY|^[0-9a-f]{40}$|^(?=.*[a-z])(?=.*[A-Z])(?=.*\d)[\w+/]{40}$"
 )
-"""How access keys begin (AWS, GitHub, Hugging Face, wandb, OpenAI), addresses with a password, PEM keys; then the two
-forms without a mark: 40 hexadecimal digits (wandb) and 40 mixed characters (AWS)."""
-REMEDY = "a job's words and variables can be read by everybody: put it on the nodes (environment, ~/.netrc, secret)"
-RECIPE_VERBS = ("train", "tune", "batches", "config")
-OUT_VERBS = ("demo", "shard", "audit", "batches", "predict")
+"""How access keys start (AWS, GitHub, Hugging Face, wandb, OpenAI), addresses with a password, PEM keys; then two forms
+without a prefix: 40 hexadecimal digits (wandb) and 40 mixed characters (AWS)."""
+REMEDY = "everyone can read a job's command line and variables: put it on the nodes (environment, ~/.netrc, secret)"
+RECIPE_COMMANDS = ("train", "tune", "overfit", "preview", "config")
+"""Commands with a recipe, which is checked before the job is sent."""
+OUTPUT_COMMANDS = ("demo", "shard", "audit", "preview", "predict")
+"""Commands that write to --out."""
 
 
-def entrypoint(words: Sequence[str]) -> str:
-    """The shell command of a command on the cluster, each word as it was given."""
-    return shlex.join(["python", "-m", "cxrscale", *words])
+def entrypoint(command_line: Sequence[str]) -> str:
+    """The shell command of the job, which passes each argument unchanged."""
+    return shlex.join(["python", "-m", "cxrscale", *command_line])
 
 
-def is_recipe(word: str) -> bool:
-    """Whether a word of the command is the path of a recipe."""
-    return word.endswith((".yaml", ".yml")) and "=" not in word and not word.startswith("-")
+def is_recipe(argument: str) -> bool:
+    """Whether an argument is the path of a recipe."""
+    return argument.endswith((".yaml", ".yml")) and "=" not in argument and not argument.startswith("-")
 
 
-def relative_to_package(words: Sequence[str], root: Path, installed: bool = False) -> list[str]:
-    """The words with each recipe's path relative to `root`, which is the job's folder on the cluster.
+def relative_to_package(command_line: Sequence[str], root: Path, installed: bool = False) -> list[str]:
+    """The command line with the paths of recipes relative to `root`, which becomes the job's folder on the cluster.
 
     Args:
-        words: the command and its arguments.
+        command_line: the command and its arguments.
         root: the folder that is shipped.
-        installed: a recipe that is not here may be one of the image's.
+        installed: the nodes' image has cxrscale; a recipe that does not exist here may be in the image.
 
     Raises:
-        UserError: a recipe is missing or lies outside of `root`; or a result would be lost with the job's folder.
+        UserError: a recipe is missing, wrong or outside `root`, or an output would be deleted with the job's folder.
     """
-    found = []
-    for word in words:
-        if is_recipe(word) and not (installed and not Path(word).exists()):
-            path = Path(word).resolve()
+    command = command_line[0] if command_line else ""
+    result = []
+    for argument in command_line:
+        if is_recipe(argument) and not (installed and not Path(argument).exists()):
+            path = Path(argument).resolve()
             if not path.is_relative_to(root.resolve()):
-                raise UserError(
-                    f"recipe {word} lies outside of --working-dir {root}, all that is shipped; copy it there"
-                )
-            if words[0] in RECIPE_VERBS:
-                _refuse_relative(words, path)
-            found.append(path.relative_to(root.resolve()).as_posix())
+                raise UserError(f"recipe {argument} is outside --working-dir {root}, which is shipped; copy it there")
+            if command in RECIPE_COMMANDS:
+                _check_recipe(command_line, path)
+            result.append(path.relative_to(root.resolve()).as_posix())
         else:
-            found.append(word)
-    if words and words[0] in OUT_VERBS and not _lasts(out := _option(words, "--out")):
-        said = f"--out {out} is relative" if out else "--out is missing"
-        raise UserError(f"{words[0]}: {said}, and a job's folder goes with the job; give --out s3://... or /shared/...")
-    return found
+            result.append(argument)
+    writes_to_run = command == "predict" and _option(command_line, "--split") is not None
+    if command in OUTPUT_COMMANDS and not writes_to_run and not _is_permanent(out := _option(command_line, "--out")):
+        reason = f"--out {out} is relative" if out else "--out is missing"
+        raise UserError(
+            f"{command}: {reason}, and a job's folder is deleted with the job; give --out s3://... or /shared/..."
+        )
+    return result
 
 
-def _refuse_relative(words: Sequence[str], path: Path) -> None:
-    """A mistake in the recipe is found here; and no run is written to, or read from, the job's own folder."""
-    recipe = config.load_recipe(path, [word for word in words[1:] if "=" in word and not word.startswith("-")])
-    if words[0] == "config":
+def _check_recipe(command_line: Sequence[str], path: Path) -> None:
+    """Refuse a wrong recipe before the job starts, and datasets or runs in the job's own folder."""
+    overrides = [argument for argument in command_line[1:] if "=" in argument and not argument.startswith("-")]
+    recipe = config.load_recipe(path, overrides)
+    if command_line[0] == "config":
         return
     for shards in recipe.data.shards:
-        if not _lasts(shards):
+        if not _is_permanent(shards):
             raise UserError(f"data.shards={shards} is not shipped; give s3://... or an absolute path on all nodes")
     root = recipe.tracking.runs_dir
-    if words[0] != "batches" and not _lasts(root):
+    if command_line[0] != "preview" and not _is_permanent(root):
         raise UserError(
-            f"tracking.runs_dir={root} is relative, and a job's folder goes with the job; give s3://... or an absolute "
-            "path that all nodes share"
+            f"tracking.runs_dir={root} is relative, and a job's folder is deleted with the job; give s3://... or an "
+            "absolute path that all nodes share"
         )
 
 
-def _lasts(address: str | None) -> bool:
+def _is_permanent(address: str | None) -> bool:
+    """Whether an address is outside the job's folder."""
     return bool(address) and (storage.is_remote(str(address)) or storage.local_path(str(address)).is_absolute())
 
 
-def _option(words: Sequence[str], name: str) -> str | None:
-    for place, word in enumerate(words):
-        if word.startswith(f"{name}="):
-            return word.partition("=")[2]
-        if word == name and place + 1 < len(words):
-            return words[place + 1]
+def _option(command_line: Sequence[str], name: str) -> str | None:
+    for index, argument in enumerate(command_line):
+        if argument.startswith(f"{name}="):
+            return argument.partition("=")[2]
+        if argument == name and index + 1 < len(command_line):
+            return command_line[index + 1]
     return None
 
 
-def refuse_secrets(words: Iterable[str]) -> None:
-    """Raises UserError where a word of the command looks like a secret; the message does not repeat it."""
-    for word in words:
-        name, equals, value = word.partition("=")
-        if SECRET_VALUE.search(word) or SECRET_VALUE.search(value):
+def refuse_secrets(command_line: Iterable[str]) -> None:
+    """Check that no argument looks like a secret.
+
+    Raises:
+        UserError: one does; the message does not contain it.
+    """
+    for argument in command_line:
+        name, equals, value = argument.partition("=")
+        if SECRET_VALUE.search(argument) or SECRET_VALUE.search(value):
             shown = name if equals and not SECRET_VALUE.search(name) else "an argument"
             raise UserError(f"{shown} looks like a secret; {REMEDY}")
 
 
-def environment_variables(names: Iterable[str], here: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment variables that a job gets: NAME with this process's value, or NAME=VALUE.
+def environment_variables(options: Iterable[str], environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment variables of a job, from options NAME (with this process's value) or NAME=VALUE.
 
     Raises:
         UserError: a name or value looks like a secret, or the variable is not set here.
     """
-    found = {}
-    for given in names:
-        name, equals, value = given.partition("=")
+    result = {}
+    for option in options:
+        name, equals, value = option.partition("=")
         if SECRET_NAME.search(name):
             raise UserError(f"--env {name} is named like a secret; {REMEDY}")
-        if not equals and name not in here:
+        if not equals and name not in environment:
             raise UserError(f"--env {name}: not set here; set it, or give {name}=VALUE")
-        found[name] = value if equals else here[name]
-        if SECRET_VALUE.search(found[name]):
+        result[name] = value if equals else environment[name]
+        if SECRET_VALUE.search(result[name]):
             raise UserError(f"--env {name}: its value looks like a secret; {REMEDY}")
-    return found
+    return result
 
 
 def package_files(root: Path) -> list[str]:
-    """The sorted paths, relative to `root`, that are shipped: what git does not ignore, less data, runs and caches."""
-    listed = _not_ignored(root)
-    if listed is None:
-        listed = []
-        for folder, inner, names in os.walk(root):
-            place = Path(folder).relative_to(root)
-            inner[:] = [name for name in inner if not _left_out(place / name)]
-            listed += [(place / name).as_posix() for name in names]
-    return sorted(name for name in listed if not _left_out(Path(name)) and (root / name).is_file())
+    """The sorted paths, relative to `root`, to ship: files that git does not ignore, without data, runs and caches."""
+    paths = _not_ignored(root)
+    if paths is None:
+        paths = []
+        for folder, subfolders, names in os.walk(root):
+            relative = Path(folder).relative_to(root)
+            subfolders[:] = [name for name in subfolders if not _is_excluded(relative / name)]
+            paths += [(relative / name).as_posix() for name in names]
+    return sorted(path for path in paths if not _is_excluded(Path(path)) and (root / path).is_file())
 
 
-def _left_out(path: Path) -> bool:
-    anywhere = any(fnmatch(part, pattern) for part in path.parts for pattern in LEFT_OUT_ANYWHERE)
-    return anywhere or path.parts[0] in LEFT_OUT_AT_THE_TOP
+def _is_excluded(path: Path) -> bool:
+    anywhere = any(fnmatch(part, pattern) for part in path.parts for pattern in EXCLUDED_ANYWHERE)
+    return anywhere or path.parts[0] in EXCLUDED_AT_TOP
 
 
 def _not_ignored(root: Path) -> list[str] | None:
-    """What git tracks and what is new; None where there is no git or no checkout."""
+    """Files that git tracks and new files; None without git or outside a checkout."""
     command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     if shutil.which("git") is None:
         return None
-    asked = subprocess.run(command, capture_output=True, text=True)
-    return [name for name in asked.stdout.split("\0") if name] if asked.returncode == 0 else None
+    ran = subprocess.run(command, capture_output=True, text=True)
+    return [name for name in ran.stdout.split("\0") if name] if ran.returncode == 0 else None
 
 
 def pack(root: Path, names: Sequence[str], out: Path) -> int:
-    """Zip the files, the same bytes for the same files, so that Ray uploads them once; returns the zip's bytes.
+    """Write the files to a zip, whose bytes depend only on the files, so that Ray uploads them once.
+
+    Returns:
+        The size of the zip in bytes.
 
     Raises:
-        UserError: they are more than Ray takes.
+        UserError: the files are larger than Ray accepts.
     """
     sizes: Counter[str] = Counter()
     for name in names:
         sizes[name.partition("/")[0]] += (root / name).stat().st_size
-    if sizes.total() > LIMIT:
+    if sizes.total() > MAX_BYTES:
         largest, size = sizes.most_common(1)[0]
         raise UserError(
-            f"{root.resolve()} holds {sizes.total() / 2**20:.0f} MiB, Ray takes {LIMIT / 2**20:.0f}; the largest part "
-            f"is {largest} ({size / 2**20:.0f} MiB): name it in .gitignore or move it out"
+            f"{root.resolve()} holds {sizes.total() / 2**20:.0f} MiB, Ray accepts {MAX_BYTES / 2**20:.0f}; the largest "
+            f"part is {largest} ({size / 2**20:.0f} MiB): add it to .gitignore or move it elsewhere"
         )
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in names:

@@ -1,4 +1,4 @@
-"""The nodes of the connected cluster: their room, and what each of them says."""
+"""The nodes of the connected cluster: their resources, functions that run on each of them, and checks before a run."""
 
 from __future__ import annotations
 
@@ -14,65 +14,65 @@ import ray
 from cxrscale.cluster import probe, ray_session
 from cxrscale.config import Scaling
 from cxrscale.io import storage
-from cxrscale.types import UserError
+from cxrscale.types import UserError, last_line
 
 ANSWER_S = 60.0
-"""Seconds that a node has to start a Python process and answer."""
+"""Seconds within which a node must start a Python process and answer."""
 SETTLE_S = 5
-"""Seconds that differing versions get to agree."""
+"""Seconds after which different versions count as different."""
 JOB_FOLDER = "working_dir_files"
-"""A part of the path of every job's folder, which Ray removes after the job."""
+"""A part of the path of every job's folder, which Ray deletes after the job."""
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A living node."""
+    """A node that is alive."""
 
     id: str
     name: str
-    """Its address, and a piece of its id where several nodes share that."""
+    """Its address, with a part of its id if several nodes have the same address."""
     cpus: float
     gpus: float
-    """What Ray may hand out there, in use or not."""
+    """The total for Ray on this node, in use or not."""
 
 
 def alive() -> list[Node]:
-    """The cluster's living nodes, by name."""
-    listed = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    places = [node["NodeManagerAddress"] for node in listed]
-    found = []
-    for node, place in zip(listed, places, strict=True):
-        name = place if places.count(place) == 1 else f"{place}/{node['NodeID'][:6]}"
-        room = node["Resources"]
-        found.append(Node(node["NodeID"], name, room.get("CPU", 0.0), room.get("GPU", 0.0)))
-    return sorted(found, key=lambda node: node.name)
+    """The cluster's nodes that are alive, sorted by name."""
+    rows = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    addresses = [node["NodeManagerAddress"] for node in rows]
+    result = []
+    for node, address in zip(rows, addresses, strict=True):
+        name = address if addresses.count(address) == 1 else f"{address}/{node['NodeID'][:6]}"
+        resources = node["Resources"]
+        result.append(Node(node["NodeID"], name, resources.get("CPU", 0.0), resources.get("GPU", 0.0)))
+    return sorted(result, key=lambda node: node.name)
 
 
 def worker_slots(node: Node, cpus: float, gpus: float) -> int:
-    """How many workers of so many CPUs and GPUs fit on a node: none is split over two."""
-    # Ray counts in ten-thousandths: 0.3 holds three times 0.1.
-    counts = [int((have + 1e-6) / want) for have, want in ((node.cpus, cpus), (node.gpus, gpus)) if want > 0]
+    """How many workers with this many CPUs and GPUs fit on a node; a worker is never split over two nodes."""
+    # Ray counts in units of 0.0001, so three workers of 0.1 CPU fit into 0.3.
+    counts = [int((total + 1e-6) / need) for total, need in ((node.cpus, cpus), (node.gpus, gpus)) if need > 0]
     return min(counts, default=0)
 
 
-def require_room(nodes: Sequence[Node], scaling: Scaling, use_gpu: bool, growing: int = 0) -> None:
-    """Make sure that the fewest workers of a run fit, each whole on one node.
+def require_slots(nodes: Sequence[Node], scaling: Scaling, use_gpu: bool, autoscaled: int = 0) -> None:
+    """Check that the smallest number of workers of a run fits, each worker on one node.
 
     Args:
-        growing: how many more workers fit on nodes that an autoscaler may add.
+        autoscaled: how many workers fit on nodes that an autoscaler may add.
 
     Raises:
-        UserError: they do not; says what fits where.
+        UserError: they do not fit; the message has the number of workers that fit on each node.
     """
     fewest, gpus = scaling.workers[0], 1.0 if use_gpu else 0.0
-    rooms = {node.name: worker_slots(node, scaling.cpus_per_worker, gpus) for node in nodes}
-    fits = sum(rooms.values()) + growing
+    slots = {node.name: worker_slots(node, scaling.cpus_per_worker, gpus) for node in nodes}
+    fits = sum(slots.values()) + autoscaled
     if fits >= fewest:
         return
     total = f"{sum(node.cpus for node in nodes):g} CPUs"
     total += f" and {sum(node.gpus for node in nodes):g} GPUs" if use_gpu else ""
     worker = f"{scaling.cpus_per_worker:g} CPUs{' and a GPU' if use_gpu else ''}"
-    where = ", ".join(f"{count} on {name}" for name, count in rooms.items() if count) or "none on any node"
+    where = ", ".join(f"{count} on {name}" for name, count in slots.items() if count) or "none on any node"
     remedy = f"lower it to {fits}" if fits else "lower scaling.cpus_per_worker" + (" or use_gpu" if use_gpu else "")
     raise UserError(
         f"scaling.num_workers={fewest} does not fit the cluster's {total}: workers of {worker}, {where}; "
@@ -80,193 +80,190 @@ def require_room(nodes: Sequence[Node], scaling: Scaling, use_gpu: bool, growing
     )
 
 
-def growth(cpus: float, gpus: float) -> int:
-    """How many workers fit on the nodes that the cluster's autoscaler may start in all; 0 without one."""
-    from ray._private.state import state  # the only door to what `ray up` and KubeRay told the autoscaler
+def autoscaler_slots(cpus: float, gpus: float) -> int:
+    """How many workers fit on all nodes that the cluster's autoscaler may start; 0 without an autoscaler."""
+    from ray._private.state import state  # Ray has no public access to the autoscaler's configuration
 
     settings = state.get_cluster_config()
     total = 0
     for group in settings.node_group_configs if settings is not None else ():
-        one = Node("", group.name, group.resources.get("CPU", 0), group.resources.get("GPU", 0))
-        # -1: without bound; nobody asks for more workers than this.
-        total += worker_slots(one, cpus, gpus) * (group.max_count if group.max_count >= 0 else 10**6)
+        node = Node("", group.name, group.resources.get("CPU", 0), group.resources.get("GPU", 0))
+        # -1 means unlimited; a million is more than any run requests.
+        total += worker_slots(node, cpus, gpus) * (group.max_count if group.max_count >= 0 else 10**6)
     return total
 
 
-def ask_all(ask: Callable[..., Any], nodes: Sequence[Node], *arguments: Any) -> dict[str, Any]:
-    """Call a function of cxrscale.machine once on every node, all at once; returns {node's name: answer}.
+def ask_all(function: Callable[..., Any], nodes: Sequence[Node], *arguments: Any) -> dict[str, Any]:
+    """Call a function of `probe` once on every node, in parallel; returns {node's name: answer}.
 
     Raises:
         UserError: a node does not answer.
     """
-    found = ask_each(ask, nodes, *arguments)
-    for name, answer in found.items():
+    answers = ask_each(function, nodes, *arguments)
+    for name, answer in answers.items():
         if isinstance(answer, UserError):
             raise UserError(f"node {name} {answer}; see `cxrscale doctor`")
-    return found
+    return answers
 
 
 def ask_each(
-    ask: Callable[..., Any], nodes: Sequence[Node], *arguments: Any, timeout: float = ANSWER_S
+    function: Callable[..., Any], nodes: Sequence[Node], *arguments: Any, timeout: float = ANSWER_S
 ) -> dict[str, Any]:
-    """As `each`, with the reason, an UserError, in place of an answer that a node does not give.
+    """As `ask_all`, but a node that does not answer has a UserError with the reason as its answer.
 
-    The function travels as it stands here, so a node with another cxrscale, or none, answers too.
+    The function's code is sent to the nodes, so nodes with another version of cxrscale, or without it, answer too.
     """
     ray.cloudpickle.register_pickle_by_value(probe)  # type: ignore[no-untyped-call]
-    task = ray.remote(ask)
+    task = ray.remote(function)
     try:
-        asked = {node.name: task.options(**on(node)).remote(*arguments) for node in nodes}
+        references = {node.name: task.options(**task_options(node)).remote(*arguments) for node in nodes}
     finally:
         ray.cloudpickle.unregister_pickle_by_value(probe)  # type: ignore[no-untyped-call]
-    ray.wait(list(asked.values()), num_returns=len(asked), timeout=timeout)
-    found: dict[str, Any] = {}
-    for name, answer in asked.items():
+    ray.wait(list(references.values()), num_returns=len(references), timeout=timeout)
+    answers: dict[str, Any] = {}
+    for name, reference in references.items():
         try:
-            found[name] = ray.get(answer, timeout=0.1)
+            answers[name] = ray.get(reference, timeout=0.1)
         except ray.exceptions.GetTimeoutError:
-            ray.cancel(answer, force=True)
-            found[name] = UserError(f"did not answer within {timeout:.0f} s")
+            ray.cancel(reference, force=True)
+            answers[name] = UserError(f"did not answer within {timeout:.0f} s")
         except ray.exceptions.RayError as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            found[name] = UserError(f"cannot run a task: {lines[-1]}")
-    return found
+            answers[name] = UserError(f"cannot run a task: {last_line(error)}")
+    return answers
 
 
-def on(node: Node) -> dict[str, Any]:
-    """The options of a task that runs on this node and nowhere else, however busy it is."""
+def task_options(node: Node) -> dict[str, Any]:
+    """The options of a Ray task that runs on this node only, even if the node is busy."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    there = NodeAffinitySchedulingStrategy(node.id, soft=False)
-    return {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": there}
+    strategy = NodeAffinitySchedulingStrategy(node.id, soft=False)
+    return {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": strategy}
 
 
-def transfer(source: Node, target: Node, size: int = 64 * 2**20) -> float:
-    """Bytes a second of one object on its way from one node's object store to the other's."""
+def measure_transfer(source: Node, target: Node, size: int = 64 * 2**20) -> float:
+    """Bytes per second of one object that is sent from one node's object store to another's."""
 
-    def give(count: int) -> Any:
+    def make(count: int) -> Any:
         import numpy
 
         return numpy.ones(count, numpy.uint8)
 
-    def take(held: list[Any]) -> float:
+    def fetch(references: list[Any]) -> float:
         import time
 
         import ray
 
-        began = time.perf_counter()
-        ray.get(held[0])
-        return time.perf_counter() - began
+        start = time.perf_counter()
+        ray.get(references[0])
+        return time.perf_counter() - start
 
-    making, taking = ray.remote(give).options(**on(source)), ray.remote(take).options(**on(target))
-    # A small one first, so that the connection stands.
+    make_task = ray.remote(make).options(**task_options(source))
+    fetch_task = ray.remote(fetch).options(**task_options(target))
+    # A small object first, which opens the connection.
     for count in (2**20, size):
-        held = making.remote(count)
-        ray.wait([held], fetch_local=False, timeout=ANSWER_S)
-        seconds = ray.get(taking.remote([held]), timeout=ANSWER_S)
+        reference = make_task.remote(count)
+        ray.wait([reference], fetch_local=False, timeout=ANSWER_S)
+        seconds = ray.get(fetch_task.remote([reference]), timeout=ANSWER_S)
     return size / float(seconds)
 
 
 @dataclass(frozen=True, slots=True)
 class Orphan:
-    """A placement group that waits for, or holds, resources for a job that has ended."""
+    """A placement group that waits for or holds resources of a job that has ended."""
 
     id: str
     """Hexadecimal."""
     name: str
     state: str
     bundles: str
-    """What it asks for, e.g. `2 x CPU 4`."""
+    """Its resources, e.g. `2 x CPU 4`."""
     job: str
-    """The job that made it, hexadecimal."""
+    """The job that created it, hexadecimal."""
 
 
-def orphans() -> list[Orphan]:
-    """The placement groups that no living job owns: a killed Tune driver leaves them, and the next sweep waits.
+def find_orphans() -> list[Orphan]:
+    """The placement groups that no running job owns. A killed Tune driver leaves them; the next search waits forever.
 
-    Detached groups that have got their resources outlive their job on purpose and are none.
+    A detached group that has its resources outlives its job on purpose and is not an orphan.
     """
-    from ray._private.state import state  # the public table does not say whose a group is
+    from ray._private.state import state  # Ray's public table lacks the owner of a group
     from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
 
     jobs = state.job_table()  # type: ignore[no-untyped-call]
-    dead = {job["JobID"] for job in jobs if job["IsDead"]}
-    names = PlacementGroupTableData.PlacementGroupState
-    found = []
+    ended = {job["JobID"] for job in jobs if job["IsDead"]}
+    states = PlacementGroupTableData.PlacementGroupState
+    result = []
     for row in state._connect_and_get_accessor().get_placement_group_table():
         group = PlacementGroupTableData.FromString(row)
-        now, job = names.Name(group.state), group.creator_job_id.hex()
-        if job not in dead or now == "REMOVED" or (group.is_detached and now == "CREATED"):
+        current, job = states.Name(group.state), group.creator_job_id.hex()
+        if job not in ended or current == "REMOVED" or (group.is_detached and current == "CREATED"):
             continue
-        asked = [" ".join(f"{kind} {many:g}" for kind, many in b.unit_resources.items()) for b in group.bundles]
-        listed = ", ".join(f"{asked.count(each)} x {each}" for each in dict.fromkeys(asked))
-        found.append(Orphan(group.placement_group_id.hex(), group.name, now, listed, job))
-    return found
+        bundles = [" ".join(f"{kind} {n:g}" for kind, n in item.unit_resources.items()) for item in group.bundles]
+        text = ", ".join(f"{bundles.count(bundle)} x {bundle}" for bundle in dict.fromkeys(bundles))
+        result.append(Orphan(group.placement_group_id.hex(), group.name, current, text, job))
+    return result
 
 
-def free(orphan: Orphan) -> None:
-    """Remove the placement group and give back what it holds."""
+def remove_orphan(orphan: Orphan) -> None:
+    """Remove the placement group and release its resources."""
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
     remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(orphan.id))))
 
 
-def version_differences(here: dict[str, str], there: dict[str, dict[str, str]]) -> list[str]:
-    """One line for every package whose version on a node is not the driver's."""
+def version_differences(driver: dict[str, str], by_node: dict[str, dict[str, str]]) -> list[str]:
+    """One line per version of a package that differs from the driver's, with its nodes."""
     lines = []
-    for package, version in here.items():
+    for package, version in driver.items():
         others: dict[str, list[str]] = {}
-        for name, versions in there.items():
+        for name, versions in by_node.items():
             if versions.get(package, "absent") != version:
                 others.setdefault(versions.get(package, "absent"), []).append(name)
-        lines += [f"{package} is {version} here and {other} on {', '.join(on)}" for other, on in others.items()]
+        lines += [f"{package} is {version} here and {other} on {', '.join(names)}" for other, names in others.items()]
     return lines
 
 
-def gpus_wanted(scaling: Scaling) -> float:
-    """GPUs a worker: as the recipe says, or one where the cluster has any."""
+def gpus_per_worker(scaling: Scaling) -> float:
+    """GPUs per worker: as in the recipe, or one if the cluster has any."""
     use_gpu = scaling.use_gpu if scaling.use_gpu is not None else ray_session.gpus() > 0
     return 1.0 if use_gpu else 0.0
 
 
 def preflight(scaling: Scaling, *, reads: Sequence[str] = (), writes: Sequence[str] = ()) -> None:
-    """Find what would stop a run on the connected cluster before anything starts: some two seconds.
+    """Check, in about two seconds, that a run can start on the connected cluster.
 
     Args:
-        scaling: how many workers, and what each needs.
+        scaling: how many workers, and what each of them needs.
         reads: datasets that every worker reads.
         writes: where the run goes: all nodes must see the same folder or bucket.
 
     Raises:
-        UserError: one line: the workers do not fit, versions differ, or an address cannot be reached from a node.
+        UserError: the workers do not fit, versions differ, or an address cannot be reached from a node.
     """
-    gpus = gpus_wanted(scaling)
+    gpus = gpus_per_worker(scaling)
     nodes = alive()
-    require_room(nodes, scaling, gpus > 0, growth(scaling.cpus_per_worker, gpus))
-    wrong = _disagreements(nodes)
+    require_slots(nodes, scaling, gpus > 0, autoscaler_slots(scaling.cpus_per_worker, gpus))
+    wrong = _lasting_differences(nodes)
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise UserError(f"{wrong[0]}{more}; run one image on all nodes, and ship the code by `cxrscale submit`")
+        raise UserError(f"{wrong[0]}{more}; run the same image on all nodes, and ship the code with `cxrscale submit`")
     working = [node for node in nodes if worker_slots(node, scaling.cpus_per_worker, gpus)]
     for address in reads:
-        _refuse(
-            address,
-            ask_all(probe.reach_address, working, storage.join(address, "manifest.parquet"), False),
-            "data.shards",
-        )
+        answers = ask_all(probe.reach_address, working, storage.join(address, "manifest.parquet"), False)
+        _refuse(address, answers, "data.shards")
     for address in writes:
         if JOB_FOLDER in Path(address).parts:
             raise UserError(
-                f"tracking.runs_dir={address} lies in the job's own folder, which goes with the job; give s3://... or an "
-                "absolute path that all nodes share"
+                f"tracking.runs_dir={address} is in the job's folder, which is deleted with the job; give s3://... "
+                "or an absolute path that all nodes share"
             )
         _refuse(address, {"of the driver": probe.reach_address(address)}, "tracking.runs_dir")
         _refuse_unshared(address, working)
 
 
-def _disagreements(nodes: Sequence[Node]) -> list[str]:
-    # Nodes that share a machine share a job's folder too, and each removes and unpacks it anew at its first task. What
-    # is read meanwhile is half a package, so only a difference that stays is one.
+def _lasting_differences(nodes: Sequence[Node]) -> list[str]:
+    # Nodes on the same machine share a job's folder, and each of them deletes and unpacks it at its first task. In the
+    # meantime the package is incomplete, so only a difference that lasts is reported.
     for _ in range(SETTLE_S):
         wrong = version_differences(probe.versions(), ask_all(probe.versions, nodes))
         if not wrong:
@@ -277,25 +274,25 @@ def _disagreements(nodes: Sequence[Node]) -> list[str]:
 
 def _refuse(address: str, answers: dict[str, dict[str, Any]], field: str) -> None:
     for name, answer in answers.items():
-        if "fault" in answer:
+        if "error" in answer:
             remedy = (
                 "give every node its credentials and a route to it"
                 if storage.is_remote(address)
                 else "give s3://... or a path that all nodes share"
             )
-            raise UserError(f"{field}={address} cannot be used from node {name}: {answer['fault']}; {remedy}")
+            raise UserError(f"{field}={address} cannot be used from node {name}: {answer['error']}; {remedy}")
 
 
 def _refuse_unshared(address: str, working: Sequence[Node]) -> None:
-    mark = storage.join(address, f"{storage.STRAY}seen-{uuid.uuid4().hex}")
-    storage.write(mark, b"x")
+    marker = storage.join(address, f"{storage.TEMPORARY_PREFIX}seen-{uuid.uuid4().hex}")
+    storage.write(marker, b"x")
     try:
-        for name, answer in ask_all(probe.reach_address, working, mark, False).items():
-            if answer.get("fault") == probe.ABSENT:
+        for name, answer in ask_all(probe.reach_address, working, marker, False).items():
+            if answer.get("error") == probe.ABSENT:
                 raise UserError(
-                    f"tracking.runs_dir={address}: node {name} does not see what is written there from here; give s3://... "
+                    f"tracking.runs_dir={address}: node {name} does not see a file written from here; give s3://... "
                     "or a path that all nodes share"
                 )
         _refuse(address, ask_all(probe.reach_address, working, address), "tracking.runs_dir")
     finally:
-        storage.remove(mark)
+        storage.remove(marker)

@@ -1,6 +1,7 @@
-"""What this machine is and can do, as plain numbers and words; `doctor` judges them.
+"""Measurements of this machine as plain numbers and strings; `doctor` judges them.
 
-A cluster's nodes run these functions as they stand on the driver, so each imports what it needs itself.
+Nodes of a cluster run these functions as pickled on the driver, even if cxrscale is not installed there, so each
+function imports what it needs.
 """
 
 from __future__ import annotations
@@ -11,29 +12,31 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "ray", "timm", "nvidia-dali")
-"""Whose versions must agree between driver and nodes; DALI's package is named after its CUDA."""
+"""Packages that must have the same version on driver and nodes; the name of DALI's package ends in its CUDA version."""
 ABSENT = "does not exist"
+"""The error of an address with nothing there."""
 SAMPLE_BYTES = 32 * 2**20
+"""Size of the file that measures a disk."""
 
 
 def versions() -> dict[str, str]:
-    """Python's, cxrscale's and the heavy packages' versions; cxrscale's with a digest of its source files.
+    """The versions of Python, the heavy packages and cxrscale, the latter with a digest of its source files.
 
-    A build's suffix is left out: a CPU build on the head goes with the CUDA build of the same torch on the nodes.
+    The suffix of a build is left out: a CPU build of torch on the head and a CUDA build on the nodes are compatible.
     """
     import hashlib
     import platform
     from importlib.metadata import distributions
     from importlib.util import find_spec
 
-    found = {"python": platform.python_version()}
-    there = {str(each.metadata["Name"] or "").lower(): each.version for each in reversed(list(distributions()))}
+    result = {"python": platform.python_version()}
+    installed = {str(item.metadata["Name"] or "").lower(): item.version for item in reversed(list(distributions()))}
     for package in PACKAGES:
-        names = sorted(name for name in there if name == package or name.startswith(f"{package}-cuda"))
-        found[package] = there[names[-1]].partition("+")[0] if names else "absent"
+        names = sorted(name for name in installed if name == package or name.startswith(f"{package}-cuda"))
+        result[package] = installed[names[-1]].partition("+")[0] if names else "absent"
     spec = find_spec("cxrscale")
     if spec is None or spec.origin is None:
-        return found | {"cxrscale": "absent"}
+        return result | {"cxrscale": "absent"}
     source = hashlib.sha256()
     root = Path(spec.origin).parent
     try:
@@ -41,9 +44,9 @@ def versions() -> dict[str, str]:
             source.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
         lines = Path(spec.origin).read_text().splitlines()
     except FileNotFoundError:
-        return found | {"cxrscale": "being unpacked"}
-    number = next((line for line in lines if line.startswith("__version__")), "=unknown").partition("=")[2]
-    return found | {"cxrscale": f"{number.strip().strip(chr(34))} ({source.hexdigest()[:8]})"}
+        return result | {"cxrscale": "being unpacked"}
+    version = next((line for line in lines if line.startswith("__version__")), "=unknown").partition("=")[2]
+    return result | {"cxrscale": f"{version.strip().strip(chr(34))} ({source.hexdigest()[:8]})"}
 
 
 def clock() -> float:
@@ -52,12 +55,12 @@ def clock() -> float:
 
 
 def light_facts(folders: dict[str, str], reads: tuple[str, ...] = (), writes: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Everything that can be said without loading torch.
+    """All measurements that need no torch.
 
     Args:
-        folders: local folders by what they are for, whose disks are measured; `~` is this machine's user's.
-        reads: datasets that must be there.
-        writes: folders or buckets in which a tiny file is written, listed and removed.
+        folders: purpose -> local folder whose disk is measured; `~` is the home folder on this machine.
+        reads: datasets that must exist.
+        writes: folders or buckets in which a small file is written, listed and removed.
     """
     import resource
     import shutil
@@ -73,14 +76,14 @@ def light_facts(folders: dict[str, str], reads: tuple[str, ...] = (), writes: tu
         "memory": min(pages, _memory_limit() or pages),
         "shm": {"total": shm.total, "free": shm.free} if shm else None,
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-        "disks": {name: disk(folder) for name, folder in folders.items()},
+        "disks": {name: measure_disk(folder) for name, folder in folders.items()},
         "reads": {address: reach_address(address, write=False) for address in reads},
         "writes": {address: reach_address(address) for address in writes},
     }
 
 
 def _memory_limit() -> int | None:
-    """Bytes that the container may use; None where it has no limit."""
+    """Bytes that the container may use; None without a limit."""
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         path = Path("/sys/fs/cgroup") / name
         if path.is_file() and (text := path.read_text().strip()).isdigit():
@@ -88,83 +91,92 @@ def _memory_limit() -> int | None:
     return None
 
 
-def disk(folder: str, size: int = SAMPLE_BYTES) -> dict[str, Any]:
-    """Free bytes of a folder's disk, and bytes a second of writing and reading a small file past the page cache."""
+def measure_disk(folder: str, size: int = SAMPLE_BYTES) -> dict[str, Any]:
+    """Measure the disk of a folder, or of its closest existing parent, with a small file that bypasses the page cache.
+
+    Returns:
+        path, free (bytes), write and read (bytes per second); or path, free and error.
+    """
     import shutil
     import uuid
 
-    place = Path(folder).expanduser()
-    standing = next(parent for parent in (place, *place.absolute().parents) if parent.is_dir())
-    sample = standing / f".tmp-doctor-{uuid.uuid4().hex}"
-    found: dict[str, Any] = {"path": str(place), "free": shutil.disk_usage(standing).free}
+    path = Path(folder).expanduser()
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())
+    sample = existing / f".tmp-doctor-{uuid.uuid4().hex}"
+    result: dict[str, Any] = {"path": str(path), "free": shutil.disk_usage(existing).free}
     try:
         data = os.urandom(2**20)
-        began = time.perf_counter()
+        start = time.perf_counter()
         with sample.open("wb") as file:
             for _ in range(size // len(data)):
                 file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        found["write"] = size / (time.perf_counter() - began)
+        result["write"] = size / (time.perf_counter() - start)
         with sample.open("rb", buffering=0) as raw:
             os.posix_fadvise(raw.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            began = time.perf_counter()
+            start = time.perf_counter()
             while raw.read(2**20):
                 pass
-        found["read"] = size / (time.perf_counter() - began)
+        result["read"] = size / (time.perf_counter() - start)
     except OSError as error:
-        found["fault"] = error.strerror or str(error)
+        result["error"] = error.strerror or str(error)
     finally:
         sample.unlink(missing_ok=True)
-    return found
+    return result
 
 
-def reach_address(address: str, write: bool = True, patience: float = 10.0) -> dict[str, Any]:
-    """Whether a folder or bucket answers within `patience` seconds: {"seconds": ...}, or {"fault": why not}.
+def reach_address(address: str, write: bool = True, timeout: float = 10.0) -> dict[str, Any]:
+    """Whether a folder or bucket answers within `timeout` seconds.
 
     Args:
-        write: also write, list and remove a tiny file there.
+        write: write, list and remove a small file in it; False: only check that it exists.
+
+    Returns:
+        {"seconds": time to answer} or {"error": one-line reason}.
     """
     import threading
     import uuid
 
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
 
-    def ask() -> None:
-        from cxrscale.io import storage
-
+    def try_address() -> None:
         try:
-            began = time.perf_counter()
+            from cxrscale.io import storage
+
+            start = time.perf_counter()
             if write:
                 name = f".tmp-reach-{uuid.uuid4().hex}"
                 storage.write(storage.join(address, name), b"x")
                 try:
                     if name not in storage.listing(address):
-                        found["fault"] = "what was written there is not listed"
+                        result["error"] = "a file that was written is not listed"
                 finally:
                     storage.remove(storage.join(address, name))
             elif not storage.exists(address):
-                found["fault"] = ABSENT
-            found["seconds"] = time.perf_counter() - began
-        except Exception as error:  # botocore has errors that are no OSErrors; whatever it is, it is the answer
-            found["fault"] = " ".join(f"{error}".split())[:200] or type(error).__name__
+                result["error"] = ABSENT
+            result["seconds"] = time.perf_counter() - start
+        except Exception as error:  # any error is the answer; those of botocore are not OSErrors
+            result["error"] = " ".join(str(error).split())[:200] or type(error).__name__
 
-    # Cloud libraries try a dead endpoint for minutes; nobody waits for this thread.
-    thread = threading.Thread(target=ask, daemon=True)
+    # Cloud libraries retry a dead endpoint for minutes; nothing waits for this thread.
+    thread = threading.Thread(target=try_address, daemon=True)
     thread.start()
-    thread.join(patience)
-    return dict(found) if "fault" in found or "seconds" in found else {"fault": f"no answer within {patience:.0f} s"}
+    thread.join(timeout)
+    return dict(result) if result else {"error": f"no answer within {timeout:.0f} s"}
 
 
 def heavy_facts() -> dict[str, Any]:
-    """What needs torch and DALI: GPUs, collectives, and a small DALI graph on the CPU and on each GPU."""
+    """Measurements that need torch and DALI: GPUs, collectives, and a small DALI graph on the CPU and on each GPU."""
     import torch
+
+    from cxrscale.types import one_line
 
     devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     nccl = torch.distributed.is_nccl_available()
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "cuda": torch.version.cuda,
-        "gpus": [{"name": each.name, "memory": each.total_memory} for each in devices],
+        "gpus": [{"name": device.name, "memory": device.total_memory} for device in devices],
         "gloo": torch.distributed.is_gloo_available(),
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if nccl else None,  # type: ignore[no-untyped-call]
         "dali": {},
@@ -172,14 +184,14 @@ def heavy_facts() -> dict[str, Any]:
     for index in (None, *range(len(devices))):
         name = "cpu" if index is None else f"cuda:{index}"
         try:
-            found["dali"][name] = graph(index)
-        except Exception as error:  # DALI's errors have no common base; the text is the finding
-            found["dali"][name] = " ".join(f"{error}".split())[:300] or type(error).__name__
-    return found
+            result["dali"][name] = run_dali_graph(index)
+        except Exception as error:  # DALI's errors have no common base class
+            result["dali"][name] = one_line(error, limit=300)
+    return result
 
 
-def graph(gpu: int | None) -> str:
-    """Decode and move one small JPEG by a DALI graph on a GPU, or on the CPU; "ok", or what came out wrong."""
+def run_dali_graph(gpu: int | None) -> str:
+    """Decode and transform a small JPEG with a DALI graph on a GPU (None: on the CPU); "ok", or what is wrong."""
     import cv2
     import numpy as np
     from nvidia.dali import fn, pipeline_def, types
@@ -197,36 +209,36 @@ def graph(gpu: int | None) -> str:
     pipe = decoded()
     pipe.build()
     out_HW = np.asarray((pipe.run()[0] if gpu is None else pipe.run()[0].as_cpu()).at(0))[..., 0]
-    off = int(np.abs(out_HW.astype(int) - image_HW.astype(int)).max())
-    # JPEG at quality 95 changes a smooth ramp by a level or two.
-    return "ok" if off <= 4 else f"decodes wrongly: off by {off} gray levels"
+    difference = int(np.abs(out_HW.astype(int) - image_HW.astype(int)).max())
+    # JPEG at quality 95 changes a smooth ramp by one or two gray levels.
+    return "ok" if difference <= 4 else f"decodes wrongly: {difference} gray levels too much or too little"
 
 
 def heavy_facts_in_subprocess(timeout: float = 180.0) -> dict[str, Any]:
-    """`heavy` in a process of its own: a driver that crashes costs one line, and no GPU memory stays taken."""
+    """`heavy_facts` in a separate process: a crash of the driver is one line, and no GPU memory stays allocated."""
     import json
     import subprocess
     import sys
 
-    # Ray hides the GPUs from tasks that asked for none.
+    # Ray hides the GPUs from tasks that request none.
     hidden = ("CUDA_VISIBLE_DEVICES", "PYTHONDONTWRITEBYTECODE")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
-    command = "import json; from cxrscale import machine; print('\\n' + json.dumps(machine.heavy()))"
+    command = "import json; from cxrscale.cluster import probe; print('\\n' + json.dumps(probe.heavy_facts()))"
     try:
         ran = subprocess.run(
             [sys.executable, "-c", command], capture_output=True, text=True, timeout=timeout, env=environment
         )
     except subprocess.TimeoutExpired:
-        return {"fault": f"torch and DALI did not answer within {timeout:.0f} s"}
+        return {"error": f"torch and DALI did not answer within {timeout:.0f} s"}
     if ran.returncode:
-        lines = ran.stderr.strip().splitlines() or [f"it ended with exit code {ran.returncode}"]
-        return {"fault": lines[-1][:300]}
-    found: dict[str, Any] = json.loads(ran.stdout.strip().splitlines()[-1])
-    return found | {"smi": _smi()}
+        lines = ran.stderr.strip().splitlines() or [f"the process ended with exit code {ran.returncode}"]
+        return {"error": lines[-1][:300]}
+    result: dict[str, Any] = json.loads(ran.stdout.strip().splitlines()[-1])
+    return result | {"smi": _nvidia_smi()}
 
 
-def _smi() -> list[str]:
-    """What nvidia-smi says of each GPU: name, driver, memory; empty where it is not there."""
+def _nvidia_smi() -> list[str]:
+    """One line of nvidia-smi per GPU: name, driver, memory; empty if it is not installed."""
     import shutil
     import subprocess
 

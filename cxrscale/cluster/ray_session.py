@@ -1,4 +1,4 @@
-"""One Ray session a process: on the cluster at hand, or a new one on this machine."""
+"""The Ray session of this process: on an existing cluster, or a new one on this machine."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import socket
 
 import ray
 
-from cxrscale.types import UserError
+from cxrscale.types import UserError, one_line
 
-PATIENCE_S = 5.0
-"""Seconds that an address has to answer."""
+TIMEOUT_S = 5.0
+"""Seconds within which an address must answer."""
 
 
 def connect(address: str | None = None) -> None:
-    """Join the cluster of this job or address, else start Ray on this machine; nothing happens when connected.
+    """Join the cluster at an address or of this job, else start Ray on this machine. Does nothing if already connected.
 
     Raises:
-        UserError: no cluster answers at the address, or one of another version of Ray or Python.
+        UserError: no cluster answers at the address, or it has another version of Ray or Python.
     """
     if ray.is_initialized():
         return
@@ -26,10 +26,10 @@ def connect(address: str | None = None) -> None:
     if address and address != "local":
         reach(address)
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    # Ray's own usage and dashboard lines would stand between the user and the one line that matters.
+    # Ray's usage and dashboard messages would hide the lines that matter.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Workers that recompile torch on every start take 11 s instead of 5 to import it.
+    # Workers that recompile torch's bytecode at every start take 11 s instead of 5 to import it.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     try:
         ray.init(
@@ -43,8 +43,7 @@ def connect(address: str | None = None) -> None:
     except RuntimeError as error:
         if "ersion mismatch" not in str(error):
             raise
-        said = " ".join(str(error).split())
-        raise UserError(f"{said}: install the cluster's versions here, or submit the job to it") from None
+        raise UserError(f"{one_line(error)}: install the cluster's versions here, or use `cxrscale submit`") from None
 
 
 def connected() -> bool:
@@ -53,10 +52,13 @@ def connected() -> bool:
 
 
 def reach(address: str) -> None:
-    """Make sure that Ray's control service is at host:port; ray.init would try for minutes, deaf to Ctrl-C.
+    """Check that Ray's control service answers at an address; ray.init would retry for minutes and ignore Ctrl-C.
+
+    Args:
+        address: host:port, ray://host:port, or auto for a cluster on this machine.
 
     Raises:
-        UserError: it is not, or it wants a token.
+        UserError: it does not, or it needs a token.
     """
     if address == "auto":
         from ray._private.services import canonicalize_bootstrap_address
@@ -64,39 +66,39 @@ def reach(address: str) -> None:
         try:
             address = canonicalize_bootstrap_address("auto") or ""
         except ConnectionError:
-            raise UserError("RAY_ADDRESS=auto, and no Ray cluster runs on this machine; start one") from None
-    scheme, _, place = address.rpartition("://")
-    host, _, port = place.rstrip("/").rpartition(":")
+            raise UserError("RAY_ADDRESS=auto, but no Ray cluster runs on this machine; start one") from None
+    scheme, _, location = address.rpartition("://")
+    host, _, port = location.rstrip("/").rpartition(":")
     if scheme not in ("", "ray") or not host or not port.isdigit():
-        raise UserError(f"{address!r} is no address of a Ray cluster; give host:port, e.g. 10.0.0.1:6379")
+        raise UserError(f"{address!r} is not an address of a Ray cluster; give host:port, e.g. 10.0.0.1:6379")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), PATIENCE_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), TIMEOUT_S).close()
     except (OSError, OverflowError) as error:
-        said = getattr(error, "strerror", None) or error
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"no Ray cluster answers at {address}: {said}; check RAY_ADDRESS, start one, or use --local"
+            f"no Ray cluster answers at {address}: {reason}; check RAY_ADDRESS, start one, or use --local"
         ) from None
     if not scheme:
-        _ask(place)
+        _check_control_service(location)
 
 
-def _ask(address: str) -> None:
-    """One call to the control service, by its own protocol."""
+def _check_control_service(address: str) -> None:
+    """Make one call to the control service, in its own protocol."""
     import grpc  # type: ignore[import-untyped]
-    from ray._private.grpc_utils import init_grpc_channel  # with the TLS and token that RAY_* variables name
+    from ray._private.grpc_utils import init_grpc_channel  # uses TLS and the token as RAY_* variables configure them
     from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
     channel = init_grpc_channel(address)
     try:
-        asked = gcs_service_pb2.GetClusterIdRequest()  # type: ignore[attr-defined]
-        gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel).GetClusterId(asked, timeout=PATIENCE_S)  # type: ignore[no-untyped-call]
+        request = gcs_service_pb2.GetClusterIdRequest()  # type: ignore[attr-defined]
+        gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel).GetClusterId(request, timeout=TIMEOUT_S)  # type: ignore[no-untyped-call]
     except grpc.RpcError as error:
         if error.code() == grpc.StatusCode.UNAUTHENTICATED:
             raise UserError(
-                f"the cluster at {address} wants a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to its token"
+                f"the cluster at {address} needs a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to its token"
             ) from None
         raise UserError(
-            f"what answers at {address} is not Ray's control service; give its port (6379 unless told otherwise), "
+            f"the service at {address} is not Ray's control service; give its port (6379 by default), "
             "not the dashboard's"
         ) from None
     finally:

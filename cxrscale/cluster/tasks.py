@@ -1,4 +1,4 @@
-"""The same function over many jobs: as Ray tasks with a bounded number in flight, or in this process."""
+"""One function over many jobs: as Ray tasks with a bounded number in flight, or in this process."""
 
 from __future__ import annotations
 
@@ -14,18 +14,23 @@ Result = TypeVar("Result")
 def run_tasks(
     function: Callable[..., Result], jobs: Sequence[tuple[Any, ...]], *, local: bool, workers: int | None
 ) -> Iterator[Result]:
-    """The results of function(*job) for each job, as they finish: of Ray tasks, a bounded number in flight, or here.
+    """The results of function(*job) for each job, in the order in which they finish.
 
-    A task whose worker dies is run again, three times at most.
+    Args:
+        function: runs in a Ray worker, which imports its module.
+        jobs: the arguments of each call.
+        local: run the jobs in this process, in their order, without Ray.
+        workers: Ray tasks in flight; None: one per CPU of the cluster. A task whose worker dies is repeated up to three
+            times.
 
     Raises:
-        UserError: from the function, as its one line.
+        UserError: the function raised it; with the same message, without Ray's traceback.
     """
     if local:
         for job in jobs:
             yield function(*job)
         return
-    import ray  # only here: a run that finds everything done must not wait for it
+    import ray  # only here: a command that finds everything finished must not wait for it
 
     from cxrscale.cluster import ray_session
 
@@ -50,7 +55,7 @@ def run_tasks(
 
 @dataclass(frozen=True, slots=True)
 class _UserErrorMessage:
-    """A user's mistake on its way back as one line; Ray would wrap the exception in a page of traceback."""
+    """The message of a UserError as a task's result; Ray would wrap the exception in a page of traceback."""
 
     message: str
 

@@ -168,7 +168,7 @@ def train_here(recipe: Recipe, run: str, worker: Worker) -> None:
 
 
 def _on_ray(recipe: Recipe, run: str) -> None:
-    fit(recipe, run, nodes.gpus_wanted(recipe.scaling) > 0)
+    fit(recipe, run, nodes.gpus_per_worker(recipe.scaling) > 0)
 
 
 def fit(recipe: Recipe, run: str, use_gpu: bool, callbacks: Sequence[Any] = ()) -> None:

@@ -1,4 +1,4 @@
-"""The loop of cxrscale under plain torchrun: what Ray's workers are held against.
+"""The loop of cxrscale under plain torchrun, to compare Ray's workers with.
 
 python -m torch.distributed.run --nproc-per-node N -m tests.benchmarks.scaling_bare RECIPE RUN
 """
@@ -10,44 +10,45 @@ import sys
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
+import torch.distributed
 
 from cxrscale import config
 from cxrscale.training import loop
+from cxrscale.types import DistContext
 
 
-class Rank:
-    """A process of torchrun as the loop's worker; nobody stops it and nobody listens."""
+class TorchrunWorker:
+    """A process of torchrun as the loop's worker; it is never stopped, and its reports go nowhere."""
 
     def __init__(self) -> None:
         """Join the group that torchrun's variables describe."""
         gpu = torch.cuda.is_available()
-        self.device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if gpu else "cpu")
+        device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if gpu else "cpu")
         if gpu:
-            torch.cuda.set_device(self.device)
-        dist.init_process_group("nccl" if gpu else "gloo")
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl" if gpu else "gloo")
+        self.dist = DistContext(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 
     def report(self, metrics: Mapping[str, float]) -> None:
-        """Nobody listens."""
+        """Nothing to do."""
 
     def should_stop(self) -> bool:
-        """Nobody asks."""
+        """Never."""
         return False
 
     def should_save(self) -> bool:
-        """Nobody asks."""
+        """Never."""
         return False
 
 
 def main() -> None:
     """Train the recipe into the run's folder."""
     _, path, run = sys.argv
-    rank = Rank()
+    worker = TorchrunWorker()
     try:
-        loop.train(config.load_recipe(path), run, rank)
+        loop.train(config.load_recipe(path), run, worker)
     finally:
-        dist.destroy_process_group()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Inside a group of workers: what a step computes, and what it costs to average its gradients.
 
 The same backward pass with DistributedDataParallel's averaging and without it (`no_sync`), an all-reduce of as many
-bytes alone, and the pass over half of the images, take turns, so that a machine whose speed wanders treats them
+bytes alone, and the pass over half of the images, take turns, so that a machine whose speed varies treats them
 alike.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.distributed
 
 from cxrscale import config
 from cxrscale.config import Recipe
@@ -34,54 +34,57 @@ WARM_UP = 2
 
 def passes(context: TrainContext, batch: Batch, averaging: bool) -> None:
     """Forward and backward over a batch, as a step of `train` does them."""
-    with no_sync(context.net, not averaging):
+    with no_sync(context.ddp_model, not averaging):
         logits = forward(context.compiled_model, batch, context.recipe.train, context.worker.dist.device)
         torch.autograd.backward(losses.terms(logits, batch, context.recipe.loss, context.weights).sum())
 
 
 def timed(work: Callable[[], object], worker: Worker) -> float:
     """Milliseconds of the work on this rank, begun by all ranks together."""
-    if worker.world > 1:
-        dist.barrier()
+    if worker.dist.world > 1:
+        torch.distributed.barrier()
     began = time.perf_counter()
     work()
-    if worker.device.type == "cuda":
-        torch.cuda.synchronize(worker.device)
+    if worker.dist.device.type == "cuda":
+        torch.cuda.synchronize(worker.dist.device)
     return 1000 * (time.perf_counter() - began)
 
 
 def probe(recipe: Recipe, worker: Worker, rounds: int) -> dict[str, Any]:
     """Milliseconds of each kind of work, round by round, and the bytes that a step sends."""
     data = manifest.load(*recipe.data.shards)
-    learner = loop.build_state(recipe, worker)
+    state = loop.build_state(recipe, worker.dist.device)
     steps = sampler.steps_per_epoch(training_epoch_length(data, recipe), recipe.sampler)
-    context = loop.make_context(recipe, worker, data, learner, steps, None)
+    context = loop.make_context(recipe, worker, data, state, steps, None)
     batches = training_batches(data, recipe, worker.dist)
     batch = next(batches)
     batches.close()
     half = loop.microbatches(batch, 2)[0]
-    gradients = [p for p in learner.net.parameters() if p.requires_grad]
-    flat = torch.zeros(sum(p.numel() for p in gradients), device=worker.device)
+    gradients = [p for p in state.model.parameters() if p.requires_grad]
+    flat = torch.zeros(sum(p.numel() for p in gradients), device=worker.dist.device)
     kinds: dict[str, Callable[[], object]] = {
         "whole": lambda: passes(context, batch, True),
-        "half": lambda: passes(context, half, worker.world == 1),
-        "update": learner.optimizer.step,
+        "half": lambda: passes(context, half, worker.dist.world == 1),
+        "update": state.optimizer.step,
     }
-    if worker.world > 1:
-        kinds |= {"unaveraged": lambda: passes(context, batch, False), "all_reduce": lambda: dist.all_reduce(flat)}
+    if worker.dist.world > 1:
+        kinds |= {
+            "unaveraged": lambda: passes(context, batch, False),
+            "all_reduce": lambda: torch.distributed.all_reduce(flat),
+        }
     times: dict[str, list[float]] = {name: [] for name in kinds}
     for number in range(rounds + WARM_UP):
         for name, work in kinds.items():
             took = timed(work, worker)
             if name != "update":
-                learner.optimizer.zero_grad(set_to_none=False)
+                state.optimizer.zero_grad(set_to_none=False)
             if number >= WARM_UP:
                 times[name].append(took)
     return {
         "rank_pictures": len(batch.row_B),
         "half_pictures": len(half.row_B),
         "gradient_bytes": flat.numel() * flat.element_size(),
-        "buffer_bytes": sum(b.numel() * b.element_size() for b in learner.net.buffers()),
+        "buffer_bytes": sum(b.numel() * b.element_size() for b in state.model.buffers()),
         "ms": times,
     }
 
@@ -106,7 +109,7 @@ def _loop(settings: dict[str, Any]) -> None:
     recipe = config.parse(Recipe, settings["recipe"], where="the benchmark's recipe")
     worker = RayWorker(f"{settings['out']}.stop")
     found = probe(recipe, worker, settings["rounds"])
-    if worker.rank == 0:
+    if worker.dist.rank == 0:
         Path(settings["out"]).write_text(json.dumps(found))
 
 

@@ -186,7 +186,9 @@ def phantom_shards(folder: Path, images: int, size: int) -> tuple[str, str]:
     drawn = archive.write(str(folder / "archive"), images=images, size=size, seed=0)
     nih, siim = str(folder / "nih"), str(folder / "siim")
     build.build_shards("nih", str(drawn.nih), Pack(size=size), nih, local=True)
-    build.build_shards("siim", str(drawn.siim), Pack(size=size, masks=True), siim, patients_from_dataset=nih, local=True)
+    build.build_shards(
+        "siim", str(drawn.siim), Pack(size=size, masks=True), siim, patients_from_dataset=nih, local=True
+    )
     return nih, siim
 
 

@@ -24,8 +24,8 @@ from cxrscale.models.networks import build_model, train_mode
 from cxrscale.shards import manifest
 from cxrscale.shards.manifest import Manifest
 from cxrscale.training import loop, tracking
-from cxrscale.training.checkpoint import Progress
 from cxrscale.training.distributed import LocalWorker
+from cxrscale.training.state import Progress
 from cxrscale.training.tracking import Tracker
 from cxrscale.types import Batch, DistContext
 
@@ -63,22 +63,22 @@ def stepper(
 ) -> Steps:
     """Our loop over one batch that already lies on the device."""
     worker = LocalWorker(str(device))
-    learner = loop.build_state(recipe, worker)
+    state = loop.build_state(recipe, worker.dist.device)
     if not fused:
-        trained = [each for each in learner.net.parameters() if each.requires_grad]
-        learner.optimizer = torch.optim.Adam(trained, recipe.optim.lr, foreach=False, fused=False)
-    context = loop.make_context(recipe, worker, data, learner, steps, None)
+        trained = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
+        state.optimizer = torch.optim.Adam(trained, recipe.optim.lr, foreach=False, fused=False)
+    context = loop.make_context(recipe, worker, data, state, steps, None)
 
     def run() -> None:
-        learner.progress = Progress()
-        for _ in loop.train_epoch(context, learner, itertools.repeat(batch)):
+        state.progress = Progress()
+        for _ in loop.train_epoch(context, state, itertools.repeat(batch)):
             pass
 
     return run
 
 
 def knobs(recipe: Recipe, device: torch.device, steps: int, rounds: int, peak: float | None) -> dict[str, Any]:
-    """Each knob's images a second, memory and share of the device's peak; a first, untimed round compiles."""
+    """Each knob's images per second, memory and share of the device's peak; a first, untimed round compiles."""
     data = manifest.load(*recipe.data.shards)
     batch = first_batch(recipe, data, device)
     name = torch.cuda.get_device_name(device)
@@ -108,21 +108,21 @@ def knobs(recipe: Recipe, device: torch.device, steps: int, rounds: int, peak: f
             # The other contenders' models lie there too: what this one adds, and its own weights and moments.
             memory[knob] = torch.cuda.max_memory_allocated(device) - before + own[knob]
     _tf32(True)
-    found: dict[str, Any] = {"gflop_a_step": work / 1e9, "peak_tflops": peak, "knobs": {}}
+    found: dict[str, Any] = {"gflop_per_step": work / 1e9, "peak_tflops": peak, "knobs": {}}
     slowest = statistics.median(seconds[next(iter(KNOBS))])
     for knob, times in seconds.items():
         middle = statistics.median(times)
         row = {
-            "ms_a_step": 1000 * middle,
+            "ms_per_step": 1000 * middle,
             "images_per_second": recipe.sampler.batch_size / middle,
             "speed_up": slowest / middle,
             "memory_gb": memory[knob] / 1e9,
-            "flops_utilisation": None if peak is None else work / middle / (peak * 1e12),
+            "flops_utilization": None if peak is None else work / middle / (peak * 1e12),
         }
         found["knobs"][knob] = row
-        share = "" if peak is None else f"  {row['flops_utilisation']:.1%} of peak"
+        share = "" if peak is None else f"  {row['flops_utilization']:.1%} of peak"
         print(
-            f"{knob:34} {row['ms_a_step']:8.2f} ms a step  {row['images_per_second']:9.1f} images/s  "
+            f"{knob:34} {row['ms_per_step']:8.2f} ms per step  {row['images_per_second']:9.1f} images/s  "
             f"x{row['speed_up']:.2f}  {row['memory_gb']:.2f} GB{share}"
         )
     return found
@@ -135,14 +135,14 @@ def _tf32(on: bool) -> None:
 
 def flops(recipe: Recipe, batch: Batch, device: torch.device) -> int:
     """Floating-point operations of a step's forward and backward pass."""
-    net = build_model(recipe.model, recipe.data).to(device)
+    model = build_model(recipe.model, recipe.data).to(device)
     with FlopCounterMode(display=False) as counter:
-        net(batch.image_BCHW.float()).square().mean().backward()
+        model(batch.image_BCHW.float()).square().mean().backward()
     return int(counter.get_total_flops())
 
 
 def first_batch(recipe: Recipe, data: Manifest, device: torch.device) -> Batch:
-    """A batch of the recipe's own feed."""
+    """A batch of the recipe's own loader."""
     batches = training_batches(data, recipe, DistContext(device=device))
     batch = next(batches)
     batches.close()
@@ -150,7 +150,7 @@ def first_batch(recipe: Recipe, data: Manifest, device: torch.device) -> Batch:
 
 
 class Images(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """The usual data set: PIL decodes, torchvision resizes, normalizes and flips, an image at a time."""
+    """The usual dataset: PIL decodes, torchvision resizes, normalizes and flips, one image at a time."""
 
     def __init__(self, data: Manifest, recipe: Recipe) -> None:
         rows = usable_rows(data, recipe.data.train_split, recipe.data)
@@ -183,9 +183,9 @@ class Images(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 def peer(data: Manifest, recipe: Recipe, device: torch.device, steps: int) -> Steps:
     """The plain way: a DataLoader over `Images`, fp32, eager, plain Adam."""
-    net = build_model(recipe.model, recipe.data).to(device)
-    train_mode(net)
-    made = torch.optim.Adam([each for each in net.parameters() if each.requires_grad], recipe.optim.lr)
+    model = build_model(recipe.model, recipe.data).to(device)
+    train_mode(model)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], recipe.optim.lr)
     criterion = nn.BCEWithLogitsLoss()
     loader = DataLoader(
         Images(data, recipe),
@@ -201,23 +201,23 @@ def peer(data: Manifest, recipe: Recipe, device: torch.device, steps: int) -> St
     def run() -> None:
         for _ in range(steps):
             image, target = next(batches)
-            loss = criterion(net(image.to(device)), target.to(device))
-            made.zero_grad()
+            loss = criterion(model(image.to(device)), target.to(device))
+            optimizer.zero_grad()
             loss.backward()
-            made.step()
+            optimizer.step()
 
     return run
 
 
 def recipe_alone(path: str, shards: tuple[str, str], device: torch.device, steps: int, rounds: int) -> dict[str, float]:
-    """Images a second of a recipe's loader alone, step alone and both, and of the plain way; share of data wait."""
+    """Images per second of a recipe's loader alone, step alone and both, and of the plain way; share of data wait."""
     tree = config.load_recipe(path)
     chosen = shards[1] if tree.data.task == "segment" else shards[0]
     data = manifest.load(chosen)
     available = len(usable_rows(data, tree.data.train_split, tree.data))
     changes: dict[str, dict[str, Any]] = {
         "data": {"shards": (chosen,)},
-        # Neither needs another run's files; a small phantom must fill a batch of the plain way, which drops the rest.
+        # Neither needs another run's files; a small dataset must fill a batch of the peer, which drops the rest.
         "model": {"weights": "none", "reset_head": False},
         "sampler": {
             "sampling": "all",
@@ -232,15 +232,15 @@ def recipe_alone(path: str, shards: tuple[str, str], device: torch.device, steps
     )
     batches = training_batches(data, recipe, DistContext(device=device))
     worker = LocalWorker(str(device))
-    learner = loop.build_state(recipe, worker)
+    state = loop.build_state(recipe, worker.dist.device)
     waits: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         tracker = Tracker(folder, recipe.tracking, {}, 0)
-        context = loop.make_context(recipe, worker, data, learner, steps, tracker)
+        context = loop.make_context(recipe, worker, data, state, steps, tracker)
 
         def both() -> None:
-            learner.progress = Progress()
-            for _ in loop.train_epoch(context, learner, batches):
+            state.progress = Progress()
+            for _ in loop.train_epoch(context, state, batches):
                 pass
             waits.append(tracking.read_log(folder)[-1]["data_wait"])
 

@@ -24,7 +24,7 @@ def test_without_a_terminal_lines_keep_their_distance(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("cxrscale.cli.progress.time.monotonic", lambda: now[0])
     with progress.bar("packing", 100, None) as bar:
         for done in range(1, 51):
             now[0] += 1

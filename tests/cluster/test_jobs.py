@@ -1,4 +1,4 @@
-"""Jobs on a real cluster of two nodes with a job server, by `cxrscale submit` and by plain `ray job submit`."""
+"""Jobs on a real cluster of two nodes with a job server, with `cxrscale submit` and with plain `ray job submit`."""
 
 import json
 import os
@@ -26,19 +26,19 @@ RAY = Path(sys.executable).with_name("ray")
 STAND_IN = """
 import signal, sys, time
 
-def leave(*_):
+def stop(*_):
     print("checkpoint written", flush=True)
     sys.exit(0)
 
-signal.signal(signal.SIGTERM, leave)
+signal.signal(signal.SIGTERM, stop)
 print("ready", *sys.argv[1:], flush=True)
 time.sleep(600)
 """
-"""A checkout whose program runs until it is told to stop."""
+"""The program of a checkout that runs until SIGTERM."""
 
 
 def pair_of_ports() -> int:
-    """A free port above those of Ray's workers, whose successor is free too."""
+    """A port above those of Ray's workers that is free, with the next one."""
     for port in range(21000 + os.getpid() % 8000, 40000, 7):
         try:
             with socket.create_server(("", port)), socket.create_server(("", port + 1)):
@@ -49,7 +49,7 @@ def pair_of_ports() -> int:
 
 
 class Cluster:
-    """A head and workers by cluster/local.sh, in a folder and on ports of their own."""
+    """A head and workers from cluster/local.sh, in a separate folder and on separate ports."""
 
     def __init__(self, folder: Path) -> None:
         port = pair_of_ports()
@@ -62,11 +62,11 @@ class Cluster:
         }
         self.folder, self.control = folder, os.environ | given
 
-    def local(self, *words: str, **more: str) -> str:
+    def local(self, *arguments: str, **more: str) -> str:
         """Run cluster/local.sh."""
-        command = [str(ROOT / "cluster" / "local.sh"), *words]
+        command = [str(ROOT / "cluster" / "local.sh"), *arguments]
         for _ in range(3):
-            # Ray gives a node 30 s to start, which a busy machine may exceed; what runs already is kept.
+            # Ray gives a node 30 s to start, which a busy machine may exceed; nodes that run already are kept.
             ran = subprocess.run(command, env=self.control | more, capture_output=True, text=True, timeout=250)
             if ran.returncode == 0:
                 break
@@ -74,27 +74,27 @@ class Cluster:
         return ran.stdout
 
     def up(self, workers: int, **more: str) -> None:
-        """Bring it to so many workers; the new ones with more in their environment."""
-        said = self.local("up", str(workers), **more)
-        exported = " ".join(line.removeprefix("export ") for line in said.splitlines() if line.startswith("export "))
+        """Start nodes up to this number of workers; new ones get more environment variables."""
+        output = self.local("up", str(workers), **more)
+        exported = " ".join(line.removeprefix("export ") for line in output.splitlines() if line.startswith("export "))
         self.environment = os.environ | dict(pair.split("=", 1) for pair in exported.split())
 
-    def start(self, *words: str, **named: int) -> "subprocess.Popen[str]":
-        """`cxrscale submit WORDS...` with stdout and stderr in one."""
+    def start(self, *arguments: str, **named: int) -> "subprocess.Popen[str]":
+        """Start `cxrscale submit ARGUMENTS...` with stdout and stderr in one stream."""
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | named
-        command = [sys.executable, "-m", "cxrscale", "submit", *words]
+        command = [sys.executable, "-m", "cxrscale", "submit", *arguments]
         return subprocess.Popen(command, env=self.environment, cwd=ROOT, text=True, **streams)  # type: ignore[call-overload,no-any-return]
 
-    def submit(self, *words: str) -> tuple[int, str]:
-        """Exit code and output of `cxrscale submit WORDS...`."""
-        with self.start(*words) as process:
+    def submit(self, *arguments: str) -> tuple[int, str]:
+        """Exit code and output of `cxrscale submit ARGUMENTS...`."""
+        with self.start(*arguments) as process:
             out, _ = process.communicate(timeout=150)
         return process.returncode, out
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    # A socket's path is short, so not pytest's folder.
+    # Not in pytest's folder, because the path of a socket must be short.
     with tempfile.TemporaryDirectory(prefix="cxr") as folder:
         started = Cluster(Path(folder))
         try:
@@ -105,37 +105,37 @@ def cluster() -> Iterator[Cluster]:
 
 
 def info(cluster: Cluster, name: str) -> dict[str, object]:
-    """What the job server tells everybody about a job."""
+    """The job server's public information on a job."""
     script = (
-        "import json, sys; from cxrscale import submit; found = submit.connect().get_job_info(sys.argv[1]);"
-        "print(json.dumps(found.dict(), default=str))"
+        "import json, sys; from cxrscale.cluster import jobs; details = jobs.connect().get_job_info(sys.argv[1]);"
+        "print(json.dumps(details.dict(), default=str))"
     )
     command = [sys.executable, "-W", "ignore", "-c", script, name]
     ran = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, check=True, timeout=60)
-    found: dict[str, object] = json.loads(ran.stdout)
-    return found
+    details: dict[str, object] = json.loads(ran.stdout)
+    return details
 
 
-def test_a_job_goes_out_and_is_taken_up_again(cluster: Cluster) -> None:
-    words = ["config", "jobs/demo.yaml", "optim.lr=3e-4", "tracking.project=two words; $HOME 'and' more"]
-    code, out = cluster.submit("--detach", "--name", "first", "--env", "COLOR=blue", *words)
+def test_a_job_is_submitted_and_followed_later(cluster: Cluster) -> None:
+    arguments = ["config", "jobs/demo.yaml", "optim.lr=3e-4", "tracking.project=two words; $HOME 'and' more"]
+    code, out = cluster.submit("--detach", "--name", "first", "--env", "COLOR=blue", *arguments)
     assert (code, out.splitlines()[-1]) == (0, "first")
     assert "submit --follow first" in out
-    code, out = cluster.submit("--name", "first", *words)
+    code, out = cluster.submit("--name", "first", *arguments)
     assert code == 2
     assert "a job named first exists" in out
     code, out = cluster.submit("--follow", "first")
     assert code == 0
     assert "  lr: 0.0003" in out
     assert "project: two words; $HOME 'and' more" in out
-    told = info(cluster, "first")
-    variables = told["runtime_env"]["env_vars"]  # type: ignore[index]
+    details = info(cluster, "first")
+    variables = details["runtime_env"]["env_vars"]  # type: ignore[index]
     assert variables == {"RAY_JOB_STOP_WAIT_TIME_S": "120", "RAY_AUTH_MODE": "token", "COLOR": "blue"}
-    # The cluster's own token is known to this process and must not be told to readers of the job.
-    assert (cluster.folder / "token").read_text() not in json.dumps(told)
+    # This process knows the cluster's token, which must not be in the job's public information.
+    assert (cluster.folder / "token").read_text() not in json.dumps(details)
 
 
-def test_the_exit_code_and_the_one_line_come_back(cluster: Cluster) -> None:
+def test_the_exit_code_and_the_error_line_are_returned(cluster: Cluster) -> None:
     command = [sys.executable, "jobs/submit.py", "verify", "/nowhere"]
     ran = subprocess.run(command, env=cluster.environment, cwd=ROOT, capture_output=True, text=True, timeout=150)
     assert ran.returncode == 2
@@ -143,7 +143,7 @@ def test_the_exit_code_and_the_one_line_come_back(cluster: Cluster) -> None:
     assert ran.stderr.rstrip().endswith("failed with exit code 2")
 
 
-def test_ctrl_c_leaves_the_job_or_stops_it_with_time_for_a_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
+def test_ctrl_c_stops_watching_or_stops_the_job_with_time_for_a_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
     package = tmp_path / "checkout" / "cxrscale"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
@@ -157,7 +157,7 @@ def test_ctrl_c_leaves_the_job_or_stops_it_with_time_for_a_checkpoint(cluster: C
         watching.send_signal(signal.SIGINT)
         rest, _ = watching.communicate(timeout=60)
     assert watching.returncode == jobs.STOPPED_WATCHING
-    assert "the job goes on" in rest
+    assert "the job continues" in rest
     assert info(cluster, "long")["status"] == "RUNNING"
 
     master, slave = pty.openpty()
@@ -173,13 +173,16 @@ def test_ctrl_c_leaves_the_job_or_stops_it_with_time_for_a_checkpoint(cluster: C
     assert info(cluster, "long")["status"] == "STOPPED"
 
 
-def test_a_training_that_is_stopped_leaves_a_checkpoint_and_goes_on(
-    cluster: Cluster, nih_shards: str, tmp_path: Path
-) -> None:
-    """Begun by plain `ray job submit`, stopped by `ray job stop`, ended by `cxrscale submit` of the same words."""
-    words = ["train", "jobs/demo.yaml", *TINY_CLASSIFIER, f"data.shards=[{nih_shards}]", "scaling.num_workers=1"]
-    words += [f"tracking.runs_dir={tmp_path}", "tracking.name=stopped", "train.epochs=1", "sampler.steps_per_epoch=400"]
-    words += ["tracking.wandb=disabled", "train.checkpoint_steps=100000"]
+def test_a_stopped_training_writes_a_checkpoint_and_resumes(cluster: Cluster, nih_shards: str, tmp_path: Path) -> None:
+    """Started with plain `ray job submit`, stopped with `ray job stop`, resumed with `cxrscale submit`."""
+    arguments = ["train", "jobs/demo.yaml", *TINY_CLASSIFIER, f"data.shards=[{nih_shards}]", "scaling.num_workers=1"]
+    arguments += [
+        f"tracking.runs_dir={tmp_path}",
+        "tracking.name=stopped",
+        "train.epochs=1",
+        "sampler.steps_per_epoch=400",
+    ]
+    arguments += ["tracking.wandb=disabled", "train.checkpoint_steps=100000"]
     run = tmp_path / "stopped"
 
     def ray_job(*given: str) -> str:
@@ -188,20 +191,20 @@ def test_a_training_that_is_stopped_leaves_a_checkpoint_and_goes_on(
         assert ran.returncode == 0, ran.stdout + ran.stderr
         return ran.stdout
 
-    # By itself Ray kills a stopped job after 3 s.
-    given = ["--submission-id", "begun", "--runtime-env-json", '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}']
-    ray_job("submit", *given, "--no-wait", "--working-dir", ".", "--", "python", "-m", "cxrscale", *words)
+    # By default Ray kills a stopped job after 3 s.
+    given = ["--submission-id", "started", "--runtime-env-json", '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}']
+    ray_job("submit", *given, "--no-wait", "--working-dir", ".", "--", "python", "-m", "cxrscale", *arguments)
     deadline = time.monotonic() + 150
     while len(tracking.read_log(str(run))) < 10:
-        assert time.monotonic() < deadline, ray_job("logs", "begun")
+        assert time.monotonic() < deadline, ray_job("logs", "started")
         time.sleep(0.2)
-    ray_job("stop", "begun")
-    assert "stopped with a checkpoint; go on with tracking.name=stopped" in ray_job("logs", "begun")
-    (reached,) = checkpoint.steps(str(run / checkpoint.FOLDER)).values()
-    assert 10 <= reached < 400
-    assert len(tracking.read_log(str(run))) == reached
+    ray_job("stop", "started")
+    assert "stopped with a checkpoint; resume with tracking.name=stopped" in ray_job("logs", "started")
+    (last_step,) = checkpoint.steps(str(run / checkpoint.FOLDER)).values()
+    assert 10 <= last_step < 400
+    assert len(tracking.read_log(str(run))) == last_step
 
-    code, out = cluster.submit(*words)
+    code, out = cluster.submit(*arguments)
     assert code == 0, out
     assert out.splitlines()[-1] == str(run)
     assert [line["step"] for line in tracking.read_log(str(run)) if line["kind"] == "train"] == list(range(1, 401))
@@ -210,7 +213,7 @@ def test_a_training_that_is_stopped_leaves_a_checkpoint_and_goes_on(
 
 @pytest.mark.slow
 def test_a_node_with_other_versions_is_named(cluster: Cluster, tmp_path: Path) -> None:
-    """Last, since it leaves a second worker behind, whose torch claims to be another."""
+    """Last, because it leaves a second worker, whose torch has a different version in its metadata."""
     other = tmp_path / "torch-9.9.dist-info"
     other.mkdir()
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9\n")
@@ -218,14 +221,15 @@ def test_a_node_with_other_versions_is_named(cluster: Cluster, tmp_path: Path) -
     out = tmp_path / "doctor.json"
     command = [sys.executable, "-m", "cxrscale", "doctor", "--json", str(out)]
     ran = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, timeout=200)
-    found = json.loads(out.read_text())["findings"]
-    wrong = [row for row in found if row["verdict"] == "wrong"]
+    rows = json.loads(out.read_text())["checks"]
+    wrong = [row for row in rows if row["verdict"] == "wrong"]
     assert ran.returncode == 1, ran.stderr
     assert [row["check"] for row in wrong] == ["versions agree"]
-    assert "and 9.9 on" in wrong[0]["found"]
-    assert len([row for row in found if row["check"] == "network"]) == 3
+    assert "and 9.9 on" in wrong[0]["result"]
+    assert len([row for row in rows if row["check"] == "network"]) == 3
     script = (
-        "from cxrscale import config, nodes, session; session.connect(); nodes.check(config.Scaling(num_workers=2))"
+        "from cxrscale import config; from cxrscale.cluster import nodes, ray_session; ray_session.connect(); "
+        "nodes.preflight(config.Scaling(num_workers=2))"
     )
     ran = subprocess.run(
         [sys.executable, "-c", script], env=cluster.environment, capture_output=True, text=True, timeout=100
@@ -237,18 +241,18 @@ def test_a_node_with_other_versions_is_named(cluster: Cluster, tmp_path: Path) -
     ("address", "fragment"),
     [
         ("http://127.0.0.1:1", "no job server answers at http://127.0.0.1:1"),
-        ("ray://127.0.0.1:1", "is no job server; give the dashboard's"),
+        ("ray://127.0.0.1:1", "is not a job server; give the dashboard's"),
     ],
 )
 def test_no_job_server_is_one_line_at_once(address: str, fragment: str) -> None:
-    began = time.monotonic()
+    start = time.monotonic()
     with pytest.raises(UserError, match=fragment):
         jobs.submit(["config"], jobs.JobSpec(), address)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - start < 10
 
 
 def test_nothing_to_submit_is_one_line() -> None:
     with pytest.raises(UserError, match="give a command"):
         jobs.submit([], jobs.JobSpec())
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         jobs.submit(["config"], jobs.JobSpec(Path("/nowhere")))

@@ -1,4 +1,4 @@
-"""The fast path on a GPU: nothing waits between two log lines, and each knob learns what the plain loop learns."""
+"""The fast path on a GPU: nothing waits between two log lines, and each setting learns what the plain loop learns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.conftest import TINY_CLASSIFIER, TINY_SEGMENTER, tiny
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    # Torch says of the mode, once a process, that it is a prototype.
+    # Torch warns once per process that the mode is a prototype.
     pytest.mark.filterwarnings("ignore:Synchronization debug mode"),
 ]
 
@@ -30,29 +30,29 @@ AUGMENTED = ("augment.hflip=0.5", "augment.rotation=10", "augment.brightness=0.2
 def run(recipe: Recipe, strict: bool) -> int:
     """Train an epoch; where strict, an operation that waits for the GPU between two log lines raises.
 
-    Returns how many steps were watched.
+    Returns how many steps were checked.
     """
     worker = LocalWorker("cuda")
-    data, learner = manifest.load(*recipe.data.shards), loop.build_state(recipe, worker)
+    data, state = manifest.load(*recipe.data.shards), loop.build_state(recipe, worker.dist.device)
     batches = training_batches(data, recipe, worker.dist)
     steps = recipe.sampler.steps_per_epoch
     assert steps is not None
-    context = loop.make_context(recipe, worker, data, learner, steps, None)
-    watched = 0
+    context = loop.make_context(recipe, worker, data, state, steps, None)
+    checked = 0
     try:
-        for done in loop.train_epoch(context, learner, batches):
+        for done in loop.train_epoch(context, state, batches):
             # The first two stretches choose algorithms, compile, record CUDA graphs and fill the memory pools.
             quiet = done >= 2 * LOG and (done + 1) % LOG != 0 and done + 1 < steps
-            watched += quiet
+            checked += quiet
             torch.cuda.set_sync_debug_mode("error" if quiet and strict else "default")
     finally:
         torch.cuda.set_sync_debug_mode("default")
         batches.close()
-    return watched
+    return checked
 
 
 @pytest.mark.parametrize(
-    "knobs",
+    "settings",
     [
         PLAIN,
         (),
@@ -63,35 +63,35 @@ def run(recipe: Recipe, strict: bool) -> int:
     ids=["plain", "defaults", "accumulate", "graphs", "sgd"],
 )
 def test_no_step_between_two_log_lines_waits_for_the_gpu(
-    knobs: tuple[str, ...], nih_shards: str, tmp_path: Path
+    settings: tuple[str, ...], nih_shards: str, tmp_path: Path
 ) -> None:
-    more = (f"tracking.log_steps={LOG}", f"sampler.steps_per_epoch={5 * LOG}", *AUGMENTED, *knobs)
+    more = (f"tracking.log_steps={LOG}", f"sampler.steps_per_epoch={5 * LOG}", *AUGMENTED, *settings)
     assert run(tiny(nih_shards, tmp_path, *more), strict=True) >= 3 * (LOG - 1) - 1
 
 
 @pytest.mark.parametrize("terms", [("loss.dice=1",), ("loss.focal=1", "loss.lovasz=1")], ids=["dice", "lovasz"])
-def test_nor_does_segmentation(terms: tuple[str, ...], siim_shards: str, tmp_path: Path) -> None:
+def test_no_step_of_segmentation_waits_either(terms: tuple[str, ...], siim_shards: str, tmp_path: Path) -> None:
     more = (f"tracking.log_steps={LOG}", f"sampler.steps_per_epoch={4 * LOG}", *terms)
     assert run(tiny(siim_shards, tmp_path, *more, base=TINY_SEGMENTER), strict=True) > LOG
 
 
-def test_a_step_that_logs_does_wait(nih_shards: str, tmp_path: Path) -> None:
-    # Or else the tests above could not fail.
+def test_a_step_that_logs_waits(nih_shards: str, tmp_path: Path) -> None:
+    # Else the tests above could not fail.
     recipe = tiny(nih_shards, tmp_path, *PLAIN, "tracking.log_steps=1", f"sampler.steps_per_epoch={4 * LOG}")
     with pytest.raises(RuntimeError, match="synchronizing CUDA operation"):
         run(recipe, strict=True)
 
 
-def losses_of(shards: str, root: Path, *knobs: str, base: tuple[str, ...]) -> list[float]:
+def losses_of(shards: str, root: Path, *settings: str, base: tuple[str, ...]) -> list[float]:
     """The training losses of a few steps of a run."""
-    more = ("train.epochs=1", "sampler.steps_per_epoch=5", "optim.name=sgd", "optim.lr=0.01", *PLAIN, *knobs)
+    more = ("train.epochs=1", "sampler.steps_per_epoch=5", "optim.name=sgd", "optim.lr=0.01", *PLAIN, *settings)
     loop.train(tiny(shards, root, *more, base=base), str(root), LocalWorker("cuda"))
     return [line["loss"] for line in tracking.read_log(str(root)) if line["kind"] == "train"]
 
 
 @pytest.mark.parametrize("segment", [False, True], ids=["classify", "segment"])
 @pytest.mark.parametrize(
-    ("knob", "tolerance"),
+    ("setting", "tolerance"),
     [
         ("train.channels_last=true", 0.01),
         ("train.precision=bf16", 0.03),
@@ -99,15 +99,15 @@ def losses_of(shards: str, root: Path, *knobs: str, base: tuple[str, ...]) -> li
         ("train.compile=reduce-overhead", 0.01),
     ],
 )
-def test_a_knob_changes_speed_and_not_what_is_learnt(
-    knob: str, tolerance: float, segment: bool, nih_shards: str, siim_shards: str, tmp_path: Path
+def test_a_setting_changes_the_speed_but_not_the_losses(
+    setting: str, tolerance: float, segment: bool, nih_shards: str, siim_shards: str, tmp_path: Path
 ) -> None:
     shards, base = (siim_shards, TINY_SEGMENTER) if segment else (nih_shards, TINY_CLASSIFIER)
     plain = losses_of(shards, tmp_path / "plain", base=base)
-    assert losses_of(shards, tmp_path / "fast", knob, base=base) == pytest.approx(plain, rel=tolerance)
+    assert losses_of(shards, tmp_path / "fast", setting, base=base) == pytest.approx(plain, rel=tolerance)
 
 
-def test_pieces_add_up_under_cuda_graphs(nih_shards: str, tmp_path: Path) -> None:
+def test_microbatches_add_up_with_cuda_graphs(nih_shards: str, tmp_path: Path) -> None:
     plain = losses_of(nih_shards, tmp_path / "plain", "optim.grad_accum_steps=2", base=TINY_CLASSIFIER)
     graphs = ("optim.grad_accum_steps=2", "train.compile=reduce-overhead")
     assert losses_of(nih_shards, tmp_path / "graphs", *graphs, base=TINY_CLASSIFIER) == pytest.approx(plain, rel=0.01)

@@ -1,4 +1,4 @@
-"""Two real Ray Train workers do what one process does."""
+"""Two real Ray Train workers do what one process does; mistakes are found before or on the workers."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def test_two_ray_workers_train_and_validate_every_image_once(nih_shards: str, tm
         assert (folder / "best.pt").is_file()
         assert list((folder / "wandb").glob("offline-run-*/*.wandb"))
     two, one = (
-        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (run, alone)
+        [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()] for folder in (run, alone)
     )
     # The same images in the same steps and the same start: the first loss differs only by batch normalization,
     # which sees half the batch on each worker.
@@ -33,7 +33,7 @@ def test_two_ray_workers_train_and_validate_every_image_once(nih_shards: str, tm
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_more_workers_than_the_cluster_has_is_one_line(nih_shards: str, tmp_path: Path) -> None:
+def test_more_workers_than_the_cluster_has_is_a_one_line_error(nih_shards: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"scaling.num_workers=8\d* does not fit the cluster's \d+ CPUs"):
         launch.launch(
             tiny(nih_shards, tmp_path, "scaling.num_workers=800", "sampler.batch_size=800"), "tiny", watch_run
@@ -41,7 +41,7 @@ def test_more_workers_than_the_cluster_has_is_one_line(nih_shards: str, tmp_path
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_mistake_that_only_workers_find_is_one_line_too(nih_shards: str, tmp_path: Path) -> None:
+def test_a_mistake_that_only_workers_find_is_a_one_line_error_too(nih_shards: str, tmp_path: Path) -> None:
     recipe = tiny(nih_shards, tmp_path, "optim.lr=1e30", "train.epochs=1", "sampler.steps_per_epoch=6")
     with pytest.raises(
         UserError, match=r"^the loss is (nan|inf) at step \d: lower optim\.lr or set optim.max_grad_norm=1$"
@@ -49,10 +49,10 @@ def test_a_mistake_that_only_workers_find_is_one_line_too(nih_shards: str, tmp_p
         launch.launch(recipe, "tiny", watch_run)
 
 
-def test_sets_that_share_images_across_splits_are_refused(
+def test_datasets_that_share_images_across_splits_are_refused(
     drawn: SyntheticPaths, nih_shards: str, tmp_path: Path
 ) -> None:
-    # Without its NIH duplicates, SIIM's patients are unknown and its random split tears NIH's patients apart.
+    # Without its NIH duplicates, SIIM's patients are unknown and its random split separates images of NIH's patients.
     siim = str(tmp_path / "siim")
     build.build_shards("siim", str(drawn.siim), Pack(size=64), siim, local=True)
     both = f"{nih_shards}, {siim}"

@@ -1,4 +1,4 @@
-"""Debug mode: `train --local` is one process on its main thread, so a breakpoint stops it under the user's hands."""
+"""Debugging: `train --local` is one process, on its main thread, so that a breakpoint gives a prompt."""
 
 import os
 import pty

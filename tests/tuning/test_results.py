@@ -1,4 +1,4 @@
-"""Rows, the noise of the seeds, the best recipe and the page: from folders as trials leave them."""
+"""Rows of trials, the noise of the seeds, the best recipe, the table and the page."""
 
 import io
 import json
@@ -57,54 +57,54 @@ TRIALS = [
 
 
 def test_the_gain_is_measured_in_the_seeds_standard_deviations() -> None:
-    found = results.judge([*SEEDS, *TRIALS], recipe())
-    assert found.best.name == "trial-001"
-    assert found.value == 0.9
-    assert found.mean == pytest.approx(statistics.mean([0.70, 0.72, 0.71]))
-    assert found.sd == pytest.approx(statistics.stdev([0.70, 0.72, 0.71]))
-    assert found.ratio == pytest.approx((0.9 - 0.71) / 0.01)
-    assert "it beats the default by 0.1900, 19.0 times the seed sd, more than the 0.8 sd" in found.sentence
+    result = results.judge([*SEEDS, *TRIALS], recipe())
+    assert result.best.name == "trial-001"
+    assert result.value == 0.9
+    assert result.mean == pytest.approx(statistics.mean([0.70, 0.72, 0.71]))
+    assert result.sd == pytest.approx(statistics.stdev([0.70, 0.72, 0.71]))
+    assert result.ratio == pytest.approx((0.9 - 0.71) / 0.01)
+    assert "it beats the default by 0.1900, 19.0 times the seed sd, more than the 0.8 sd" in result.sentence
 
 
-def test_where_less_is_better_the_least_wins() -> None:
-    found = results.judge([*SEEDS, *TRIALS], recipe("train.monitor=brier"))
-    assert (found.best.name, found.value) == ("trial-002", 0.4)
+def test_where_lower_is_better_the_lowest_wins() -> None:
+    result = results.judge([*SEEDS, *TRIALS], recipe("train.monitor=brier"))
+    assert (result.best.name, result.value) == ("trial-002", 0.4)
     # The seeds' best epochs are now 0.6, 0.6 and 0.68.
-    assert found.gain == pytest.approx(1.88 / 3 - 0.4)
+    assert result.gain == pytest.approx(1.88 / 3 - 0.4)
 
 
 @pytest.mark.parametrize(
-    ("seeds", "said"),
+    ("seeds", "message"),
     [
-        ([], "was not trained beside it: tune.baseline_seeds=3"),
+        ([], "the unchanged recipe was not trained: tune.baseline_seeds=3"),
         (SEEDS[:1], "with one seed: it beats the default by 0.2000"),
         ([row("seed-0", [0.95]), row("seed-1", [0.93])], "no trial beats the default. Keep the recipe."),
         ([row("seed-0", [0.5]), row("seed-1", [1.2])], "0.1 times the seed sd, no more than the 0.8 sd"),
     ],
 )
-def test_noise_is_not_sold_as_a_gain(seeds: list[TrialRow], said: str) -> None:
-    assert said in results.judge([*seeds, *TRIALS], recipe()).sentence
+def test_noise_is_not_reported_as_a_gain(seeds: list[TrialRow], message: str) -> None:
+    assert message in results.judge([*seeds, *TRIALS], recipe()).sentence
 
 
 @pytest.mark.parametrize("count", [1, 2, 12, 100])
-def test_the_lead_by_chance_is_the_expected_largest_of_normal_draws(count: int) -> None:
+def test_the_lead_by_chance_is_the_expected_maximum_of_normal_samples(count: int) -> None:
     largest = np.random.default_rng(0).standard_normal((20_000, count)).max(axis=1)
     assert results.expected_lead(count) == pytest.approx(largest.mean(), abs=4 * largest.std() / 20_000**0.5)
 
 
-def test_no_trial_with_a_metric_is_one_line() -> None:
+def test_a_search_without_any_metric_is_a_one_line_error() -> None:
     with pytest.raises(UserError, match=r"^no trial has a auroc: the loss is nan$"):
         results.judge([*SEEDS, row("trial-000", [], "failed", reason="the loss is nan")], recipe())
 
 
-def test_the_table_has_one_row_a_trial_and_a_column_a_field(domains: Space) -> None:
-    found = results.results_table([*SEEDS, *TRIALS], recipe(), domains).to_pylist()
-    assert [line["trial"] for line in found] == [each.name for each in (*SEEDS, *TRIALS)]
-    best = found[4]
+def test_the_table_has_one_row_per_trial_and_one_column_per_field(domains: Space) -> None:
+    result = results.results_table([*SEEDS, *TRIALS], recipe(), domains).to_pylist()
+    assert [line["trial"] for line in result] == [item.name for item in (*SEEDS, *TRIALS)]
+    best = result[4]
     assert (best["optim.lr"], best["sampler.sampling"], best["auroc"], best["last"]) == (3e-3, "all", 0.9, 0.85)
     assert (best["epochs"], best["best_epoch"], best["stopped_early"]) == (3, 2, False)
     assert best["curve"] == [0.8, 0.9, 0.85]
-    assert found[5]["stopped_early"] is True
+    assert result[5]["stopped_early"] is True
     assert best["f1_at_own_thresholds"] == 0.5
     segment = recipe("data.task=segment", "data.findings=[Pneumothorax]", "train.monitor=dice")
     assert "dice_at_own_thresholds" in results.results_table(TRIALS, segment, domains).column_names
@@ -124,10 +124,12 @@ def test_the_best_trial_is_a_recipe_that_states_only_what_differs(domains: Space
     assert "Validation auroc: 0.9000" in text
 
 
-def test_costs_add_up() -> None:
+def test_hours_and_costs_add_up() -> None:
     rows = [row("trial-000", [0.5], gpu_hours=0.5, cost=1.0), row("trial-001", [0.5], gpu_hours=1.5, cost=3.0)]
-    assert results.totals(rows) == {"worker_hours": pytest.approx(2 / 60, abs=1e-3), "gpu_hours": 2.0, "cost": 4.0}
-    assert results.totals(TRIALS)["cost"] is None
+    totals = results.totals(rows)
+    assert totals.worker_hours == pytest.approx(2 / 60, abs=1e-3)
+    assert (totals.gpu_hours, totals.cost) == (2.0, 4.0)
+    assert results.totals(TRIALS).cost is None
 
 
 def test_the_written_table_is_read_back_best_first(

@@ -1,0 +1,135 @@
+"""The predictor: the scores of the shards from the raw files, one load for many calls, any number of threads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from cxrscale import sources
+from cxrscale.evaluation import DEFAULT_MASK_RULE
+from cxrscale.inference import Prediction, Predictor, apply_mask_rule, predictions
+from cxrscale.io import load_image, rle_masks, storage
+from cxrscale.shards import manifest
+from cxrscale.sources.synthetic.archive import SyntheticPaths
+from cxrscale.training import checkpoint
+from cxrscale.types import UserError
+
+
+@pytest.fixture(scope="module")
+def predictor(classifier_run: str) -> Predictor:
+    return Predictor(classifier_run, "cpu")
+
+
+@pytest.fixture(scope="module")
+def paths(drawn: SyntheticPaths) -> list[str]:
+    """The files of the test split."""
+    return [record.path for record in sources.read("nih", str(drawn.nih)) if record.split == "test"]
+
+
+def assert_close(ours: Sequence[Prediction], theirs: Sequence[Prediction]) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.probabilities == pytest.approx(dict(other.probabilities), abs=1e-5)
+
+
+def test_raw_files_get_the_scores_that_their_shards_got(
+    predictor: Predictor, classifier_run: str, paths: list[str]
+) -> None:
+    scores = predictions.predict_split(classifier_run, "test")
+    expected = {
+        name: dict(zip(scores.findings, row, strict=True))
+        for name, row in zip(scores.image_id, scores.score_NF, strict=True)
+    }
+    assert len(paths) == len(expected)
+    for path, prediction in zip(paths, predictor.predict(paths), strict=True):
+        assert (prediction.path, prediction.error, prediction.mask_rle) == (path, "", None)
+        assert prediction.probabilities == pytest.approx(expected[Path(path).name], abs=1e-5)
+
+
+def test_paths_bytes_and_arrays_are_the_same_image(predictor: Predictor, paths: list[str]) -> None:
+    content = Path(paths[0]).read_bytes()
+    found = [predictor(source) for source in (paths[0], Path(paths[0]), content, load_image(content).image_HW)]
+    assert [prediction.path for prediction in found] == [paths[0], paths[0], "", ""]
+    assert all(prediction.probabilities == found[0].probabilities for prediction in found)
+
+
+def test_threads_get_the_predictions_of_one_caller(predictor: Predictor, paths: list[str]) -> None:
+    alone = [predictor(path) for path in paths[:6]]
+    with ThreadPoolExecutor(4) as pool:
+        assert_close(list(pool.map(predictor, paths[:6] * 3)), alone * 3)
+
+
+def test_the_batch_size_changes_neither_order_nor_predictions(predictor: Predictor, paths: list[str]) -> None:
+    alone = [predictor(path) for path in paths[:5]]
+    for batch_size in (2, 5, 64):
+        together = predictor.predict(paths[:5], batch_size)
+        assert [prediction.path for prediction in together] == paths[:5]
+        assert_close(together, alone)
+    assert predictor.predict([]) == []
+
+
+def test_the_weights_are_read_once(classifier_run: str, paths: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    read, addresses = storage.read, list[str]()
+
+    def counting_read(address: str) -> bytes:
+        addresses.append(str(address))
+        return read(address)
+
+    monkeypatch.setattr(storage, "read", counting_read)
+    predictor = Predictor(classifier_run, "cpu")
+    for _ in range(2):
+        predictor.predict(paths[:2])
+    assert predictor.provenance.checkpoint
+    assert [address for address in addresses if address.endswith(checkpoint.BEST)] == [
+        storage.join(classifier_run, checkpoint.BEST)
+    ]
+
+
+def test_an_unreadable_image_gets_the_reason_and_the_others_their_scores(
+    predictor: Predictor, paths: list[str], tmp_path: Path
+) -> None:
+    text, missing = tmp_path / "notes.png", tmp_path / "missing.dcm"
+    text.write_text("not an image")
+    found = predictor.predict([text, paths[0], missing, b"", np.zeros((4, 4), np.float32)])
+    assert [bool(prediction.probabilities) for prediction in found] == [False, True, False, False, False]
+    assert [bool(prediction.error) for prediction in found] == [True, False, True, True, True]
+    assert "missing.dcm" in found[2].error
+    assert "float32" in found[4].error
+    assert all("\n" not in prediction.error for prediction in found)
+
+
+def test_the_provenance_names_weights_datasets_and_recipe(predictor: Predictor, classifier_run: str) -> None:
+    info = predictions.read_info(predictions.predictions_path(classifier_run, "test"))
+    provenance = predictor.provenance
+    assert provenance.run == storage.absolute(classifier_run)
+    assert (provenance.checkpoint, provenance.manifest) == (info.checkpoint, info.manifest)
+    assert provenance.recipe == info.recipe == predictor.recipe
+    assert predictor.findings == predictor.recipe.data.findings
+
+
+def test_a_mask_is_that_of_the_shards_at_the_size_of_the_file(
+    segmenter_run: str, siim_shards: str, drawn: SyntheticPaths
+) -> None:
+    paths = {record.image_id: record.path for record in sources.read("siim", str(drawn.siim))}
+    data = manifest.load(siim_shards)
+    predictor = Predictor(segmenter_run, "cpu")
+    for row, score_HW, _ in predictions.score_maps(segmenter_run, data, range(4)):
+        path = paths[data.image_id[row]]
+        prediction = predictor(path)
+        assert prediction.probabilities["Pneumothorax"] == pytest.approx(float(score_HW.max()), abs=1e-5)
+        small_HW = apply_mask_rule(score_HW, DEFAULT_MASK_RULE).astype(np.uint8)
+        height, width = load_image(storage.read(path), name=path).image_HW.shape
+        expected_HW = cv2.resize(small_HW, (width, height), interpolation=cv2.INTER_NEAREST).astype(np.bool_)
+        assert prediction.mask_rle is not None
+        # Pixels next to the threshold may fall on either side in a batch of another size.
+        assert (rle_masks.decode(prediction.mask_rle, (height, width)) != expected_HW).mean() < 1e-3
+
+
+def test_a_folder_without_weights_is_a_one_line_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path}/best.pt does not exist; give the folder")):
+        Predictor(tmp_path)
