@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cxrscale.cluster import nodes, probe, ray_session
-from cxrscale.config import CACHE_FOLDER
+from cxrscale.config import CACHE_FOLDER, DEFAULT_CACHE_FOLDER
 from cxrscale.io import storage
 
 OK, WARN, WRONG = "ok", "warn", "wrong"
@@ -59,7 +59,7 @@ def examine(
         UserError: no cluster answers at the address.
     """
     address = address or os.environ.get("RAY_ADDRESS")
-    folders = {"dataset cache": os.environ.get(CACHE_FOLDER) or "~/.cache/cxrscale"}
+    folders = {"dataset cache": os.environ.get(CACHE_FOLDER) or DEFAULT_CACHE_FOLDER}
     remote_root = root is not None and storage.is_remote(root)
     if not remote_root:
         folders["runs folder"] = str(storage.local_path(root or "runs").absolute())

@@ -7,7 +7,13 @@ environment variables that cxrscale reads are here too.
 """
 
 from cxrscale.config.data import Augment, Data, Loader, Pack, Sampler
-from cxrscale.config.env import CACHE_FOLDER, CACHE_GIGABYTES, PATIENT_KEY
+from cxrscale.config.env import (
+    CACHE_FOLDER,
+    CACHE_GIGABYTES,
+    DEFAULT_CACHE_FOLDER,
+    DEFAULT_CACHE_GIGABYTES,
+    PATIENT_KEY,
+)
 from cxrscale.config.findings import (
     ABSENT,
     AGE_BANDS,
@@ -32,6 +38,8 @@ __all__ = [
     "AGE_BANDS",
     "CACHE_FOLDER",
     "CACHE_GIGABYTES",
+    "DEFAULT_CACHE_FOLDER",
+    "DEFAULT_CACHE_GIGABYTES",
     "LOSS_WEIGHTS",
     "LOWER_IS_BETTER",
     "NIH14",

@@ -3,5 +3,8 @@
 CACHE_FOLDER, CACHE_GIGABYTES = "CXRSCALE_CACHE", "CXRSCALE_CACHE_GB"
 """The folder for local copies of remote shards, and its limit in gigabytes."""
 
+DEFAULT_CACHE_FOLDER, DEFAULT_CACHE_GIGABYTES = "~/.cache/cxrscale", 200
+"""Their values if the variables are not set."""
+
 PATIENT_KEY = "CXRSCALE_PATIENT_KEY"
 """The key of the patients' hashes in manifests; the same key gives the same hashes in every dataset."""

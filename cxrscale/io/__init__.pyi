@@ -16,4 +16,3 @@ from .images import encode_png as encode_png
 from .images import load_image as load_image
 from .images import resize_image as resize_image
 from .images import resize_mask as resize_mask
-from .rle_masks import encode as encode

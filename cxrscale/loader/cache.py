@@ -23,7 +23,7 @@ from typing import BinaryIO
 
 import fsspec
 
-from cxrscale.config import CACHE_FOLDER, CACHE_GIGABYTES
+from cxrscale.config import CACHE_FOLDER, CACHE_GIGABYTES, DEFAULT_CACHE_FOLDER, DEFAULT_CACHE_GIGABYTES
 from cxrscale.io import storage
 from cxrscale.types import UserError
 
@@ -48,7 +48,7 @@ def staged_copy(shard: RemoteShard) -> BinaryIO:
     Raises:
         UserError: it does not exist, differs from the manifest, or does not fit into the cache.
     """
-    folder = Path(os.environ.get(CACHE_FOLDER) or "~/.cache/cxrscale").expanduser()
+    folder = Path(os.environ.get(CACHE_FOLDER) or DEFAULT_CACHE_FOLDER).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -144,7 +144,7 @@ def _make_room(shard: RemoteShard, size: int, folder: Path) -> None:
 
 def _limit() -> float:
     """Maximum size of the cache in bytes."""
-    text = os.environ.get(CACHE_GIGABYTES, "200")
+    text = os.environ.get(CACHE_GIGABYTES, str(DEFAULT_CACHE_GIGABYTES))
     try:
         limit = float(text) * 1e9
     except ValueError:

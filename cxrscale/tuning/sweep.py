@@ -28,7 +28,7 @@ from cxrscale.tuning.schedulers import Sampler, scheduler
 from cxrscale.tuning.search_info import SearchInfo, SearchSession, is_search, read_search_info, write_search_info
 from cxrscale.tuning.search_space import Point, Space, absolute_space, check_space, parse_space, points
 from cxrscale.tuning.trial import NUMBER, Study
-from cxrscale.types import UserError, last_line
+from cxrscale.types import UserError, last_line, one_line
 
 RAY_FOLDER = "ray"
 """Ray's own state of the search, from which it resumes after a kill."""
@@ -264,8 +264,8 @@ def _restored(address: str, trainable: Any, files: Any) -> Any:
         return ray.tune.Tuner.restore(address, trainable, resume_unfinished=True, storage_filesystem=files)
     except Exception as error:  # another Ray's pickles may fail in any way
         raise UserError(
-            f"{address}: Ray {ray.__version__} cannot read the state of this search ({type(error).__name__}: "
-            f"{str(error).splitlines()[0][:120] if str(error) else ''}); use the version in its sweep.json"
+            f"{address}: Ray {ray.__version__} cannot read the state of this search ("
+            f"{one_line(error, with_type=True, limit=140)}); use the version in its sweep.json"
         ) from error
 
 

@@ -1,9 +1,9 @@
-"""What a second worker brings here, what starting costs, and what 8 to 512 GPUs would bring.
+"""How much a second worker helps, what starting costs, and what 8 to 512 GPUs would bring.
 
     python -m tests.benchmarks.scaling [--rounds 3] [--out results/scaling.json] [--plot scaling.png]
     python -m tests.benchmarks.scaling --project [--step-ms 95 --step-images 64] [--network-gbs 50] ...
 
-Measured are real jobs, each started as a user would, by turns: on Ray Train workers, with a cluster, without one and
+Measured are real jobs, started as a user would, taking turns: on Ray Train workers, with a cluster, without one and
 through the job API; `--local`; and the same loop under plain torchrun. Then, inside a group of Ray Train workers, the
 backward pass with and without averaging of gradients and an all-reduce of their bytes alone. The projection is
 arithmetic over those costs, or over those of a GPU that are given, and over assumptions, each an argument.
@@ -34,9 +34,9 @@ from cxrscale.shards import build, manifest
 from cxrscale.sources.synthetic import archive
 from tests.benchmarks import scaling_probe, scaling_projection, scaling_start
 from tests.benchmarks.scaling_projection import Cluster, Cost, Job, Point
-from tests.benchmarks.scaling_start import Way
+from tests.benchmarks.scaling_start import Launcher
 
-STEP_MS, STEP_PICTURES = 278.353, 256
+STEP_MS, STEP_IMAGES = 278.353, 256
 """Of DenseNet-121 at 224 pixels with AMP and channels_last on an RTX 3090, as timm published it:
 results/benchmark-train-amp-nhwc-pt112-cu113-rtx3090.csv."""
 FIXED_MS = 20.0
@@ -70,31 +70,31 @@ def overrides(given: argparse.Namespace, source: str, root: Path) -> list[str]:
 
 
 def jobs(given: argparse.Namespace, changes: Sequence[str], resolved: Path, root: Path) -> dict[str, Any]:
-    """Rounds of all ways to start, by turns, and what they say of Ray."""
-    ways = scaling_start.ways(given.job, changes, resolved, given.workers)
-    rounds: dict[str, list[dict[str, float]]] = {way.name: [] for way in ways}
+    """Rounds of all launchers, taking turns, and the ratios between Ray and torchrun."""
+    launchers = scaling_start.launchers(given.job, changes, resolved, given.workers)
+    rounds: dict[str, list[dict[str, float]]] = {launcher.name: [] for launcher in launchers}
     with scaling_start.cluster(given.workers) as address:
         for number in range(given.rounds):
-            for way in ways:
-                around = scaling_start.environment(address if way.cluster else None)
-                took = tried(way, root, f"{number}-{ways.index(way)}", around, given.warm_up)
-                rounds[way.name].append(took)
+            for launcher in launchers:
+                environment = scaling_start.environment(address if launcher.cluster else None)
+                seconds = try_twice(launcher, root, f"{number}-{launchers.index(launcher)}", environment, given.warm_up)
+                rounds[launcher.name].append(seconds)
                 print(
-                    f"round {number + 1}, {way.name}: first step after {took['step']:.1f} s, then "
-                    f"{took['steps_per_s']:.2f} steps/s, load {took['load']:.1f}",
+                    f"round {number + 1}, {launcher.name}: first step after {seconds['step']:.1f} s, then "
+                    f"{seconds['steps_per_s']:.2f} steps/s, load {seconds['load']:.1f}",
                     flush=True,
                 )
-    found = {"start": {name: scaling_start.stages(each) for name, each in rounds.items()}, "rounds": rounds}
-    return found | {"ratios": ratios(rounds, given.workers)}
+    figures = {"start": {name: scaling_start.stages(item) for name, item in rounds.items()}, "rounds": rounds}
+    return figures | {"ratios": ratios(rounds, given.workers)}
 
 
-def tried(way: Way, root: Path, name: str, around: dict[str, str], warm_up: int) -> dict[str, float]:
+def try_twice(launcher: Launcher, root: Path, name: str, environment: dict[str, str], warm_up: int) -> dict[str, float]:
     """`scaling_start.started`, once more where it failed: a crowded machine makes Ray's nodes miss their deadlines."""
     try:
-        return scaling_start.started(way, root, f"{name}-0", around, warm_up)
+        return scaling_start.started(launcher, root, f"{name}-0", environment, warm_up)
     except SystemExit as failed:
         print(failed, flush=True)
-        return scaling_start.started(way, root, f"{name}-1", around, warm_up)
+        return scaling_start.started(launcher, root, f"{name}-1", environment, warm_up)
 
 
 def ratios(rounds: Mapping[str, Sequence[Mapping[str, float]]], workers: int) -> dict[str, float]:
@@ -104,13 +104,13 @@ def ratios(rounds: Mapping[str, Sequence[Mapping[str, float]]], workers: int) ->
     def ratio(above: str, below: str, key: str) -> float:
         return statistics.median(a[key] / b[key] for a, b in zip(rounds[above], rounds[below], strict=True))
 
-    found = {}
+    figures = {}
     for count in dict.fromkeys((1, workers)):
-        found[f"step on Ray / torchrun, {count}"] = ratio(f"{bare}, {count}", f"{ray}, {count}", "steps_per_s")
-        found[f"first step on Ray / torchrun, {count}"] = ratio(f"{ray}, {count}", f"{bare}, {count}", "step")
+        figures[f"step on Ray / torchrun, {count}"] = ratio(f"{bare}, {count}", f"{ray}, {count}", "steps_per_s")
+        figures[f"first step on Ray / torchrun, {count}"] = ratio(f"{ray}, {count}", f"{bare}, {count}", "step")
     for name in (ray, bare):
-        found[f"speed-up of {workers}: {name}"] = ratio(f"{name}, {workers}", f"{name}, 1", "steps_per_s")
-    return found
+        figures[f"speed-up of {workers}: {name}"] = ratio(f"{name}, {workers}", f"{name}, 1", "steps_per_s")
+    return figures
 
 
 def probes(given: argparse.Namespace, recipe: Recipe, folder: Path) -> dict[str, Any]:
@@ -119,45 +119,45 @@ def probes(given: argparse.Namespace, recipe: Recipe, folder: Path) -> dict[str,
     ray_session.connect()
     counts = list(dict.fromkeys((1, given.workers)))
     raw = [scaling_probe.on_ray(recipe, folder, count, given.probes, ray_session.gpus() > 0) for count in counts]
-    return {str(count): scaling_probe.summary(each) for count, each in zip(counts, raw, strict=True)}
+    return {str(count): scaling_probe.summary(item) for count, item in zip(counts, raw, strict=True)}
 
 
 def measured(given: argparse.Namespace) -> dict[str, Any]:
-    """Everything that is measured, printed as it comes."""
+    """Everything that is measured, printed as it is measured."""
     with tempfile.TemporaryDirectory(prefix="scaling-") as name:
         folder = Path(name)
         source = given.shards or shards(folder)
         changes = overrides(given, source, folder / "runs")
         resolved = folder / "resolved.yaml"
         resolved.write_text(config.to_yaml(config.load_recipe(given.job, changes)))
-        found = jobs(given, changes, resolved, folder / "runs")
-        scaling_start.show(found["start"])
-        for what, value in found["ratios"].items():
-            print(f"{what:60}{value:8.3f}")
-        found["probe"] = probes(given, config.load_recipe(given.recipe, changes), folder)
-        for count, each in found["probe"].items():
-            print(f"\ninside a group of {count}: " + ", ".join(f"{k} {v:,.3f}" for k, v in each.items()))
-        return found | {"load": os.getloadavg()[0]}
+        figures = jobs(given, changes, resolved, folder / "runs")
+        scaling_start.show(figures["start"])
+        for name, value in figures["ratios"].items():
+            print(f"{name:60}{value:8.3f}")
+        figures["probe"] = probes(given, config.load_recipe(given.recipe, changes), folder)
+        for count, item in figures["probe"].items():
+            print(f"\ninside a group of {count}: " + ", ".join(f"{k} {v:,.3f}" for k, v in item.items()))
+        return figures | {"load": os.getloadavg()[0]}
 
 
 def sent_bytes(recipe: Recipe) -> tuple[int, int]:
     """Bytes of the model's gradients and of its buffers, counted without its memory."""
     with torch.device("meta"):
-        net = build_model(recipe.model.model_copy(update={"weights": "none"}), recipe.data)
-    gradients = sum(p.numel() * p.element_size() for p in net.parameters() if p.requires_grad)
-    return gradients, sum(b.numel() * b.element_size() for b in net.buffers())
+        model = build_model(recipe.model.model_copy(update={"weights": "none"}), recipe.data)
+    gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return gradients, sum(b.numel() * b.element_size() for b in model.buffers())
 
 
-def costs(given: argparse.Namespace, found: Mapping[str, Any] | None) -> dict[str, Cost]:
+def costs(given: argparse.Namespace, figures: Mapping[str, Any] | None) -> dict[str, Cost]:
     """The steps to project from: one worker's as measured, and a GPU's as given or published."""
     gradients, buffers = sent_bytes(config.load_recipe(given.recipe))
     image = (given.step_ms - given.fixed_ms) / given.step_images
     if image <= 0:
         raise SystemExit(f"--fixed-ms {given.fixed_ms} is no part of --step-ms {given.step_ms}; lower it")
     result = {GIVEN: Cost(given.fixed_ms, image, gradients, buffers)}
-    if found:
-        one = found["probe"]["1"]
-        result[HERE] = Cost(one["fixed_ms"], one["picture_ms"], one["gradient_bytes"], one["buffer_bytes"])
+    if figures:
+        one = figures["probe"]["1"]
+        result[HERE] = Cost(one["fixed_ms"], one["image_ms"], one["gradient_bytes"], one["buffer_bytes"])
     return result
 
 
@@ -166,18 +166,18 @@ def image_kb(root: str) -> float:
     return float(manifest.load(root).column("image_length").mean()) / 1000
 
 
-def projected(given: argparse.Namespace, found: Mapping[str, Any] | None) -> dict[str, Any]:
+def projected(given: argparse.Namespace, figures: Mapping[str, Any] | None) -> dict[str, Any]:
     """All projections: what is assumed, and the points of each."""
     named = vars(given)
     cluster = Cluster(**{name: named[name] for name in meanings(Cluster)})
     job = Job(**{name: named[name] for name in meanings(Job)})
     tables: dict[str, list[Point]] = {}
-    bases = costs(given, found)
+    bases = costs(given, figures)
     for base, cost in bases.items():
         for batch in given.plan_batch:
-            label = f"{base}, {batch} images a step"
+            label = f"{base}, {batch} images per step"
             tables[label] = scaling_projection.fixed_batch(batch, given.gpus, cost, cluster, job)
-        label = f"{base}, {given.share} images a GPU"
+        label = f"{base}, {given.share} images per GPU"
         tables[label] = scaling_projection.fixed_share(given.share, given.gpus, cost, cluster, job)
     return {
         "assumed": {
@@ -186,7 +186,7 @@ def projected(given: argparse.Namespace, found: Mapping[str, Any] | None) -> dic
             for name, (_, meaning) in meanings(kind).items()
         },
         "costs": {base: asdict(cost) for base, cost in bases.items()},
-        "tables": {label: [asdict(each) for each in points] for label, points in tables.items()},
+        "tables": {label: [asdict(item) for item in points] for label, points in tables.items()},
         "stops": {label: show(label, points, given.gpus) for label, points in tables.items()},
     }
 
@@ -200,18 +200,18 @@ def show(label: str, points: Sequence[Point], counts: Sequence[int]) -> dict[str
         times = (p.work_ms, p.gradients_ms, p.exposed_ms, p.messages_ms, p.loader_ms, p.disk_ms, p.step_ms)
         print(
             f"{p.gpus:10}"
-            + "".join(f"{each:10.2f}" for each in times)
+            + "".join(f"{item:10.2f}" for item in times)
             + f"{p.per_second:12,.0f}{100 * p.efficiency:6.0f}%{p.run_h:8.2f}{p.gpus * p.run_h:8.1f}  {p.bound}"
         )
-    found = {}
-    for what, end in (
+    figures = {}
+    for name, end in (
         ("a step", scaling_projection.stop(points, counts)),
         ("the run", scaling_projection.stop_of_run(points, counts)),
     ):
-        found[what] = end
-        said = f"stops scaling at {end[0]}: {end[1]}" if end else f"scales to {points[-1].gpus}"
-        print(f"  {what} {said}")
-    return found
+        figures[name] = end
+        message = f"stops scaling at {end[0]}: {end[1]}" if end else f"scales to {points[-1].gpus}"
+        print(f"  {name} {message}")
+    return figures
 
 
 def meanings(section: type[Cluster] | type[Job]) -> dict[str, tuple[float, str]]:
@@ -220,27 +220,27 @@ def meanings(section: type[Cluster] | type[Job]) -> dict[str, tuple[float, str]]
 
 
 def arguments() -> argparse.Namespace:
-    """What the command line says."""
+    """The arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="jobs/chexnet14.yaml", help="whose model is probed and projected")
     parser.add_argument("--shards", help="a dataset to train on and to take image-kb from; else a synthetic archive")
     jobs = parser.add_argument_group("measured")
     jobs.add_argument("--job", default="jobs/demo.yaml", help="what the started jobs train: small, so that Ray shows")
     jobs.add_argument("--workers", type=int, default=2, help="beside 1")
-    jobs.add_argument("--rounds", type=int, default=3, help="of all ways to start")
+    jobs.add_argument("--rounds", type=int, default=3, help="rounds of all launchers")
     jobs.add_argument("--steps", type=int, default=30, help="optimizer steps of a job")
     jobs.add_argument("--warm-up", type=int, default=5, help="steps that do not count for its speed")
     jobs.add_argument("--probes", type=int, default=15, help="rounds of the probe inside the workers")
-    jobs.add_argument("--batch", type=int, default=16, help="images a step, over all workers")
+    jobs.add_argument("--batch", type=int, default=16, help="images per step, over all workers")
     jobs.add_argument("--size", type=int, default=64, help="input side in pixels")
     base = parser.add_argument_group("projected: the step of a GPU")
     base.add_argument("--project", action="store_true", help="measure nothing")
     base.add_argument("--measured", type=Path, metavar="JSON", help="take what is measured from an earlier --out")
     base.add_argument("--step-ms", type=float, default=STEP_MS, help="ms of a step of one GPU (default: timm's, 3090)")
-    base.add_argument("--step-images", type=int, default=STEP_PICTURES, help="images of that step")
+    base.add_argument("--step-images", type=int, default=STEP_IMAGES, help="images of that step")
     base.add_argument("--fixed-ms", type=float, default=FIXED_MS, help="of it, however few the images; assumed")
-    base.add_argument("--plan-batch", type=int, nargs="+", default=[128, 2048], help="images a step, strong scaling")
-    base.add_argument("--share", type=int, default=64, help="images a GPU, weak scaling")
+    base.add_argument("--plan-batch", type=int, nargs="+", default=[128, 2048], help="images per step, strong scaling")
+    base.add_argument("--share", type=int, default=64, help="images per GPU, weak scaling")
     base.add_argument("--gpus", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64, 128, 256, 512])
     assumed = parser.add_argument_group("projected: assumptions")
     for kind in (Cluster, Job):
@@ -260,21 +260,21 @@ def main() -> None:
     given.gpus = sorted(set(given.gpus))
     if given.shards:
         given.image_kb = image_kb(given.shards)
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "settings": {name: getattr(given, name) for name in SETTINGS},
     }
     if given.measured:
-        found |= {name: json.loads(given.measured.read_text())[name] for name in ("machine", "settings", "measured")}
+        figures |= {name: json.loads(given.measured.read_text())[name] for name in ("machine", "settings", "measured")}
     elif not given.project:
-        found["measured"] = measured(given)
-    found["projected"] = projected(given, found.get("measured"))
+        figures["measured"] = measured(given)
+    figures["projected"] = projected(given, figures.get("measured"))
     if given.out:
-        scaling_start.keep(given.out, found)
+        scaling_start.keep(given.out, figures)
     if given.plot:
         from tests.benchmarks import scaling_plot
 
-        scaling_plot.draw(found["projected"], given.plot)
+        scaling_plot.draw(figures["projected"], given.plot)
         print(given.plot.resolve())
 
 

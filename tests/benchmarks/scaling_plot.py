@@ -1,4 +1,4 @@
-"""The projection as an image: speed and efficiency over the number of GPUs, each point marked by what binds it."""
+"""The projection as a plot: speed and efficiency over the number of GPUs, each point marked by what binds it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def draw(projected: Mapping[str, Any], path: Path) -> None:
             speed.plot(gpus, ideal, color=color, linewidth=0.8, linestyle=":")
             marked(speed, rows, gpus, [row["per_second"] for row in rows], color, label)
             marked(share, rows, gpus, [100 * row["efficiency"] for row in rows], color, label)
-        speed.set(title=f"{kind}: projected", ylabel="images a second", yscale="log")
+        speed.set(title=f"{kind}: projected", ylabel="images per second", yscale="log")
         share.set(title="efficiency, %", ylim=(0, 105))
         for axes in (speed, share):
             axes.set(xscale="log", xlabel="GPUs")

@@ -43,11 +43,11 @@ def timed(work: Callable[[], object], worker: Worker) -> float:
     """Milliseconds of the work on this rank, begun by all ranks together."""
     if worker.dist.world > 1:
         torch.distributed.barrier()
-    began = time.perf_counter()
+    start = time.perf_counter()
     work()
     if worker.dist.device.type == "cuda":
         torch.cuda.synchronize(worker.dist.device)
-    return 1000 * (time.perf_counter() - began)
+    return 1000 * (time.perf_counter() - start)
 
 
 def probe(recipe: Recipe, worker: Worker, rounds: int) -> dict[str, Any]:
@@ -75,14 +75,14 @@ def probe(recipe: Recipe, worker: Worker, rounds: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {name: [] for name in kinds}
     for number in range(rounds + WARM_UP):
         for name, work in kinds.items():
-            took = timed(work, worker)
+            milliseconds = timed(work, worker)
             if name != "update":
                 state.optimizer.zero_grad(set_to_none=False)
             if number >= WARM_UP:
-                times[name].append(took)
+                times[name].append(milliseconds)
     return {
-        "rank_pictures": len(batch.row_B),
-        "half_pictures": len(half.row_B),
+        "rank_images": len(batch.row_B),
+        "half_images": len(half.row_B),
         "gradient_bytes": flat.numel() * flat.element_size(),
         "buffer_bytes": sum(b.numel() * b.element_size() for b in state.model.buffers()),
         "ms": times,
@@ -90,7 +90,7 @@ def probe(recipe: Recipe, worker: Worker, rounds: int) -> dict[str, Any]:
 
 
 def on_ray(recipe: Recipe, folder: Path, workers: int, rounds: int, gpu: bool) -> dict[str, Any]:
-    """`probe` in a group of Ray Train workers of the connected cluster; what rank 0 found."""
+    """`probe` in a group of Ray Train workers of the connected cluster; the figures of rank 0."""
     import ray.train
     from ray.train.torch import TorchTrainer
 
@@ -101,39 +101,39 @@ def on_ray(recipe: Recipe, folder: Path, workers: int, rounds: int, gpu: bool) -
         scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=gpu),
         run_config=ray.train.RunConfig(name=f"probe-{workers}", storage_path=str(folder / "ray")),
     ).fit()
-    found: dict[str, Any] = json.loads(out.read_text())
-    return found
+    figures: dict[str, Any] = json.loads(out.read_text())
+    return figures
 
 
 def _loop(settings: dict[str, Any]) -> None:
     recipe = config.parse(Recipe, settings["recipe"], where="the benchmark's recipe")
     worker = RayWorker(f"{settings['out']}.stop")
-    found = probe(recipe, worker, settings["rounds"])
+    figures = probe(recipe, worker, settings["rounds"])
     if worker.dist.rank == 0:
-        Path(settings["out"]).write_text(json.dumps(found))
+        Path(settings["out"]).write_text(json.dumps(figures))
 
 
-def summary(found: dict[str, Any]) -> dict[str, float]:
+def summary(figures: dict[str, Any]) -> dict[str, float]:
     """Medians of a probe: the cost of a step, and the share of it that averaging takes.
 
-    `fixed_ms` and `picture_ms` are the line through the whole and the half batch; where noise makes the line rise
+    `fixed_ms` and `image_ms` are the line through the whole and the half batch; where noise makes the line rise
     towards nothing, all of it counts as the images'.
     """
-    ms = {name: statistics.median(times) for name, times in found["ms"].items()}
+    ms = {name: statistics.median(times) for name, times in figures["ms"].items()}
     whole = ms.get("unaveraged", ms["whole"])
-    image = (whole - ms["half"]) / (found["rank_pictures"] - found["half_pictures"])
-    image = min(image, whole / found["rank_pictures"]) if image > 0 else whole / found["rank_pictures"]
+    image = (whole - ms["half"]) / (figures["rank_images"] - figures["half_images"])
+    image = min(image, whole / figures["rank_images"]) if image > 0 else whole / figures["rank_images"]
     result = {
         "passes_ms": ms["whole"],
         "update_ms": ms["update"],
-        "picture_ms": image,
-        "fixed_ms": whole - image * found["rank_pictures"] + ms["update"],
-        "gradient_bytes": found["gradient_bytes"],
-        "buffer_bytes": found["buffer_bytes"],
+        "image_ms": image,
+        "fixed_ms": whole - image * figures["rank_images"] + ms["update"],
+        "gradient_bytes": figures["gradient_bytes"],
+        "buffer_bytes": figures["buffer_bytes"],
     }
     if "all_reduce" in ms:
-        pairs = list(zip(found["ms"]["whole"], found["ms"]["unaveraged"], found["ms"]["all_reduce"], strict=True))
-        updates = found["ms"]["update"]
+        pairs = list(zip(figures["ms"]["whole"], figures["ms"]["unaveraged"], figures["ms"]["all_reduce"], strict=True))
+        updates = figures["ms"]["update"]
         steps = [whole + update for (whole, _, _), update in zip(pairs, updates, strict=True)]
         result |= {
             "all_reduce_ms": ms["all_reduce"],

@@ -19,7 +19,7 @@ COUNT_BYTES = 64
 WORTH = 0.5
 """Scaling stops where less than this share of an added GPU arrives as speed."""
 GOOD = 0.9
-"""With at least this efficiency nothing but the GPU work is said to bind."""
+"""At this efficiency or above, the GPU work counts as the bound."""
 
 COMPUTE, FIXED, PADDING = "GPU work", "fixed cost of a step", "padding"
 NETWORK, LINK, MESSAGES = "network: gradients", "node link: gradients", "short messages"
@@ -49,14 +49,14 @@ class Cost:
 class Cluster:
     """What the GPUs stand in; every default is an assumption."""
 
-    node_gpus: int = field(default=8, metadata={"help": "GPUs a node"})
+    node_gpus: int = field(default=8, metadata={"help": "GPUs per node"})
     node_gbs: float = assumed(200.0, "GB/s that a GPU sends to others of its node (NVLink 4: 450 on paper)")
     node_us: float = assumed(5.0, "microseconds of a message inside a node")
     network_gbs: float = assumed(12.5, "GB/s that a node sends to others (12.5 = 100 Gbit/s)")
     network_us: float = assumed(25.0, "microseconds of a message between nodes")
     backward: float = assumed(0.6, "share of the GPU work that is the backward pass")
     overlap: float = assumed(0.8, "share of the backward pass in which gradients already travel")
-    decode_ms: float = assumed(1.38, "core-milliseconds an image of loader and decoder, from benchmarks.batches")
+    decode_ms: float = assumed(1.38, "core-milliseconds per image of loader and decoder, from benchmarks.batches")
     decode_cores: float = assumed(8.0, "cores for each GPU's loader")
     disk_gbs: float = assumed(2.0, "GB/s that a node reads from its shard cache")
     store_gbs: float = assumed(10.0, "GB/s that the shared store gives to all nodes together")
@@ -65,7 +65,7 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a whole run does."""
+    """The size of a run."""
 
     train: int = field(default=75_312, metadata={"help": "training images"})
     val: int = field(default=11_212, metadata={"help": "validation images"})
@@ -75,11 +75,11 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A number of GPUs and what becomes of a step on them. Times are milliseconds a step."""
+    """A number of GPUs and what becomes of a step on them. Times are milliseconds per step."""
 
     gpus: int
     batch: int
-    """Images a step over all GPUs."""
+    """Images per step over all GPUs."""
     work_ms: float
     gradients_ms: float
     """All-reduce of the gradients, were nothing hidden."""
@@ -90,15 +90,15 @@ class Point:
     disk_ms: float
     step_ms: float
     per_second: float
-    """Images a second over all GPUs."""
+    """Images per second over all GPUs."""
     efficiency: float
     """`per_second` over that of one GPU times `gpus`."""
     bound: str
     """What costs the most of the efficiency that is lost."""
     start_h: float
-    """Hours of the whole job before its first step at full speed: its start, and the staging of the shards."""
+    """Hours of the job before its first step at full speed: its start, and the staging of the shards."""
     run_h: float
-    """Hours of the whole job."""
+    """Hours of the job."""
 
 
 def ring_ms(ranks: int, size: float, gbs: float, us: float, messages: int = 1) -> float:
@@ -111,7 +111,7 @@ def ring_ms(ranks: int, size: float, gbs: float, us: float, messages: int = 1) -
     Args:
         gbs: GB/s of each rank, in each direction at once.
         us: latency of a message.
-        messages: in how many pieces the data goes, each of which pays the latency.
+        messages: in how many parts the data is sent, each of which pays the latency.
     """
     return 2 * (ranks - 1) / ranks * size / (gbs * 1e6) + 2 * (ranks - 1) * us * messages / 1000
 
@@ -137,14 +137,14 @@ def all_reduce_ms(gpus: int, size: float, cluster: Cluster, messages: int = 1) -
         return ring_ms(gpus, size, cluster.node_gbs, cluster.node_us, messages), "ring in the node"
     nodes = math.ceil(gpus / cluster.node_gpus)
     inside = ring_ms(cluster.node_gpus, size, cluster.node_gbs, cluster.node_us, messages)
-    ways = {
+    algorithms = {
         "one ring": ring_ms(gpus, size, cluster.network_gbs, cluster.network_us, messages),
         "rings in and between nodes": inside + ring_ms(nodes, size, cluster.network_gbs, cluster.network_us, messages),
         "rings in nodes, trees between": inside
         + tree_ms(nodes, size, cluster.network_gbs, cluster.network_us, messages),
     }
-    way = min(ways, key=lambda name: ways[name])
-    return ways[way], way
+    name = min(algorithms, key=lambda name: algorithms[name])
+    return algorithms[name], name
 
 
 def buckets(gradient_bytes: int) -> int:
@@ -169,8 +169,8 @@ def messages_ms(gpus: int, cost: Cost, cluster: Cluster) -> float:
 
 def staging_s(nodes: int, cluster: Cluster, job: Job) -> float:
     """Seconds until every node has its own copy of all shards: each may be asked for any image."""
-    whole_gb = (job.train + job.val) * cluster.image_kb / 1e6
-    return whole_gb / min(cluster.network_gbs, cluster.store_gbs / nodes)
+    total_gb = (job.train + job.val) * cluster.image_kb / 1e6
+    return total_gb / min(cluster.network_gbs, cluster.store_gbs / nodes)
 
 
 def epoch_s(gpus: int, batch: int, step_ms: float, cost: Cost, cluster: Cluster, job: Job) -> float:
@@ -181,7 +181,7 @@ def epoch_s(gpus: int, batch: int, step_ms: float, cost: Cost, cluster: Cluster,
 
 def point(gpus: int, batch: int, alone: Point | None, cost: Cost, cluster: Cluster, job: Job) -> Point:
     """A step of `batch` images on so many GPUs, held against `alone`, the point of one GPU (None: this is it)."""
-    share = math.ceil(batch / gpus)  # the plan pads the last ranks
+    share = math.ceil(batch / gpus)  # the sampler pads the last ranks
     work = cost.fixed_ms + share * cost.image_ms
     gradients, _ = all_reduce_ms(gpus, cost.gradient_bytes, cluster, buckets(cost.gradient_bytes))
     exposed = max(0.0, gradients - hidden_ms(work, cluster))
@@ -224,13 +224,13 @@ def point(gpus: int, batch: int, alone: Point | None, cost: Cost, cluster: Clust
 
 
 def fixed_batch(batch: int, counts: Sequence[int], cost: Cost, cluster: Cluster, job: Job) -> list[Point]:
-    """Strong scaling, the plan's: the same images a step on 1 and each of `counts` GPUs, up to one image each."""
+    """Strong scaling, the sampler's: as many images per step on 1 and each of `counts` GPUs, at least one each."""
     alone = point(1, batch, None, cost, cluster, job)
     return [alone, *(point(n, batch, alone, cost, cluster, job) for n in counts if 1 < n <= batch)]
 
 
 def fixed_share(share: int, counts: Sequence[int], cost: Cost, cluster: Cluster, job: Job) -> list[Point]:
-    """Weak scaling: the same images a GPU, so that the batch, and with it what is learned, grows with the GPUs."""
+    """Weak scaling: the same images per GPU, so that the batch, and with it what is learned, grows with the GPUs."""
     alone = point(1, share, None, cost, cluster, job)
     return [alone, *(point(n, n * share, alone, cost, cluster, job) for n in counts if n > 1)]
 
@@ -238,7 +238,7 @@ def fixed_share(share: int, counts: Sequence[int], cost: Cost, cluster: Cluster,
 def stop(points: Sequence[Point], counts: Sequence[int]) -> tuple[int, str] | None:
     """(GPUs up to which more are worth it, why not beyond); None where all of `counts` are.
 
-    More GPUs are worth it where `WORTH` of each added one arrives as images a second.
+    More GPUs are worth it where `WORTH` of each added one arrives as images per second.
     """
     for before, after in pairwise(points):
         if not _worth(before, after, after.per_second / before.per_second):
@@ -248,7 +248,7 @@ def stop(points: Sequence[Point], counts: Sequence[int]) -> tuple[int, str] | No
 
 
 def stop_of_run(points: Sequence[Point], counts: Sequence[int]) -> tuple[int, str] | None:
-    """As `stop`, of the whole job's wall time, which start and staging do not let shrink for ever."""
+    """As `stop`, of the whole job's wall time, which start and staging do not let shrink forever."""
     for before, after in pairwise(points):
         if not _worth(before, after, before.run_h / after.run_h):
             epochs = (before.run_h - before.start_h) / (after.run_h - after.start_h)
@@ -263,4 +263,4 @@ def _worth(before: Point, after: Point, faster: float) -> bool:
 
 def meanings(section: type[Cluster] | type[Job]) -> dict[str, tuple[float, str]]:
     """Field -> (default, meaning), for the command line and for what is written beside the figures."""
-    return {each.name: (each.default, each.metadata["help"]) for each in fields(section)}  # type: ignore[misc]
+    return {item.name: (item.default, item.metadata["help"]) for item in fields(section)}  # type: ignore[misc]

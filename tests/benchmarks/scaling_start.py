@@ -1,4 +1,4 @@
-"""The same training by every way to start it: how long until its first step, and how fast it then goes."""
+"""The same training by every launcher: how long until its first step, and how many steps per second then."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ STAGES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
-    """A way to start the training."""
+class Launcher:
+    """A way to launch the training."""
 
     name: str
     workers: int
@@ -47,7 +47,7 @@ class Way:
     """On the benchmark's own cluster."""
 
 
-def ways(recipe: str, overrides: Sequence[str], resolved: Path, workers: int) -> list[Way]:
+def launchers(recipe: str, overrides: Sequence[str], resolved: Path, workers: int) -> list[Launcher]:
     """All of them, with one worker and with `workers`.
 
     Args:
@@ -56,32 +56,32 @@ def ways(recipe: str, overrides: Sequence[str], resolved: Path, workers: int) ->
         resolved: the same as one file, for the bare loop.
     """
     train = ("train", recipe, *overrides, "tracking.name={name}")
-    verb = (sys.executable, "-m", "cxrscale")
+    python_module = (sys.executable, "-m", "cxrscale")
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node")
     bare = ("-m", "tests.benchmarks.scaling_bare", str(resolved), "{run}")
-    found = [Way("--local", 1, (*verb, *train, "--local"))]
+    result = [Launcher("--local", 1, (*python_module, *train, "--local"))]
     for count in dict.fromkeys((1, workers)):
-        ray = (*verb, *train, f"scaling.num_workers={count}")
-        found += [
-            Way(f"torchrun, {count}", count, (*torchrun, str(count), *bare)),
-            Way(f"Ray, a cluster at hand, {count}", count, ray, cluster=True),
+        ray = (*python_module, *train, f"scaling.num_workers={count}")
+        result += [
+            Launcher(f"torchrun, {count}", count, (*torchrun, str(count), *bare)),
+            Launcher(f"Ray, a cluster at hand, {count}", count, ray, cluster=True),
         ]
     ray = (*train, f"scaling.num_workers={workers}")
     return [
-        *found,
-        Way(f"Ray, no cluster, {workers}", workers, (*verb, *ray)),
-        Way(f"submit to a cluster, {workers}", workers, (*verb, "submit", *ray), cluster=True),
+        *result,
+        Launcher(f"Ray, no cluster, {workers}", workers, (*python_module, *ray)),
+        Launcher(f"submit to a cluster, {workers}", workers, (*python_module, "submit", *ray), cluster=True),
     ]
 
 
-def started(way: Way, root: Path, name: str, environment: dict[str, str], warm_up: int) -> dict[str, float]:
-    """Run one way to its end; seconds from the command to each stage, and steps a second once warm.
+def started(launcher: Launcher, root: Path, name: str, environment: dict[str, str], warm_up: int) -> dict[str, float]:
+    """Run one launcher to its end; seconds from the command to each stage, and steps per second once warm.
 
     Raises:
         SystemExit: the command failed; its output is in the message.
     """
     run = root / name
-    command = [word.format(run=run, name=name) for word in way.command]
+    command = [word.format(run=run, name=name) for word in launcher.command]
     marks = {
         "checked": run / "recipe.yaml",
         "trainer": run / "ray",
@@ -90,28 +90,28 @@ def started(way: Way, root: Path, name: str, environment: dict[str, str], warm_u
     }
     seen: dict[str, float] = {}
     with tempfile.TemporaryFile("w+") as log:
-        began = time.time()
+        start = time.time()
         with subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log, text=True) as process:
             try:
-                while process.poll() is None and time.time() - began < PATIENCE_S:
+                while process.poll() is None and time.time() - start < PATIENCE_S:
                     for stage, path in marks.items():
                         if stage not in seen and path.exists():
-                            seen[stage] = time.time() - began
+                            seen[stage] = time.time() - start
                     if "submit" in command and "accepted" not in seen and re.search(r"^job ", _text(log), re.M):
-                        seen["accepted"] = time.time() - began
+                        seen["accepted"] = time.time() - start
                     time.sleep(0.02)
             finally:
                 process.terminate()
         if process.returncode:
-            raise SystemExit(f"{way.name} failed:\n{_text(log)[-3000:]}")
-        seen["end"] = time.time() - began
+            raise SystemExit(f"{launcher.name} failed:\n{_text(log)[-3000:]}")
+        seen["end"] = time.time() - start
     lines = [line for line in tracking.read_log(str(run)) if line["kind"] == "train"]
-    seen["step"] = lines[0]["time"] - began
+    seen["step"] = lines[0]["time"] - start
     return seen | {"steps_per_s": rate(lines, warm_up), "load": os.getloadavg()[0]}
 
 
 def rate(lines: Sequence[dict[str, float]], warm_up: int) -> float:
-    """Steps a second from metrics.jsonl, by the median time of a step after `warm_up` lines."""
+    """Steps per second from train_log.jsonl, by the median time of a step after `warm_up` lines."""
     kept = lines[warm_up:]
     gaps = [(after["time"] - before["time"]) / (after["step"] - before["step"]) for before, after in pairwise(kept)]
     return 1 / statistics.median(gaps)
@@ -130,8 +130,8 @@ def cluster(workers: int) -> Iterator[dict[str, str]]:
     script = str(ROOT / "cluster" / "local.sh")
     with tempfile.TemporaryDirectory(prefix="cxr") as folder:
         port = _ports(3)
-        given = {"CXR_DIR": folder, "CXR_PORT": str(port), "CXR_DASHBOARD_PORT": str(port + 1)}
-        control = environment() | given | {"CXR_WORKER_CPUS": str(max(workers, os.cpu_count() or 1))}
+        settings = {"CXR_DIR": folder, "CXR_PORT": str(port), "CXR_DASHBOARD_PORT": str(port + 1)}
+        control = environment() | settings | {"CXR_WORKER_CPUS": str(max(workers, os.cpu_count() or 1))}
         del control["OMP_NUM_THREADS"]  # Ray gives each worker as many threads as CPUs
         try:
             # On a machine with too much to do a node of Ray gives up before it is up.
@@ -149,13 +149,13 @@ def cluster(workers: int) -> Iterator[dict[str, str]]:
 
 def stages(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
     """Medians over rounds of the seconds to each stage, and of the speed."""
-    return {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
+    return {key: statistics.median(item[key] for item in rounds) for key in rounds[0]}
 
 
-def show(found: dict[str, dict[str, float]]) -> None:
+def show(table: dict[str, dict[str, float]]) -> None:
     """Print seconds from the command to the end of each stage."""
     print(f"\n{'seconds from the command to':34}" + "".join(f"{stage:>10}" for stage in STAGES) + f"{'steps/s':>10}")
-    for name, row in found.items():
+    for name, row in table.items():
         cells = "".join(f"{row[stage]:10.1f}" if stage in row else f"{'':>10}" for stage in STAGES)
         print(f"{name:34}{cells}{row['steps_per_s']:10.2f}")
     for stage, meaning in STAGES.items():
@@ -180,7 +180,7 @@ def _ports(count: int) -> int:
     raise SystemExit("no free ports")
 
 
-def keep(path: Path, found: object) -> None:
+def keep(path: Path, figures: object) -> None:
     """Write figures as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=2) + "\n")
+    path.write_text(json.dumps(figures, indent=2) + "\n")

@@ -42,7 +42,7 @@ clusters = st.builds(
 
 
 def at(points: list[Point], gpus: int) -> Point:
-    return next(each for each in points if each.gpus == gpus)
+    return next(item for item in points if item.gpus == gpus)
 
 
 def test_a_ring_by_hand() -> None:
@@ -72,10 +72,10 @@ def test_the_quickest_all_reduce_by_hand() -> None:
         (512, 1, PLAIN, 14 * 5e-3 + 0.3, "rings in nodes, trees between"),
         (16, 25e6, slow, 2 * 15 / 16 * 2, "one ring"),
     ]
-    for gpus, size, cluster, took, way in cases:
-        found, name = projection.all_reduce_ms(gpus, size, cluster)
-        assert found == pytest.approx(took, rel=1e-6)
-        assert name == way
+    for gpus, size, cluster, expected, algorithm in cases:
+        result, name = projection.all_reduce_ms(gpus, size, cluster)
+        assert result == pytest.approx(expected, rel=1e-6)
+        assert name == algorithm
 
 
 @pytest.mark.parametrize(
@@ -88,23 +88,23 @@ def test_buckets_by_hand(size: int, count: int) -> None:
 def test_a_step_by_hand() -> None:
     # 64 images on 16 GPUs: 4 each, 14 ms of work, 5.6 of which hide gradients.
     points = projection.fixed_batch(64, POWERS, COST, PLAIN, Job())
-    found = at(points, 16)
+    result = at(points, 16)
     gradients = 2 * 7 / 8 * 28 / 200 + 14 * 5e-3 * 3 + 2 / 2 * 28 / 12.5 + 2 * 25e-3 * 3
-    assert found.gradients_ms == pytest.approx(gradients)
-    assert found.exposed_ms == 0
-    assert found.work_ms == 14
+    assert result.gradients_ms == pytest.approx(gradients)
+    assert result.exposed_ms == 0
+    assert result.work_ms == 14
     # The sum of the counts has 64 bytes, next to nothing; the buffers are empty but cost half a message's latency.
-    assert found.messages_ms == pytest.approx(1.5 * (14 * 5e-3 + 2 * 25e-3), rel=1e-3)
-    assert found.step_ms == pytest.approx(14.18, rel=1e-3)
-    assert found.efficiency == pytest.approx(74 / 16 / found.step_ms)
-    assert found.bound == projection.FIXED
+    assert result.messages_ms == pytest.approx(1.5 * (14 * 5e-3 + 2 * 25e-3), rel=1e-3)
+    assert result.step_ms == pytest.approx(14.18, rel=1e-3)
+    assert result.efficiency == pytest.approx(74 / 16 / result.step_ms)
+    assert result.bound == projection.FIXED
 
 
 def test_what_the_backward_pass_does_not_hide_is_waited_for() -> None:
     heavy = replace(COST, gradient_bytes=1_000_000_000)
-    found = at(projection.fixed_batch(64, POWERS, heavy, PLAIN, Job()), 16)
-    assert found.exposed_ms == pytest.approx(found.gradients_ms - 14 * 0.5 * 0.8)
-    assert found.bound == projection.NETWORK
+    result = at(projection.fixed_batch(64, POWERS, heavy, PLAIN, Job()), 16)
+    assert result.exposed_ms == pytest.approx(result.gradients_ms - 14 * 0.5 * 0.8)
+    assert result.bound == projection.NETWORK
     # In one node 1 GB and its 40 buckets take 11.55 ms, of which 18 x 0.4 = 7.2 are hidden from 18 ms of work.
     light = replace(heavy, fixed_ms=0, image_ms=2.25)
     inside = at(projection.fixed_batch(64, POWERS, light, PLAIN, Job()), 8)
@@ -117,7 +117,7 @@ def test_what_the_backward_pass_does_not_hide_is_waited_for() -> None:
     [
         # 8 images of 100 core-ms on 4 cores: 200 ms.
         ({"decode_ms": 100.0, "decode_cores": 4.0}, projection.LOADER),
-        # 64 images of 54 kB a node at 10 MB/s: 345.6 ms.
+        # 64 images of 54 kB per node at 10 MB/s: 345.6 ms.
         ({"disk_gbs": 0.01}, projection.DISK),
         ({"network_us": 20_000.0, "overlap": 1.0}, projection.MESSAGES),
     ],
@@ -125,19 +125,19 @@ def test_what_the_backward_pass_does_not_hide_is_waited_for() -> None:
 def test_each_ceiling_is_named(change: dict[str, float], bound: str) -> None:
     small = replace(COST, gradient_bytes=4, fixed_ms=0.0)
     points = projection.fixed_share(8, POWERS, small, replace(PLAIN, **change), Job())  # type: ignore[arg-type]
-    found = at(points, 16)
-    assert found.bound == bound
+    result = at(points, 16)
+    assert result.bound == bound
     if bound != projection.MESSAGES:
-        assert found.step_ms == pytest.approx(200 if bound == projection.LOADER else 345.6)
+        assert result.step_ms == pytest.approx(200 if bound == projection.LOADER else 345.6)
 
 
 def test_padding_costs_what_it_pads() -> None:
     # 9 images on 8 GPUs: two each, of which 7 are padding.
     cost = replace(COST, fixed_ms=0.0, gradient_bytes=4)
-    found = at(projection.fixed_batch(9, (8,), cost, replace(PLAIN, node_us=0), Job()), 8)
-    assert found.work_ms == 2
-    assert found.efficiency == pytest.approx(9 / 16, rel=1e-3)
-    assert found.bound == projection.PADDING
+    result = at(projection.fixed_batch(9, (8,), cost, replace(PLAIN, node_us=0), Job()), 8)
+    assert result.work_ms == 2
+    assert result.efficiency == pytest.approx(9 / 16, rel=1e-3)
+    assert result.bound == projection.PADDING
 
 
 def test_where_it_stops() -> None:
@@ -153,10 +153,10 @@ def test_where_it_stops() -> None:
 def test_a_run_by_hand() -> None:
     job = Job(train=6400, val=100, epochs=2, start_s=36)
     cluster = replace(PLAIN, store_gbs=1e9)
-    found = at(projection.fixed_batch(64, POWERS, COST, cluster, job), 8)
+    result = at(projection.fixed_batch(64, POWERS, COST, cluster, job), 8)
     # 100 steps of 18 ms and a bit, 13 images of 0.5 ms, twice; 6,500 images of 54 kB through 12.5 GB/s.
-    assert found.start_h == pytest.approx((36 + 0.351 / 12.5) / 3600)
-    assert found.run_h == pytest.approx(found.start_h + 2 * (100 * found.step_ms + 13 * 0.5) / 1000 / 3600)
+    assert result.start_h == pytest.approx((36 + 0.351 / 12.5) / 3600)
+    assert result.run_h == pytest.approx(result.start_h + 2 * (100 * result.step_ms + 13 * 0.5) / 1000 / 3600)
     # 74 ms on one GPU make 15 s of training beside 36 of start: no second GPU is worth it.
     points = projection.fixed_batch(64, POWERS, COST, cluster, job)
     assert projection.stop_of_run(points, POWERS) == (1, projection.START)
@@ -166,10 +166,10 @@ def test_a_run_by_hand() -> None:
 def test_a_ring_gets_no_quicker_with_ranks_bytes_or_a_worse_link(
     size: float, gbs: float, us: float, ranks: int
 ) -> None:
-    took = projection.ring_ms(ranks, size, gbs, us)
-    assert took <= projection.ring_ms(ranks + 1, size, gbs, us)
-    assert took <= projection.ring_ms(ranks, 2 * size, gbs, us)
-    assert took <= projection.ring_ms(ranks, size, gbs / 2, us + 1)
+    expected = projection.ring_ms(ranks, size, gbs, us)
+    assert expected <= projection.ring_ms(ranks + 1, size, gbs, us)
+    assert expected <= projection.ring_ms(ranks, 2 * size, gbs, us)
+    assert expected <= projection.ring_ms(ranks, size, gbs / 2, us + 1)
     # Twice the data over the link, whatever the number of ranks: the bound that Patarasuk and Yuan prove.
     assert projection.ring_ms(ranks, size, gbs, 0) <= 2 * size / (gbs * 1e6)
 
@@ -179,8 +179,8 @@ def test_efficiency_is_a_share_and_falls(cost: Cost, cluster: Cluster, batch: in
     strong = projection.fixed_batch(batch, POWERS, cost, cluster, Job())
     weak = projection.fixed_share(batch, POWERS, cost, cluster, Job())
     for points in (strong, weak):
-        assert all(0 < each.efficiency <= 1 + 1e-9 for each in points)
-    assert [each.gpus for each in strong] == [1, *(n for n in POWERS if n <= batch)]
+        assert all(0 < item.efficiency <= 1 + 1e-9 for item in points)
+    assert [item.gpus for item in strong] == [1, *(n for n in POWERS if n <= batch)]
     # The work of a GPU never grows with the number of GPUs, what they tell each other never shrinks.
     for points in (strong, weak):
         for before, after in pairwise(points):
@@ -205,10 +205,10 @@ def test_better_hardware_never_makes_a_step_slower(cost: Cost, cluster: Cluster,
 
 @given(costs, clusters, st.integers(1, 4096))
 def test_a_step_is_never_under_any_of_its_ceilings(cost: Cost, cluster: Cluster, batch: int) -> None:
-    for each in projection.fixed_batch(batch, POWERS, cost, cluster, Job()):
-        assert each.step_ms >= max(each.work_ms + each.exposed_ms + each.messages_ms, each.loader_ms, each.disk_ms)
-        assert each.per_second == pytest.approx(1000 * batch / each.step_ms)
-        assert each.exposed_ms <= each.gradients_ms
+    for item in projection.fixed_batch(batch, POWERS, cost, cluster, Job()):
+        assert item.step_ms >= max(item.work_ms + item.exposed_ms + item.messages_ms, item.loader_ms, item.disk_ms)
+        assert item.per_second == pytest.approx(1000 * batch / item.step_ms)
+        assert item.exposed_ms <= item.gradients_ms
 
 
 @given(costs, clusters, st.integers(1, 4096))

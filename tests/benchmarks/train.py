@@ -3,11 +3,11 @@
     python -m tests.benchmarks.train [--steps 25] [--rounds 3] [--out tests/benchmarks/results/train.json]
     python -m tests.benchmarks.train --device cuda --arch densenet121 --size 224 --batch 64 --recipe jobs/*.yaml
 
-Without --shards a synthetic archive is drawn. The contenders take turns, a stretch of steps each, so that a machine whose
-speed wanders treats them alike; ratios are taken within a round and their median is shown. A stretch begins after its
+Without --shards synthetic data is drawn. The contenders take turns, a stretch of steps each, so that a machine whose
+speed varies treats them alike; ratios are taken within a round and their median is shown. A stretch begins after its
 first log line: start-up, compilation and Ray's own start are not steps. CPU seconds are those of the processes that
-train; on a machine with other work they say more than the clock. On a GPU every knob of the fast path is then held
-against fp32 eager, and with --recipe (on any device) loader and step alone and together, beside a plain DataLoader.
+train; on a machine with other work they say more than the clock. On a GPU every setting of the fast path is compared
+with fp32 eager, and with --recipe (on any device) loader and step alone and together, beside a plain DataLoader.
 """
 
 from __future__ import annotations
@@ -46,30 +46,30 @@ LOG = 5
 LIMIT = 1.03
 """What ours under one Ray worker may take of the bare loop's time on a CPU."""
 Stretch = dict[str, float]
-"""Wall and CPU seconds a step, and the share of the wall that waits for data."""
+"""Wall and CPU seconds per step, and the share of the wall that waits for data."""
 
 
 def bare(recipe: Recipe, device: torch.device, batches: Iterator[Batch], steps: int) -> Stretch:
     """The plainest loop: same model, optimizer, loss and batches as ours, nothing around them."""
     torch.manual_seed(recipe.sampler.seed)
     layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
-    net = build_model(recipe.model, recipe.data).to(device).to(memory_format=layout).train()
-    made = optim.build_optimizer(net, recipe.optim)
+    model = build_model(recipe.model, recipe.data).to(device).to(memory_format=layout).train()
+    optimizer = optim.build_optimizer(model, recipe.optim)
     criterion = nn.BCEWithLogitsLoss()
-    began = used = waited = 0.0
+    start = used = waited = 0.0
     for step in range(steps):
         if step == LOG:
             _finish(device)
-            began, used, waited = time.perf_counter(), _cpu([psutil.Process()]), 0.0
+            start, used, waited = time.perf_counter(), _cpu([psutil.Process()]), 0.0
         asked = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - asked
-        loss = criterion(net(batch.image_BCHW.contiguous(memory_format=layout)), batch.label_BF)
+        loss = criterion(model(batch.image_BCHW.contiguous(memory_format=layout)), batch.label_BF)
         loss.backward()
-        made.step()
-        made.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     _finish(device)
-    wall = time.perf_counter() - began
+    wall = time.perf_counter() - start
     return {
         "wall": wall / (steps - LOG),
         "cpu": (_cpu([psutil.Process()]) - used) / (steps - LOG),
@@ -78,7 +78,7 @@ def bare(recipe: Recipe, device: torch.device, batches: Iterator[Batch], steps: 
 
 
 def ours(recipe: Recipe, workers: int) -> Stretch:
-    """A whole run by the launcher, 0 workers being this process; timed by its own log lines."""
+    """A complete run by the launcher, 0 workers being this process; timed by its own log lines."""
     seen: list[tuple[int, float]] = []
 
     @contextmanager
@@ -119,17 +119,17 @@ def _follow(run: str, workers: int, seen: list[tuple[int, float]], stop: threadi
 
 
 def _train_workers() -> list[psutil.Process]:
-    mine = psutil.Process().uids().real
-    every = psutil.process_iter(["cmdline", "uids"])
+    own_uid = psutil.Process().uids().real
+    processes = psutil.process_iter(["cmdline", "uids"])
     return [
-        each
-        for each in every
-        if "TrainWorker" in " ".join(each.info["cmdline"] or ()) and each.info["uids"].real == mine
+        item
+        for item in processes
+        if "TrainWorker" in " ".join(item.info["cmdline"] or ()) and item.info["uids"].real == own_uid
     ]
 
 
 def _cpu(processes: list[psutil.Process]) -> float:
-    return float(sum(sum(each.cpu_times()[:2]) for each in processes))
+    return float(sum(sum(item.cpu_times()[:2]) for item in processes))
 
 
 def _finish(device: torch.device) -> None:
@@ -141,38 +141,38 @@ def loops(recipe: Recipe, device: torch.device, steps: int, rounds: int) -> dict
     """Every contender's stretches, round by round; the order turns, so that none always comes first."""
     data = manifest.load(*recipe.data.shards)
 
-    def fed() -> Batches:
+    def our_batches() -> Batches:
         return training_batches(data, recipe, DistContext(device=device))
 
-    stream = fed()
+    stream = our_batches()
     ready = list(itertools.islice(stream, 4))
     stream.close()
     contenders: dict[str, Callable[[], Stretch]] = {
-        "bare context, batches in memory": lambda: bare(recipe, device, itertools.cycle(ready), steps),
-        "bare context, our batches": lambda: bare(recipe, device, fed(), steps),
+        "bare loop, batches in memory": lambda: bare(recipe, device, itertools.cycle(ready), steps),
+        "bare loop, our batches": lambda: bare(recipe, device, our_batches(), steps),
         "ours, this process": lambda: ours(recipe, 0),
         "ours, 1 Ray worker": lambda: ours(recipe, 1),
     }
     if device.type == "cpu" or torch.cuda.device_count() > 1:
         contenders["ours, 2 Ray workers"] = lambda: ours(recipe, 2)
-    found: dict[str, list[Stretch]] = {name: [] for name in contenders}
+    measured: dict[str, list[Stretch]] = {name: [] for name in contenders}
     names = list(contenders)
     for number in range(rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            found[name].append(contenders[name]())
-            print(f"round {number + 1}: {name:30} {found[name][-1]}", flush=True)
-    return found
+            measured[name].append(contenders[name]())
+            print(f"round {number + 1}: {name:30} {measured[name][-1]}", flush=True)
+    return measured
 
 
-def summary(found: dict[str, list[Stretch]], batch: int) -> dict[str, dict[str, float]]:
+def summary(measured: dict[str, list[Stretch]], batch: int) -> dict[str, dict[str, float]]:
     """Medians over the rounds, and the median of each round's ratio to the bare loop over our batches."""
-    reference = found["bare context, our batches"]
+    reference = measured["bare loop, our batches"]
     table = {}
-    for name, stretches in found.items():
-        middle = {kind: statistics.median(each[kind] for each in stretches) for kind in ("wall", "cpu", "data_wait")}
+    for name, stretches in measured.items():
+        middle = {kind: statistics.median(item[kind] for item in stretches) for kind in ("wall", "cpu", "data_wait")}
         ratios = {
             f"{kind}_to_bare": statistics.median(
-                each[kind] / other[kind] for each, other in zip(stretches, reference, strict=True)
+                item[kind] / other[kind] for item, other in zip(stretches, reference, strict=True)
             )
             for kind in ("wall", "cpu")
         }
@@ -181,7 +181,7 @@ def summary(found: dict[str, list[Stretch]], batch: int) -> dict[str, dict[str, 
     return table
 
 
-def phantom_shards(folder: Path, images: int, size: int) -> tuple[str, str]:
+def synthetic_shards(folder: Path, images: int, size: int) -> tuple[str, str]:
     """Shards of a drawn archive: NIH's side, and SIIM's side with masks."""
     drawn = archive.write(str(folder / "archive"), images=images, size=size, seed=0)
     nih, siim = str(folder / "nih"), str(folder / "siim")
@@ -215,19 +215,19 @@ def recipe_of(given: argparse.Namespace, shards: str, folder: Path) -> Recipe:
 
 
 def arguments() -> argparse.Namespace:
-    """What the command line says."""
+    """The arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=25, help=f"steps of a stretch, the first {LOG} of them warm up")
     parser.add_argument("--rounds", type=int, default=3, help="stretches of each contender")
     parser.add_argument("--arch", default="resnet18", help="timm's name of the model")
     parser.add_argument("--size", type=int, default=96, help="input side in pixels")
-    parser.add_argument("--batch", type=int, default=16, help="images a step")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch and of DALI a worker")
+    parser.add_argument("--batch", type=int, default=16, help="images per step")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch and of DALI per worker")
     parser.add_argument("--shards", help="a dataset with the findings of ChestX-ray14; default: a synthetic archive")
     parser.add_argument("--masks", help="a dataset with masks, for recipes that segment; default: a synthetic archive")
     parser.add_argument("--recipe", nargs="*", default=[], help="recipes whose loader and step to time")
-    parser.add_argument("--no-loops", action="store_true", help="leave the loops out: knobs and recipes alone")
+    parser.add_argument("--no-loops", action="store_true", help="leave the loops out: settings and recipes alone")
     parser.add_argument("--peak-tflops", type=float, help="the device's peak for bf16 where its name is not known")
     parser.add_argument("--out", type=Path, help="also write JSON")
     given = parser.parse_args()
@@ -237,7 +237,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run what the arguments say and print tables."""
+    """Run the benchmarks and print tables."""
     given = arguments()
     os.environ["OMP_NUM_THREADS"] = str(given.threads)
     torch.set_num_threads(given.threads)
@@ -253,15 +253,17 @@ def main() -> None:
         folder = Path(name)
         shards, masks = given.shards, given.masks
         if not shards or not masks:
-            drawn = phantom_shards(folder, images=96, size=max(given.size, 288 if given.recipe else 0))
+            drawn = synthetic_shards(folder, images=96, size=max(given.size, 288 if given.recipe else 0))
             shards, masks = shards or drawn[0], masks or drawn[1]
         recipe = recipe_of(given, shards, folder)
         if not given.no_loops:
-            found = loops(recipe, device, given.steps, given.rounds)
-            result["loops"] = {"rounds": found, "summary": summary(found, given.batch)}
+            measured = loops(recipe, device, given.steps, given.rounds)
+            result["loops"] = {"rounds": measured, "summary": summary(measured, given.batch)}
             _print_loops(result["loops"]["summary"], given.device)
         if given.device == "cuda":
-            result["knobs"] = train_device.knobs(recipe, device, given.steps, given.rounds, given.peak_tflops)
+            result["settings"] = train_device.time_settings(
+                recipe, device, given.steps, given.rounds, given.peak_tflops
+            )
         result["recipes"] = {
             Path(path).stem: train_device.recipe_alone(path, (shards, masks), device, given.steps, given.rounds)
             for path in given.recipe
@@ -282,7 +284,7 @@ def _print_loops(table: dict[str, dict[str, float]], device: str) -> None:
     if device == "cpu":
         held = {kind: row[f"{kind}_to_bare"] <= LIMIT for kind in ("wall", "cpu")}
         print(
-            f"ours + Ray at most {LIMIT - 1:.0%} over the bare context: by the clock {held['wall']}, by CPU {held['cpu']}"
+            f"ours + Ray at most {LIMIT - 1:.0%} over the bare loop: by the clock {held['wall']}, by CPU {held['cpu']}"
         )
 
 

@@ -1,4 +1,4 @@
-"""The step on its device: each knob of the fast path against fp32 eager, and each recipe's loader and step."""
+"""The step on its device: each setting of the fast path against fp32 eager, and each recipe's loader and step."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PEAK_TFLOPS = {
 }
 """Dense bf16 with fp32 accumulation, by the makers' data sheets."""
 PLAIN = {"precision": "fp32", "channels_last": False, "compile": "never"}
-KNOBS: dict[str, dict[str, Any]] = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "fp32 eager, no TF32, plain Adam": PLAIN,
     "TF32": PLAIN,
     "channels_last": PLAIN | {"channels_last": True},
@@ -77,8 +77,8 @@ def stepper(
     return run
 
 
-def knobs(recipe: Recipe, device: torch.device, steps: int, rounds: int, peak: float | None) -> dict[str, Any]:
-    """Each knob's images per second, memory and share of the device's peak; a first, untimed round compiles."""
+def time_settings(recipe: Recipe, device: torch.device, steps: int, rounds: int, peak: float | None) -> dict[str, Any]:
+    """Each setting's images per second, memory and share of the device's peak; a first, untimed round compiles."""
     data = manifest.load(*recipe.data.shards)
     batch = first_batch(recipe, data, device)
     name = torch.cuda.get_device_name(device)
@@ -86,46 +86,46 @@ def knobs(recipe: Recipe, device: torch.device, steps: int, rounds: int, peak: f
     work = flops(recipe, batch, device)
     runs: dict[str, Steps] = {}
     own: dict[str, int] = {}
-    for knob, changes in KNOBS.items():
+    for setting, changes in SETTINGS.items():
         before = torch.cuda.memory_allocated(device)
         quiet = recipe.tracking.model_copy(update={"log_steps": steps})
-        settings = {"train": recipe.train.model_copy(update=changes), "tracking": quiet}
-        changed = recipe.model_copy(update=settings)
-        runs[knob] = stepper(changed, data, device, batch, steps, "plain Adam" not in knob)
-        own[knob] = torch.cuda.memory_allocated(device) - before
-    seconds: dict[str, list[float]] = {knob: [] for knob in runs}
+        sections = {"train": recipe.train.model_copy(update=changes), "tracking": quiet}
+        changed = recipe.model_copy(update=sections)
+        runs[setting] = stepper(changed, data, device, batch, steps, "plain Adam" not in setting)
+        own[setting] = torch.cuda.memory_allocated(device) - before
+    seconds: dict[str, list[float]] = {setting: [] for setting in runs}
     memory: dict[str, int] = {}
     for number in range(rounds + 1):
-        for knob, run in runs.items():
-            _tf32("no TF32" not in knob)
+        for setting, run in runs.items():
+            _tf32("no TF32" not in setting)
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
-            began = time.perf_counter()
+            start = time.perf_counter()
             run()
             torch.cuda.synchronize(device)
             if number:
-                seconds[knob].append((time.perf_counter() - began) / steps)
+                seconds[setting].append((time.perf_counter() - start) / steps)
             # The other contenders' models lie there too: what this one adds, and its own weights and moments.
-            memory[knob] = torch.cuda.max_memory_allocated(device) - before + own[knob]
+            memory[setting] = torch.cuda.max_memory_allocated(device) - before + own[setting]
     _tf32(True)
-    found: dict[str, Any] = {"gflop_per_step": work / 1e9, "peak_tflops": peak, "knobs": {}}
-    slowest = statistics.median(seconds[next(iter(KNOBS))])
-    for knob, times in seconds.items():
+    result: dict[str, Any] = {"gflop_per_step": work / 1e9, "peak_tflops": peak, "settings": {}}
+    slowest = statistics.median(seconds[next(iter(SETTINGS))])
+    for setting, times in seconds.items():
         middle = statistics.median(times)
         row = {
             "ms_per_step": 1000 * middle,
             "images_per_second": recipe.sampler.batch_size / middle,
             "speed_up": slowest / middle,
-            "memory_gb": memory[knob] / 1e9,
+            "memory_gb": memory[setting] / 1e9,
             "flops_utilization": None if peak is None else work / middle / (peak * 1e12),
         }
-        found["knobs"][knob] = row
+        result["settings"][setting] = row
         share = "" if peak is None else f"  {row['flops_utilization']:.1%} of peak"
         print(
-            f"{knob:34} {row['ms_per_step']:8.2f} ms per step  {row['images_per_second']:9.1f} images/s  "
+            f"{setting:34} {row['ms_per_step']:8.2f} ms per step  {row['images_per_second']:9.1f} images/s  "
             f"x{row['speed_up']:.2f}  {row['memory_gb']:.2f} GB{share}"
         )
-    return found
+    return result
 
 
 def _tf32(on: bool) -> None:
@@ -182,7 +182,7 @@ class Images(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 
 def peer(data: Manifest, recipe: Recipe, device: torch.device, steps: int) -> Steps:
-    """The plain way: a DataLoader over `Images`, fp32, eager, plain Adam."""
+    """A plain DataLoader over `Images`, fp32, eager, plain Adam."""
     model = build_model(recipe.model, recipe.data).to(device)
     train_mode(model)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], recipe.optim.lr)
@@ -210,7 +210,7 @@ def peer(data: Manifest, recipe: Recipe, device: torch.device, steps: int) -> St
 
 
 def recipe_alone(path: str, shards: tuple[str, str], device: torch.device, steps: int, rounds: int) -> dict[str, float]:
-    """Images per second of a recipe's loader alone, step alone and both, and of the plain way; share of data wait."""
+    """Images per second of a recipe's loader alone, step alone and both, and of the peer; share of data wait."""
     tree = config.load_recipe(path)
     chosen = shards[1] if tree.data.task == "segment" else shards[0]
     data = manifest.load(chosen)
@@ -257,18 +257,18 @@ def recipe_alone(path: str, shards: tuple[str, str], device: torch.device, steps
         seconds: dict[str, list[float]] = {name: [] for name in contenders}
         for number in range(rounds + 1):
             for name, run in contenders.items():
-                began = time.perf_counter()
+                start = time.perf_counter()
                 run()
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 if number:
-                    seconds[name].append((time.perf_counter() - began) / steps)
+                    seconds[name].append((time.perf_counter() - start) / steps)
         tracker.close()
     batches.close()
-    found = {name: recipe.sampler.batch_size / statistics.median(times) for name, times in seconds.items()}
-    found["data_wait"] = statistics.median(waits[1:])
+    result = {name: recipe.sampler.batch_size / statistics.median(times) for name, times in seconds.items()}
+    result["data_wait"] = statistics.median(waits[1:])
     if device.type == "cuda":
-        found["memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
-    shown = "  ".join(f"{name} {value:.1f}" for name, value in found.items() if name in contenders)
-    print(f"{path}: images/s {shown}  waiting for data {found['data_wait']:.1%}", flush=True)
-    return found
+        result["memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+    shown = "  ".join(f"{name} {value:.1f}" for name, value in result.items() if name in contenders)
+    print(f"{path}: images/s {shown}  waiting for data {result['data_wait']:.1%}", flush=True)
+    return result

@@ -1,4 +1,4 @@
-"""cluster/: what validates each file in the field, and rules of our own where that is not at hand."""
+"""The files in cluster/: validated with the tools that read them, and with our own rules where no tool exists."""
 
 import os
 import re
@@ -27,11 +27,11 @@ PIN = next(
     for line in (ROOT / "constraints.txt").read_text().splitlines()
     if line[:5] == "ray=="
 )
-"""The Ray version that everything in cluster/ has to be of."""
+"""The Ray version of every file in cluster/."""
 TAG = f"{__version__}-ray{PIN}"
-"""Of the image: what runs, and the Ray that everything on a cluster has to share."""
+"""The image's tag: the version of cxrscale, and the Ray version, which all nodes of a cluster must share."""
 KUBERAY = {"kuberay-raycluster.yaml": "ray.io_rayclusters.yaml", "kuberay-rayjob.yaml": "ray.io_rayjobs.yaml"}
-"""Our file -> the CRD of KubeRay that it is an instance of."""
+"""Our file -> the KubeRay CRD of its kind."""
 SECRET = re.compile(r"(key|token|password|secret)$", re.IGNORECASE)
 
 
@@ -41,11 +41,11 @@ def load(name: str) -> Any:
 
 def tool(name: str) -> str:
     """A linter of the development environment."""
-    beside = Path(sys.executable).with_name(name)
-    found = str(beside) if beside.exists() else shutil.which(name)
-    if found is None:
+    installed = Path(sys.executable).with_name(name)
+    path = str(installed) if installed.exists() else shutil.which(name)
+    if path is None:
         pytest.skip(f"{name} is not installed (it has no wheel for this platform)")
-    return found
+    return path
 
 
 def dicts(tree: Any) -> Iterator[dict[str, Any]]:
@@ -69,7 +69,7 @@ def launcher() -> dict[str, Any]:
     return prepared
 
 
-def test_ray_up_refuses_what_its_schema_does_not_know() -> None:
+def test_ray_up_refuses_unknown_fields() -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     with pytest.raises(jsonschema.ValidationError, match="idle_minutes"):
@@ -80,7 +80,7 @@ def test_aws_installs_nothing_on_a_node(launcher: dict[str, Any]) -> None:
     assert [*launcher["head_setup_commands"], *launcher["worker_setup_commands"]] == []
 
 
-def test_aws_head_takes_no_work_and_workers_come_and_go(launcher: dict[str, Any]) -> None:
+def test_the_aws_head_runs_no_tasks_and_workers_are_autoscaled(launcher: dict[str, Any]) -> None:
     kinds = dict(launcher["available_node_types"])
     head = kinds.pop(launcher["head_node_type"])
     assert head["resources"] == {"CPU": 0}
@@ -104,7 +104,7 @@ def test_aws_shared_memory_holds_the_object_store(launcher: dict[str, Any]) -> N
 
 @pytest.fixture
 def amazon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """EC2, IAM and CloudFormation on this machine, and a home folder that may be written to."""
+    """EC2, IAM and CloudFormation on this machine, and a writable home folder."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=free_port(), verbose=False)
@@ -117,7 +117,7 @@ def amazon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("amazon")
-def test_ray_up_starts_head_and_workers_with_the_profiles_that_cloudformation_made(launcher: dict[str, Any]) -> None:
+def test_ray_up_starts_nodes_with_the_profiles_of_the_cloudformation_stack(launcher: dict[str, Any]) -> None:
     import boto3
     from ray.autoscaler._private.aws.config import bootstrap_aws
     from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
@@ -136,7 +136,7 @@ def test_ray_up_starts_head_and_workers_with_the_profiles_that_cloudformation_ma
     images = boto3.client("ec2", region_name="us-east-1").describe_images(Owners=["amazon"])["Images"]
     started: dict[str, str] = {}
     for name, kind in ready["available_node_types"].items():
-        # The name is looked up by Amazon itself, which the stand-in does not do.
+        # Amazon resolves this name; the local server does not.
         assert kind["node_config"]["ImageId"].startswith("resolve:ssm:/aws/service/deeplearning/ami/")
         node = kind["node_config"] | {"ImageId": images[0]["ImageId"]}
         started |= dict.fromkeys(machines.create_node(node, {}, 1), name)
@@ -149,8 +149,8 @@ def test_ray_up_starts_head_and_workers_with_the_profiles_that_cloudformation_ma
 
 
 def test_cloudformation_template_passes_cfn_lint() -> None:
-    done = subprocess.run([tool("cfn-lint"), CLUSTER / "aws-bucket.yaml"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
+    ran = subprocess.run([tool("cfn-lint"), CLUSTER / "aws-bucket.yaml"], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
 # KubeRay
@@ -172,7 +172,7 @@ def test_kuberay_file_passes_the_schema_of_the_operator(name: str) -> None:
 
 
 def unknown(schema: dict[str, Any], value: Any, path: str = "") -> Iterator[str]:
-    """Fields that the schema does not have, which `kubectl apply` refuses; a CRD cannot say so in JSON Schema."""
+    """Fields that are not in the schema; `kubectl apply` refuses them, but JSON Schema validation of a CRD does not."""
     if isinstance(value, list):
         for i, child in enumerate(value):
             yield from unknown(schema.get("items", {}), child, f"{path}[{i}]")
@@ -185,7 +185,7 @@ def unknown(schema: dict[str, Any], value: Any, path: str = "") -> Iterator[str]
                 yield from unknown(inner, child, f"{path}.{name}")
 
 
-def test_unknown_field_is_found() -> None:
+def test_an_unknown_field_is_found() -> None:
     schema = {"properties": {"a": {"items": {"properties": {"b": {}}}}, "c": {"additionalProperties": {}}}}
     document = {"a": [{"b": 1}, {"bb": 1}], "c": {"anything": 1}, "metadata": {"labels": {}}}
     assert list(unknown(schema | {"properties": {**schema["properties"], "metadata": {}}}, document)) == [".a[1].bb"]
@@ -193,7 +193,7 @@ def test_unknown_field_is_found() -> None:
 
 @pytest.fixture(params=KUBERAY)
 def kube(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """A KubeRay document of ours."""
+    """One of our KubeRay documents."""
     document: dict[str, Any] = load(request.param)
     return document
 
@@ -220,14 +220,14 @@ def gib(quantity: str) -> float:
     return int(number) / (1 if unit == "Gi" else 1024)
 
 
-def test_kube_is_of_the_pinned_ray(kube: dict[str, Any]) -> None:
+def test_kube_uses_the_pinned_ray(kube: dict[str, Any]) -> None:
     assert kube["apiVersion"] == "ray.io/v1"
     assert cluster_of(kube)["rayVersion"] == PIN
     assert {container(group)["image"].rsplit(":")[-1] for group in groups(kube)} == {TAG}
 
 
-def test_kube_asks_for_what_it_gets(kube: dict[str, Any]) -> None:
-    # Requests below limits make pods that are evicted first; a GPU's have to be equal.
+def test_kube_requests_are_equal_to_limits(kube: dict[str, Any]) -> None:
+    # Pods with requests below limits are evicted first; requests and limits of GPUs must be equal.
     for group in groups(kube):
         resources = container(group)["resources"]
         assert resources["requests"] == resources["limits"]
@@ -235,7 +235,7 @@ def test_kube_asks_for_what_it_gets(kube: dict[str, Any]) -> None:
     assert gpus == {"head": None, "driver": None, "gpu": 1}
 
 
-def test_kube_work_runs_on_gpu_workers_alone(kube: dict[str, Any]) -> None:
+def test_kube_tasks_run_on_gpu_workers_only(kube: dict[str, Any]) -> None:
     for group in groups(kube):
         cpus = group["rayStartParams"].get("num-cpus")
         assert cpus == (None if group.get("groupName") == "gpu" else "0")
@@ -251,7 +251,7 @@ def test_kube_shared_memory_holds_the_object_store_and_fits_the_container(kube: 
         assert store < gib(shm["sizeLimit"]) < gib(container(group)["resources"]["limits"]["memory"])
 
 
-def test_kube_shard_cache_stays_below_its_volume(kube: dict[str, Any]) -> None:
+def test_kube_dataset_cache_is_smaller_than_its_volume(kube: dict[str, Any]) -> None:
     (group,) = [g for g in groups(kube) if g.get("groupName") == "gpu"]
     env = {item["name"]: item.get("value") for item in container(group)["env"]}
     mounted = {mount["mountPath"]: mount["name"] for mount in container(group)["volumeMounts"]}
@@ -288,7 +288,7 @@ def test_rayjob_runs_a_real_command_of_cxrscale() -> None:
     assert recipe.scaling.num_workers == gpu["replicas"]
     assert recipe.scaling.cpus_per_worker <= int(container(gpu)["resources"]["limits"]["cpu"])
     assert all(address.startswith("s3://") for address in (*recipe.data.shards, recipe.tracking.runs_dir))
-    # Without a name each attempt would be another run, and start over.
+    # Without a name, each attempt would be a new run and start from the beginning.
     assert recipe.tracking.name
     assert spec["backoffLimit"] >= 1
     assert spec["shutdownAfterJobFinishes"]
@@ -299,19 +299,19 @@ def test_rayjob_gives_a_stopped_job_time_for_a_checkpoint() -> None:
     assert int(yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) >= 60
 
 
-def test_driver_pods_have_what_the_entrypoint_asks_for() -> None:
+def test_driver_pods_have_the_resources_of_the_entrypoint() -> None:
     import json
 
     spec = load("kuberay-rayjob.yaml")["spec"]
-    asked = json.loads(spec["entrypointResources"])
+    required = json.loads(spec["entrypointResources"])
     for document in (load("kuberay-rayjob.yaml"), load("kuberay-raycluster.yaml")):
         (driver,) = [g for g in groups(document) if g.get("groupName") == "driver"]
-        # KubeRay puts the string into a shell's command line as it is.
-        had = json.loads(shlex.split(f"x={driver['rayStartParams']['resources']}")[0].removeprefix("x="))
-        assert all(had[name] >= amount for name, amount in asked.items())
+        # KubeRay copies the string into a shell command without quoting.
+        offered = json.loads(shlex.split(f"x={driver['rayStartParams']['resources']}")[0].removeprefix("x="))
+        assert all(offered[name] >= amount for name, amount in required.items())
 
 
-def test_what_a_namespace_needs_passes_kubernetes_own_schema() -> None:
+def test_the_namespace_objects_pass_the_kubernetes_schema() -> None:
     validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
     documents = list(yaml.safe_load_all((CLUSTER / "kuberay-once.yaml").read_text()))
     assert documents
@@ -321,7 +321,7 @@ def test_what_a_namespace_needs_passes_kubernetes_own_schema() -> None:
             validate.validate({**document, "nonsense": 1}, "1.32", strict=True)
 
 
-# All of them
+# All files
 
 
 @pytest.mark.parametrize("name", ["aws.yaml", "aws-bucket.yaml", "kuberay-once.yaml", *KUBERAY])
@@ -332,13 +332,13 @@ def test_no_secret_in_plain_text(name: str) -> None:
             if SECRET.search(str(mapping.get("name", ""))) and {"value", "valueFrom"} & set(mapping):
                 assert set(mapping) == {"name", "valueFrom"}, mapping
             if mapping.get("kind") == "Secret":
-                pytest.fail(f"{name} holds a Secret; say how to make it instead")
+                pytest.fail(f"{name} holds a Secret; describe how to create it instead")
     for _, value in re.findall(r"([A-Z_]*(?:KEY|TOKEN|PASSWORD))=(\S+)", yaml.dump(load_plain(name))):
         assert value.startswith(("/", "$", '"$')), f"{name}: {value}"
 
 
 def load_plain(name: str) -> list[Any]:
-    """A YAML file without its comments, every value a string."""
+    """A YAML file without its comments, with all values as strings."""
     return list(yaml.load_all((CLUSTER / name).read_text(), yaml.BaseLoader))
 
 
@@ -362,7 +362,7 @@ def test_one_image_for_every_node(launcher: dict[str, Any]) -> None:
     assert re.search(rf"^ray=={re.escape(PIN)}$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
 
 
-def test_dockerfile_copies_only_what_the_context_lets_in() -> None:
+def test_dockerfile_copies_exactly_the_files_of_the_context() -> None:
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     copied = set()
     for line in re.findall(r"^COPY (?:--\S+ )*(.+)$", (CLUSTER / "Dockerfile").read_text(), re.MULTILINE):
@@ -372,11 +372,11 @@ def test_dockerfile_copies_only_what_the_context_lets_in() -> None:
 
 
 def test_dockerfile_passes_hadolint() -> None:
-    done = subprocess.run([tool("hadolint"), CLUSTER / "Dockerfile"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stdout + done.stderr
+    ran = subprocess.run([tool("hadolint"), CLUSTER / "Dockerfile"], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
-def test_readme_counts_the_images_that_the_recipe_trains_on(launcher: dict[str, Any]) -> None:
+def test_the_readme_has_the_number_of_images_of_the_recipe(launcher: dict[str, Any]) -> None:
     text = (ROOT / "cluster" / "README.md").read_text()
     train, val, test = 75_312, 11_212, 25_596
     epochs = config.load_recipe(ROOT / "jobs" / "chexnet14.yaml").train.epochs
@@ -391,12 +391,12 @@ def test_readme_counts_the_images_that_the_recipe_trains_on(launcher: dict[str, 
 
 
 def test_local_passes_shellcheck() -> None:
-    done = subprocess.run([tool("shellcheck"), CLUSTER / "local.sh"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stdout + done.stderr
+    ran = subprocess.run([tool("shellcheck"), CLUSTER / "local.sh"], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
 def free_port() -> int:
-    """A port that is free, and the next one too."""
+    """A free port whose next one is free too."""
     while True:
         with socket.socket() as one, socket.socket() as next_one:
             one.bind(("127.0.0.1", 0))
@@ -410,7 +410,7 @@ def free_port() -> int:
 
 @pytest.fixture
 def local() -> Iterator[dict[str, str]]:
-    """The environment of a local cluster on ports of its own, which is ended afterwards."""
+    """The environment of a local cluster on separate ports, which is stopped afterwards."""
     port = free_port()
     given = {"CXR_PORT": str(port), "CXR_DASHBOARD_PORT": str(free_port()), "CXR_OBJECT_STORE_MB": "128"}
     env = {**os.environ, **given, "CXR_DIR": f"/tmp/cxrscale-test-{port}"}
@@ -419,35 +419,35 @@ def local() -> Iterator[dict[str, str]]:
     shutil.rmtree(env["CXR_DIR"])
 
 
-def say(env: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_local(env: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([CLUSTER / "local.sh", *arguments], env=env, capture_output=True, text=True, timeout=150)
 
 
-def marked(env: dict[str, str]) -> list[int]:
-    """Processes that carry the cluster's mark."""
-    found = []
+def processes(env: dict[str, str]) -> list[int]:
+    """Processes with the cluster's environment variable."""
+    pids = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
             variables = path.read_bytes().split(b"\0")
         except OSError:
             continue
         if f"CXRSCALE_LOCAL_CLUSTER={env['CXR_DIR']}".encode() in variables:
-            found.append(int(path.parent.name))
-    return found
+            pids.append(int(path.parent.name))
+    return pids
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="local.sh finds its processes in /proc")
-def test_local_cluster_comes_up_runs_a_job_and_goes_away(local: dict[str, str]) -> None:
+def test_a_local_cluster_starts_runs_a_job_and_stops(local: dict[str, str]) -> None:
     from ray.job_submission import JobSubmissionClient
 
-    up = say(local, "up", "1")
+    up = run_local(local, "up", "1")
     assert up.returncode == 0, up.stderr
     exports = dict(item.split("=", 1) for item in re.findall(r"\b\w+=\S+", up.stdout))
     assert exports["RAY_AUTH_MODE"] == "token"
-    before = sorted(marked(local))
-    assert say(local, "up", "1").returncode == 0
-    assert set(before) <= set(marked(local)), "a second `up` restarted something"
-    nodes = say(local, "status")
+    before = sorted(processes(local))
+    assert run_local(local, "up", "1").returncode == 0
+    assert set(before) <= set(processes(local)), "a second `up` restarted something"
+    nodes = run_local(local, "status")
     assert nodes.returncode == 0, nodes.stderr
     assert "workers: 1," in nodes.stdout
 
@@ -464,28 +464,28 @@ def test_local_cluster_comes_up_runs_a_job_and_goes_away(local: dict[str, str]) 
     assert status == "SUCCEEDED", client.get_job_logs(job)
     assert f"42 2 {ROOT}" in client.get_job_logs(job)
 
-    # A job that runs on has a session of its own, and must go as well.
+    # A running job has its own process session and must be stopped too.
     client.submit_job(entrypoint="sleep 600")
-    down = say(local, "down")
+    down = run_local(local, "down")
     assert down.returncode == 0, down.stderr
-    assert marked(local) == []
-    assert say(local, "down").returncode == 0
-    assert say(local, "status").returncode == 2
+    assert processes(local) == []
+    assert run_local(local, "down").returncode == 0
+    assert run_local(local, "status").returncode == 2
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="local.sh finds its processes in /proc")
-def test_local_cluster_interrupted_as_it_starts_leaves_nothing(local: dict[str, str]) -> None:
+def test_a_local_cluster_interrupted_while_starting_leaves_no_process(local: dict[str, str]) -> None:
     starting = subprocess.Popen([CLUSTER / "local.sh", "up"], env=local, stdout=subprocess.DEVNULL)
     until = time.monotonic() + 30
-    while not marked(local) and time.monotonic() < until:
+    while not processes(local) and time.monotonic() < until:
         time.sleep(0.1)
     starting.send_signal(signal.SIGINT)
     assert starting.wait(60) == 130
-    assert marked(local) == []
+    assert processes(local) == []
 
 
 @pytest.mark.parametrize(
-    ("arguments", "given", "said"),
+    ("arguments", "given", "message"),
     [
         (("up", "0"), {}, "whole number from 1"),
         (("up", "1"), {"CXR_DIR": "/tmp/" + "x" * 40}, "longer than 40 characters"),
@@ -493,19 +493,19 @@ def test_local_cluster_interrupted_as_it_starts_leaves_nothing(local: dict[str, 
         (("status",), {}, "no cluster at"),
     ],
 )
-def test_local_says_what_is_wrong(
-    local: dict[str, str], arguments: tuple[str, ...], given: dict[str, str], said: str
+def test_local_gives_one_line_per_error(
+    local: dict[str, str], arguments: tuple[str, ...], given: dict[str, str], message: str
 ) -> None:
-    answer = say({**local, **given}, *arguments)
+    answer = run_local({**local, **given}, *arguments)
     assert answer.returncode == 2
     assert len(answer.stderr.splitlines()) == 1
-    assert said in answer.stderr
+    assert message in answer.stderr
 
 
-def test_local_refuses_a_port_that_is_taken(local: dict[str, str]) -> None:
+def test_local_refuses_a_port_that_is_in_use(local: dict[str, str]) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        answer = say({**local, "CXR_DASHBOARD_PORT": str(other.getsockname()[1])}, "up", "1")
+        answer = run_local({**local, "CXR_DASHBOARD_PORT": str(other.getsockname()[1])}, "up", "1")
     assert answer.returncode == 2
     assert "taken by something else; give another CXR_DASHBOARD_PORT" in answer.stderr

@@ -156,7 +156,7 @@ def test_a_grid_goes_on_when_a_trial_fails(siim_shards: str, tmp_path: Path) -> 
     scores = predictions.read_predictions(Path(trials[0]["run"], "predictions-val.parquet"))
     assert scores.maps is not None
     assert trials[0]["dice_at_own_thresholds"] >= float((scores.maps.true_NT.sum(axis=1) == 0).mean())
-    assert "tune.baseline_seeds=3 would say" in result.verdict
+    assert "tune.baseline_seeds=3 would show" in result.verdict
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -21,7 +21,7 @@ import simplejpeg
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEGBaseline8Bit, SecondaryCaptureImageStorage
 
-from cxrscale.io import encode
+from cxrscale.io import rle_masks
 from cxrscale.sources.synthetic.anatomy import Anatomy, Mask, sample_anatomy
 from cxrscale.sources.synthetic.lesions import FINDINGS, DrawnImage, draw
 from cxrscale.types import GrayImage, UserError
@@ -228,7 +228,7 @@ def _rles(image: DrawnImage, twice: bool) -> list[str]:
         upper[rows[len(rows) * 3 // 5] :] = False
         lower[: rows[len(rows) * 2 // 5]] = False
         masks[:1] = [upper, lower]
-    return [encode(mask) for mask in masks]
+    return [rle_masks.encode(mask) for mask in masks]
 
 
 def _label_row(plan: _ImagePlan) -> str:
