@@ -2,6 +2,7 @@
 
 import os
 import pty
+import re
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from tests.conftest import TINY_CLASSIFIER
 
 STOPS = """
 import torch
-from cxrscale import cli
+from cxrscale.cli import app
 
 torch.set_num_threads(1)
 backward = torch.autograd.backward
@@ -22,7 +23,7 @@ def stopping(loss):
     backward(loss)
 
 torch.autograd.backward = stopping
-cli.main()
+app.main()
 """
 
 
@@ -49,7 +50,8 @@ def test_a_breakpoint_in_the_loop_is_a_prompt_in_the_very_process(nih_shards: st
         try:
             os.close(slave)
             # The frame is the caller's, and nothing draws over the prompt.
-            assert until(master, "(Pdb)").rstrip().endswith("stopping()\r\n(Pdb)")
+            # Python 3.13 stops at the call itself and shows its line, earlier ones at the line after it.
+            assert re.search(r"stopping\(\)\r\n(-> [^\r]*\r\n)?\(Pdb\) ?$", until(master, "(Pdb)"))
             for asked, expected in (
                 ("import os, threading; print('pid', os.getpid() or 0)", f"pid {process.pid}"),
                 ("print(threading.current_thread() is threading.main_thread(), 'main')", "True main"),
