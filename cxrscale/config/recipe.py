@@ -63,6 +63,8 @@ AnySection = TypeVar("AnySection", bound=Section)
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe and apply `section.field=value` overrides; values are YAML (`3e-4`, `[a, b]`, `null`).
 
+        recipe = cx.load_recipe("jobs/chexnet14.yaml", ["optim.lr=3e-4", "data.shards=[shards/nih]"])
+
     Raises:
         UserError: no such file, not YAML, an unknown field (the message names a similar one), or a wrong value.
     """

@@ -30,11 +30,10 @@ _log = logging.getLogger("cxrscale")
 def make_loader(recipe: Recipe, dataset: Manifest, split: str = "train", dist: DistContext = DistContext()) -> Batches:
     """The batches of one split of a dataset, as the recipe wants them.
 
-    Example:
-        >>> recipe = load_recipe("jobs/demo.yaml")
-        >>> dataset = open_dataset("runs/demo/shards/nih")
-        >>> for batch in make_loader(recipe, dataset, split="val"):
-        ...     logits = model(batch.image_BCHW)[batch.valid_B]
+        recipe = cx.load_recipe("jobs/demo.yaml")
+        dataset = cx.open_dataset("runs/demo/shards/nih")
+        for batch in cx.make_loader(recipe, dataset, split="val"):
+            logits = model(batch.image_BCHW)[batch.valid_B]
 
     Args:
         recipe: its sections data, loader, sampler and augment are used.

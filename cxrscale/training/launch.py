@@ -102,7 +102,7 @@ def preflight(recipe: Recipe, stem: str = "") -> RunInputs:
         recipe=stem,
         shards=recipe.data.shards,
         manifest=data.digest,
-        inputs=tuple(about["input"] for about in data.metadata),
+        inputs=tuple(metadata["input"] for metadata in data.metadata),
         # The recipe only names these files: another file under the name would be another training.
         files={name: storage.digest(storage.read(name)) for name in _files(recipe)},
     )

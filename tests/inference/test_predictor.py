@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,12 @@ from cxrscale.shards import manifest
 from cxrscale.sources.synthetic.archive import SyntheticPaths
 from cxrscale.training import checkpoint
 from cxrscale.types import UserError
+
+
+@pytest.fixture(scope="module")
+def classifier_run(classifier_run: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A copy, since predictions are kept in the run."""
+    return str(shutil.copytree(classifier_run, tmp_path_factory.mktemp("predictor") / "run"))
 
 
 @pytest.fixture(scope="module")

@@ -99,7 +99,7 @@ def test_an_elastic_run_goes_on_without_the_machine_that_nobody_hears_of(
     assert set(cluster.training()) == set(WORKERS)
     cluster.stop("elastic")
     out, _ = job.communicate(timeout=PATIENCE_S)
-    assert "stopped with a checkpoint; go on with tracking.name=elastic" in out
+    assert "stopped with a checkpoint; resume with tracking.name=elastic" in out
     assert [line["step"] for line in tracking.read_log(run)] == list(range(1, newest(run) + 1))
 
 

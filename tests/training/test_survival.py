@@ -131,7 +131,7 @@ def test_sigterm_writes_a_checkpoint_also_in_a_bucket(
     driver.terminate()
     out, _ = driver.communicate(timeout=120)
     assert driver.returncode == 0, out
-    assert "stopped with a checkpoint; go on with tracking.name=tiny" in out
+    assert "stopped with a checkpoint; resume with tracking.name=tiny" in out
     assert 0 < max(checkpoint.steps(storage.join(run, checkpoint.FOLDER)).values()) < 60
     assert not run_info.read_run_info(run).finished
     assert launch.launch(recipe, "tiny", lambda *_: nullcontext()) == run
