@@ -146,7 +146,8 @@ def test_after_a_lost_node_fewer_workers_train_until_it_is_back(
 
     No step is lost or done twice, and the stop at the end writes a checkpoint as always.
     """
-    more = ("train.epochs=2", "sampler.steps_per_epoch=400", "train.checkpoint_steps=10", "tracking.log_steps=5")
+    # More steps than will be done: the run must not end before the second node is back.
+    more = ("train.epochs=2", "sampler.steps_per_epoch=10000", "train.checkpoint_steps=10", "tracking.log_steps=5")
     scaling = ("scaling.num_workers=[1, 2]", "scaling.cpus_per_worker=2", "scaling.elastic_check_seconds=2")
     run = str(tmp_path / "tiny")
     # Nodes come and go on the main thread: Ray sets signal handlers there.

@@ -179,11 +179,11 @@ def test_a_search_can_be_kept_in_a_bucket(nih_shards: str, s3: str) -> None:
         "tune.baseline_seeds=0",
         "train.epochs=1",
         "sampler.steps_per_epoch=2",
-        f"tracking.runs_dir={s3}/runs",
+        f"tracking.runs_dir={s3}/searches",
     )
     given = "tune.space={optim.lr: [1e-3, 1e-4]}"
     result = search(tiny(nih_shards, Path("/nowhere"), given, *more))
-    assert result.run == f"{s3}/runs/tiny"
+    assert result.run == f"{s3}/searches/tiny"
     trials = pq.read_table(io.BytesIO(storage.read(storage.join(result.run, results.PARQUET)))).to_pylist()
     assert [row["status"] for row in trials] == ["finished"] * 2
     assert storage.exists(storage.join(result.run, "tune.html"))
