@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 
@@ -31,6 +32,10 @@ os.environ |= {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
     "WANDB_MODE": "offline",
 }
+
+# How long one example takes says how busy the machine is; speed is measured in tests/benchmarks.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 TINY_CLASSIFIER = (
     "data.findings=[Cardiomegaly, Effusion, Mass]",

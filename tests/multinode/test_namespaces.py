@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -69,5 +70,10 @@ def test_a_killed_process_takes_its_machines_with_it(site: Site, tmp_path: Path)
     ran = subprocess.run([sys.executable, "-c", LEAVES, tmp_path], cwd=root, capture_output=True, text=True, timeout=60)
     pids = [int(word) for word in ran.stdout.split()]
     assert len(pids) >= 6, ran.stderr
-    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=30)
+    ending = []
+    for pid in pids:
+        # They are going while this looks at them.
+        with suppress(psutil.NoSuchProcess):
+            ending.append(psutil.Process(pid))
+    _, alive = psutil.wait_procs(ending, timeout=30)
     assert not alive
