@@ -55,6 +55,18 @@ class Trap:
         os.close(self._pipe)
 
 
+def wait_until_reading(pid: int) -> None:
+    """Return when the main thread of a process sleeps in a system call.
+
+    A signal between the opening of a pipe and the first read of it would be seen only after that read, which never
+    returns here.
+    """
+    process, asleep = psutil.Process(pid), 0
+    while asleep < 5:
+        asleep = asleep + 1 if process.status() == psutil.STATUS_SLEEPING else 0
+        time.sleep(0.05)
+
+
 def parts(out: Path) -> list[str]:
     """The tars that are finished and recorded."""
     return [path.name.removesuffix(".parquet") for path in (out / pack.PARTS).glob("*.parquet")]
@@ -130,12 +142,15 @@ def test_a_killed_driver_costs_only_the_unfinished_shards(
 def test_ctrl_c_leaves_no_temporary_file(trap: Trap, nih_shards: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "cxrscale", "shard", "nih", str(trap.root), "--out", str(out), "--local"]
-    process = subprocess.Popen(
-        [*command, "pack.size=64", "pack.samples_per_shard=20"], stderr=subprocess.PIPE, text=True
-    )
-    trap.wait_for_reader()
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    command += ["pack.size=64", "pack.samples_per_shard=20"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            trap.wait_for_reader()
+            wait_until_reading(process.pid)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert err.splitlines()[-1] == "stopped; run the same command again to resume"
     assert list(out.rglob(".tmp-*")) == []
