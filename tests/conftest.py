@@ -186,6 +186,30 @@ def ray_cluster() -> Iterator[Any]:
     cluster.shutdown()  # type: ignore[no-untyped-call]
 
 
+TWO_WORKERS = (
+    "train.epochs=2",
+    "sampler.steps_per_epoch=30",
+    "train.checkpoint_steps=4",
+    "augment.hflip=0.5",
+    "scaling.num_workers=2",
+)
+"""Sixty steps of a few hundredths of a second, so that there is a middle to be killed in."""
+
+
+@pytest.fixture(scope="session")
+def two_worker_run(
+    ray_cluster: Any,  # noqa: ARG001 - on the test session's cluster
+    nih_shards: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> str:
+    """A run of `TWO_WORKERS` on Ray that nothing disturbed. Copy it before you change it."""
+    from cxrscale.cli.progress import watch_run
+    from cxrscale.training import launch
+
+    recipe = tiny(nih_shards, tmp_path_factory.mktemp("two"), *TWO_WORKERS, "tracking.wandb=offline")
+    return launch.launch(recipe, "tiny", watch_run)
+
+
 def tiny(dataset: str, root: Path, *overrides: str, base: tuple[str, ...] = TINY_CLASSIFIER) -> Recipe:
     """A small recipe over a dataset, whose runs go under `root`."""
     given = [*base, f"data.shards=[{dataset}]", f"tracking.runs_dir={root}", "tracking.name=tiny", *overrides]

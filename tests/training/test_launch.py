@@ -11,14 +11,17 @@ from cxrscale.shards import build
 from cxrscale.sources.synthetic.archive import SyntheticPaths
 from cxrscale.training import launch
 from cxrscale.types import UserError
-from tests.conftest import tiny
+from tests.conftest import TWO_WORKERS, tiny
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_two_ray_workers_train_and_validate_every_image_once(nih_shards: str, tmp_path: Path) -> None:
-    more = ("train.epochs=2", "sampler.steps_per_epoch=3", "tracking.wandb=offline")
-    run = Path(launch.launch(tiny(nih_shards, tmp_path / "two", *more, "scaling.num_workers=2"), "tiny", watch_run))
-    alone = Path(launch.launch(tiny(nih_shards, tmp_path / "one", *more), "tiny", watch_run, local=True))
+def test_two_ray_workers_train_and_validate_every_image_once(
+    two_worker_run: str, nih_shards: str, tmp_path: Path
+) -> None:
+    more = (*TWO_WORKERS, "tracking.wandb=offline", "scaling.num_workers=1")
+    run, alone = (
+        Path(two_worker_run),
+        Path(launch.launch(tiny(nih_shards, tmp_path, *more), "tiny", watch_run, local=True)),
+    )
     for folder in (run, alone):
         assert (folder / "best.pt").is_file()
         assert list((folder / "wandb").glob("offline-run-*/*.wandb"))

@@ -18,16 +18,7 @@ from cxrscale import config
 from cxrscale.config import Recipe
 from cxrscale.io import storage
 from cxrscale.training import checkpoint, launch, run_info, tracking
-from tests.conftest import tiny
-
-MORE = (
-    "train.epochs=2",
-    "sampler.steps_per_epoch=30",
-    "train.checkpoint_steps=4",
-    "augment.hflip=0.5",
-    "scaling.num_workers=2",
-)
-"""Sixty steps of a few hundredths of a second, so that there is a middle to be killed in."""
+from tests.conftest import TWO_WORKERS, tiny
 
 
 def final_state(run: str) -> dict[str, Any]:
@@ -42,16 +33,6 @@ def assert_equal(run: str, other: str) -> None:
     assert repr(one["progress"]) == repr(two["progress"])
     steps = [[(line["kind"], line["step"]) for line in tracking.read_log(path)] for path in (run, other)]
     assert steps[0] == steps[1]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(
-    ray_cluster: Any,  # noqa: ARG001 - on the test session's cluster
-    nih_shards: str,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> str:
-    recipe = tiny(nih_shards, tmp_path_factory.mktemp("undisturbed"), *MORE)
-    return launch.launch(recipe, "tiny", lambda *_: nullcontext())
 
 
 def when_logged(run: str, step: int, act: Callable[[], None]) -> threading.Thread:
@@ -85,9 +66,9 @@ def drive(recipe: Recipe, folder: Path, address: str) -> subprocess.Popen[str]:
 
 
 def test_a_killed_worker_costs_only_the_steps_since_the_last_checkpoint(
-    undisturbed: str, nih_shards: str, tmp_path: Path
+    two_worker_run: str, nih_shards: str, tmp_path: Path
 ) -> None:
-    recipe = tiny(nih_shards, tmp_path, *MORE)
+    recipe = tiny(nih_shards, tmp_path, *TWO_WORKERS)
     killed: list[int] = []
 
     def kill() -> None:
@@ -98,30 +79,31 @@ def test_a_killed_worker_costs_only_the_steps_since_the_last_checkpoint(
     run = launch.launch(recipe, "tiny", lambda *_: nullcontext())
     thread.join()
     assert killed
-    assert_equal(run, undisturbed)
+    assert_equal(run, two_worker_run)
     assert run_info.read_run_info(run).finished
 
 
+@pytest.mark.slow
 def test_the_same_command_resumes_after_the_driver_is_killed(
-    ray_cluster: Any, undisturbed: str, nih_shards: str, tmp_path: Path
+    ray_cluster: Any, two_worker_run: str, nih_shards: str, tmp_path: Path
 ) -> None:
-    recipe = tiny(nih_shards, tmp_path, *MORE)
+    recipe = tiny(nih_shards, tmp_path, *TWO_WORKERS)
     driver = drive(recipe, tmp_path, ray_cluster.address)
     when_logged(str(tmp_path / "tiny"), 40, driver.kill).join(timeout=120)
     assert driver.wait() == -signal.SIGKILL
     driver.stdout.close() if driver.stdout else None
     assert not run_info.read_run_info(str(tmp_path / "tiny")).finished
     run = launch.launch(recipe, "tiny", lambda *_: nullcontext())
-    assert_equal(run, undisturbed)
+    assert_equal(run, two_worker_run)
     sessions = run_info.read_run_info(run).sessions
     assert len(sessions) == 2
     assert (sessions[0].ended or 0) > sessions[0].began
 
 
 def test_sigterm_writes_a_checkpoint_also_in_a_bucket(
-    ray_cluster: Any, undisturbed: str, nih_shards: str, s3: str, tmp_path: Path
+    ray_cluster: Any, two_worker_run: str, nih_shards: str, s3: str, tmp_path: Path
 ) -> None:
-    recipe = tiny(nih_shards, tmp_path, *MORE, "train.checkpoint_steps=null", f"tracking.runs_dir={s3}/runs")
+    recipe = tiny(nih_shards, tmp_path, *TWO_WORKERS, "train.checkpoint_steps=null", f"tracking.runs_dir={s3}/runs")
     run = f"{s3}/runs/tiny"
     driver = drive(recipe, tmp_path, ray_cluster.address)
     # In a bucket train_log.jsonl comes late; the first batch's images come with the first step.
@@ -135,7 +117,7 @@ def test_sigterm_writes_a_checkpoint_also_in_a_bucket(
     assert 0 < max(checkpoint.steps(storage.join(run, checkpoint.FOLDER)).values()) < 60
     assert not run_info.read_run_info(run).finished
     assert launch.launch(recipe, "tiny", lambda *_: nullcontext()) == run
-    assert_equal(run, undisturbed)
+    assert_equal(run, two_worker_run)
 
 
 @pytest.mark.slow

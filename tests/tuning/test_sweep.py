@@ -159,6 +159,7 @@ def test_a_grid_goes_on_when_a_trial_fails(siim_shards: str, tmp_path: Path) -> 
     assert "tune.baseline_seeds=3 would show" in result.verdict
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_optuna_learns_from_trials_and_not_from_seeds(nih_shards: str, tmp_path: Path) -> None:
     pytest.importorskip("optuna")
