@@ -11,8 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from cxrscale import config
 from cxrscale.config import Recipe, Threshold
 from cxrscale.evaluation import (
@@ -67,7 +65,7 @@ class Run:
         address = self.artifact(RECIPE)
         if not storage.exists(address):
             raise UserError(f"{address} does not exist; give the folder that `cxrscale train` printed")
-        return config.parse(Recipe, yaml.safe_load(storage.read(address)), where=address)
+        return config.parse(Recipe, config.read_yaml(storage.read(address), address), where=address)
 
     def artifact(self, *names: str) -> str:
         """The path or address of one of its files: run.artifact("plots", "roc.png")."""

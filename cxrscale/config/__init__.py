@@ -32,6 +32,7 @@ from cxrscale.config.reference import PublishedFigure, Reference
 from cxrscale.config.runtime import Scaling, Threshold, Tracking, Tune
 from cxrscale.config.section import Names, Section
 from cxrscale.config.training import LOSS_WEIGHTS, LOWER_IS_BETTER, Loss, Model, Optim, Train
+from cxrscale.config.yaml_text import read_yaml, write_yaml
 
 __all__ = [
     "ABSENT",
@@ -74,5 +75,7 @@ __all__ = [
     "load_recipe",
     "override",
     "parse",
+    "read_yaml",
     "to_yaml",
+    "write_yaml",
 ]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
-import yaml
 from pydantic import ValidationError, model_validator
 
 from cxrscale.config.data import Augment, Data, Loader, Pack, Sampler
@@ -17,7 +16,8 @@ from cxrscale.config.renamed import renamed_field
 from cxrscale.config.runtime import Scaling, Threshold, Tracking, Tune
 from cxrscale.config.section import Section
 from cxrscale.config.training import LOSS_WEIGHTS, Loss, Model, Optim, Train
-from cxrscale.types import UserError, one_line
+from cxrscale.config.yaml_text import read_text, read_texts, read_value, read_yaml, write_yaml
+from cxrscale.types import UserError
 
 
 class Recipe(Section):
@@ -61,33 +61,31 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read a recipe and apply `section.field=value` overrides; values are YAML (`3e-4`, `[a, b]`, `null`).
+    """Read a recipe and apply `section.field=value` overrides; values are as in YAML (`3e-4`, `[a, b]`, `null`).
 
         recipe = cx.load_recipe("jobs/chexnet14.yaml", ["optim.lr=3e-4", "data.shards=[shards/nih]"])
 
     Raises:
-        UserError: no such file, not YAML, an unknown field (the message names a similar one), or a wrong value.
+        UserError: no such file, not UTF-8, not YAML, a key twice, an unknown field (the message names a similar one),
+            or a wrong value.
     """
     path = Path(path)
     try:
-        text = path.read_text()
+        data = path.read_bytes()
     except FileNotFoundError:
         near = sorted(str(other) for other in path.parent.glob("*.yaml"))[:12] if path.parent.is_dir() else []
         remedy = f"recipes in that folder: {', '.join(near)}" if near else "recipes are in jobs/"
         raise UserError(f"recipe {path} does not exist; {remedy}") from None
-    except OSError as error:
-        raise UserError(f"recipe {path} cannot be read: {error.strerror}; give a YAML file") from None
-    try:
-        tree = yaml.load(text, _Loader) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe {path} is not YAML: {one_line(error)}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"recipe {path} holds a {type(tree).__name__}, not sections; see `cxrscale config`")
-    return parse(Recipe, override(tree, overrides), where=str(path))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"recipe {path} cannot be read: {reason}; give a YAML file") from None
+    return parse(Recipe, override(read_yaml(data, f"recipe {path}"), overrides), where=str(path))
 
 
 def override(tree: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """A copy of the nested mapping with each `a.b=value` set; the value is parsed as YAML.
+    """A copy of the nested mapping with each `a.b=value` set.
+
+    The value of a field that holds text (a name, a path) is taken as typed; others are parsed as YAML.
 
     Raises:
         UserError: an override has no `=`, or its section is a field.
@@ -103,8 +101,32 @@ def override(tree: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise UserError(f"override {item!r}: {parent} is a field, not a section")
-        node[leaf] = _value(text)
+        node[leaf] = _value(name.strip(), text)
     return result
+
+
+def _value(name: str, text: str) -> Any:
+    """The value of an override: as typed where the field holds text, else YAML."""
+    kind = _annotations().get(name)
+    optional = type(None) in get_args(kind)
+    if kind is None or (optional and text == "null"):
+        return read_value(text)
+    kinds = [one for one in (get_args(kind) if optional else (kind,)) if one is not type(None)]
+    if kinds == [str]:
+        return read_text(text)
+    return read_texts(text) if kinds == [tuple[str, ...]] else read_value(text)
+
+
+@cache
+def _annotations() -> dict[str, Any]:
+    """Dotted name -> type of every field of a recipe."""
+    sections = {name: info.annotation for name, info in Recipe.model_fields.items()}
+    return {
+        f"{name}.{field}": info.annotation
+        for name, section in sections.items()
+        if section is not None
+        for field, info in section.model_fields.items()
+    }
 
 
 def parse(section: type[AnySection], tree: Mapping[str, Any], where: str) -> AnySection:
@@ -129,8 +151,7 @@ def parse(section: type[AnySection], tree: Mapping[str, Any], where: str) -> Any
 
 def to_yaml(section: Section) -> str:
     """A section as YAML with all defaults, in the order of its definition."""
-    text: str = yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    return text
+    return write_yaml(section.model_dump(mode="json"))
 
 
 def fields(section: type[Section], prefix: str = "") -> dict[str, str]:
@@ -150,19 +171,3 @@ def _nearest(section: type[Section], field: str) -> str:
     leaf_matches = [name for name in names if name.rsplit(".", 1)[-1] == field.rsplit(".", 1)[-1]]
     close = leaf_matches or difflib.get_close_matches(field, names, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else "`cxrscale config RECIPE --help-fields` lists all fields"
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as a string because it lacks a dot; in a recipe it is a number, such as a learning rate."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+$"), list("+-0123456789")
-)
-
-
-def _value(text: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        return text

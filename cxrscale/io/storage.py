@@ -12,31 +12,15 @@ from pathlib import Path
 import fsspec
 from blake3 import blake3
 
+from cxrscale.io.address import absolute as absolute
+from cxrscale.io.address import is_remote as is_remote
+from cxrscale.io.address import join as join
+from cxrscale.io.address import local_path as local_path
+from cxrscale.io.address import normalize
 from cxrscale.types import UserError
 
 TEMPORARY_PREFIX = ".tmp-"
 """Prefix of the name of an unfinished file, which has no suffix, so that a pattern such as `*.tar` never matches it."""
-
-
-def is_remote(address: str) -> bool:
-    """Whether the address needs a network file system (s3://, gs://, ...); file:// and plain paths do not."""
-    return "://" in address and not address.startswith(("file://", "local://"))
-
-
-def local_path(address: str) -> Path:
-    """The path of a local address."""
-    return Path(address.removeprefix("file://"))
-
-
-def join(root: str | Path, *names: str) -> str:
-    """root/name/..., for local paths and addresses."""
-    root = str(root)
-    return "/".join([root.rstrip("/"), *names]) if is_remote(root) else str(local_path(root).joinpath(*names))
-
-
-def absolute(address: str) -> str:
-    """The address with an absolute path, because workers run in other directories."""
-    return address if is_remote(address) else str(local_path(address).resolve())
 
 
 def exists(address: str) -> bool:
@@ -44,7 +28,7 @@ def exists(address: str) -> bool:
     if not is_remote(address):
         return local_path(address).exists()
     with _user_errors(address):
-        files, path = fsspec.core.url_to_fs(address)
+        files, path = fsspec.core.url_to_fs(normalize(address))
         files.invalidate_cache()
         return bool(files.exists(path))
 
@@ -58,7 +42,7 @@ def read(address: str) -> bytes:
     with _user_errors(address):
         if not is_remote(address):
             return local_path(address).read_bytes()
-        with fsspec.open(address, "rb") as file:
+        with fsspec.open(normalize(address), "rb") as file:
             data: bytes = file.read()
             return data
 
@@ -69,7 +53,7 @@ def listing(address: str, suffix: str = "") -> list[str]:
         root = local_path(address)
         return sorted(entry.name for entry in root.iterdir() if entry.name.endswith(suffix)) if root.is_dir() else []
     with _user_errors(address):
-        files, path = fsspec.core.url_to_fs(address)
+        files, path = fsspec.core.url_to_fs(normalize(address))
         files.invalidate_cache()
         names = files.ls(path, detail=False) if files.exists(path) else []
         return sorted(name.rsplit("/", 1)[-1] for name in names if name.endswith(suffix))
@@ -81,7 +65,7 @@ def remove(address: str) -> None:
         local_path(address).unlink(missing_ok=True)
         return
     with _user_errors(address):
-        files, path = fsspec.core.url_to_fs(address)
+        files, path = fsspec.core.url_to_fs(normalize(address))
         if files.exists(path):
             files.rm_file(path)
 
@@ -103,7 +87,11 @@ def publishing(address: str) -> Iterator[Path]:
         UserError: the disk is full or the target cannot be written; no temporary file remains.
     """
     remote = is_remote(address)
-    final = local_path(address)
+    final = Path(address) if remote else _target(address)
+    if not remote and _is_stream(final):
+        with _writing_to_stream(final) as temporary:
+            yield temporary
+        return
     with _user_errors(address):
         if not remote:
             final.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +101,7 @@ def publishing(address: str) -> Iterator[Path]:
         try:
             yield temporary
             if remote:
-                files, path = fsspec.core.url_to_fs(address)
+                files, path = fsspec.core.url_to_fs(normalize(address))
                 files.put_file(str(temporary), path)
             else:
                 temporary.chmod(0o644)
@@ -122,6 +110,44 @@ def publishing(address: str) -> Iterator[Path]:
                 _sync(final.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _target(address: str) -> Path:
+    """The file that an output address means: a link is followed, so that it stays a link to the new content.
+
+    Raises:
+        UserError: a folder, a socket, a block device or a link that leads in a circle is there.
+    """
+    path = local_path(address)
+    with _user_errors(address):
+        if _is_stream(path):
+            return path
+        if path.is_symlink():
+            path = Path(os.path.realpath(path))
+        if path.is_symlink():
+            raise OSError(errno.ELOOP, "links lead in a circle", address)
+        if path.is_dir():
+            raise IsADirectoryError(address)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{address} is neither a file nor a folder; choose another output")
+    return path
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether it is written and not replaced: a pipe, a terminal, /dev/null, also /dev/stdout where it is a file."""
+    return (
+        path.is_fifo() or path.is_char_device() or (path.parts[:2] in (("/", "dev"), ("/", "proc")) and path.exists())
+    )
+
+
+@contextmanager
+def _writing_to_stream(stream: Path) -> Iterator[Path]:
+    """A temporary path, whose content is copied into the stream at the end."""
+    with tempfile.TemporaryDirectory() as folder:
+        temporary = Path(folder, "output")
+        yield temporary
+        with _user_errors(str(stream)), stream.open("wb") as target:
+            target.write(temporary.read_bytes())
 
 
 def write(address: str, data: bytes | str) -> None:
@@ -178,6 +204,8 @@ def _user_errors(address: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise UserError(f"{address}: no space left on the disk; free some, then re-run the command") from None
+        if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
+            raise UserError(f"{address}: {(error.strerror or '').lower()}; correct the path") from None
         if error.errno == errno.EROFS:
             raise UserError(f"{address}: the disk is read-only; choose another folder") from None
         raise

@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-import yaml
 
 from cxrscale import config
 from cxrscale.cluster import nodes, ray_session
@@ -118,7 +117,7 @@ def prepare(recipe: Recipe, inputs: RunInputs) -> str:
     run = storage.join(recipe.tracking.runs_dir, name)
     address = storage.join(run, RECIPE)
     if storage.exists(address):
-        changed = changed_sections(recipe, yaml.safe_load(storage.read(address)), FREE_TO_CHANGE)
+        changed = changed_sections(recipe, config.read_yaml(storage.read(address), address), FREE_TO_CHANGE)
         old = run_info.read_run_info(run)
         if changed:
             raise UserError(
@@ -138,7 +137,7 @@ def prepare(recipe: Recipe, inputs: RunInputs) -> str:
 
 def changed_sections(recipe: Recipe, stored: Mapping[str, Any], free: frozenset[str]) -> list[str]:
     """Sections of the recipe that differ from those of a stored one, but for those that are `free` to change."""
-    current = yaml.safe_load(config.to_yaml(recipe))
+    current = recipe.model_dump(mode="json")
     return [name for name in current if name not in free and current[name] != stored.get(name)]
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 from scipy.integrate import quad
 from scipy.stats import norm
 
+from cxrscale import config
 from cxrscale.config import LOWER_IS_BETTER, Recipe
 from cxrscale.io import storage
 from cxrscale.training import checkpoint, launch, run_info, tracking
@@ -112,7 +112,8 @@ def _read_trial(study: Study, space: Space, name: str, own: float) -> TrialRow:
             for session in run_info.close_sessions(info.sessions, lines)
         ]
         usage = run_info.sum_usage(sessions, study.recipe["tracking"]["gpu_hour_price"])
-        tree = yaml.safe_load(storage.read(storage.join(run, launch.RECIPE)))
+        address = storage.join(run, launch.RECIPE)
+        tree = config.read_yaml(storage.read(address), address)
         point = {field: _value_at(tree, field) for field in space}
     status = BROKEN if reason else FINISHED if finished else STOPPED
     return TrialRow(name, name.startswith("seed-"), status, reason, point, curve, own, run=run, **dict(usage))
@@ -265,5 +266,4 @@ def best_recipe(verdict: Verdict, recipe: Recipe, space: Space, run: str) -> str
         *textwrap.wrap(verdict.sentence, 115),
     ]
     header = "".join(f"# {line}".rstrip() + "\n" for line in lines)
-    body: str = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, default_flow_style=None)
-    return header + body
+    return header + config.write_yaml(tree, flow=None)

@@ -15,7 +15,6 @@ from typing import Any
 
 import ray
 import ray.tune
-import yaml
 
 from cxrscale import config
 from cxrscale.cluster import ray_session
@@ -137,7 +136,8 @@ def _check_resumable(recipe: Recipe, inputs: RunInputs, run: str) -> None:
     name = run.rsplit("/", 1)[-1]
     if not is_search(run):
         raise UserError(f"{run} is not a search; give another tracking.name")
-    stored = yaml.safe_load(storage.read(storage.join(run, launch.RECIPE)))
+    address = storage.join(run, launch.RECIPE)
+    stored = config.read_yaml(storage.read(address), address)
     # How many trials run at a time may change.
     stored.get("tune", {})["max_concurrent_trials"] = recipe.tune.max_concurrent_trials
     changed = launch.changed_sections(recipe, stored, FREE_TO_CHANGE)

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from cxrscale import config
 from cxrscale.config import Recipe
@@ -80,3 +82,78 @@ def test_a_field_of_the_recipe_overrides_the_preset() -> None:
 
 def test_every_field_has_a_help_text() -> None:
     assert [name for name, sentence in config.fields(Recipe).items() if not sentence.strip().endswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "value"),
+    [
+        ("tracking.runs_dir=/data/a #b", "runs_dir", "/data/a #b"),
+        ("tracking.runs_dir=~", "runs_dir", "~"),
+        ("tracking.runs_dir=010", "runs_dir", "010"),
+        ("tracking.project=2:24", "project", "2:24"),
+        ("tracking.project=on", "project", "on"),
+        ("tracking.project={x: y}", "project", "{x: y}"),
+        ("tracking.project='a: b'", "project", "a: b"),
+        ("tracking.project=2026-11-29", "project", "2026-11-29"),
+        ("tracking.name=1e3", "name", "1e3"),
+        ("tracking.name=null", "name", None),
+        ("tracking.group=a b: c", "group", "a b: c"),
+    ],
+)
+def test_a_text_is_taken_as_typed(override: str, field: str, value: str | None) -> None:
+    assert getattr(resolve(override).tracking, field) == value
+
+
+def test_names_in_a_list_are_taken_as_typed() -> None:
+    assert resolve("data.shards=[010, ~/nih, 2:24]").data.shards == ("010", "~/nih", "2:24")
+    assert resolve("data.train_split=010").data.train_split == ("010",)
+
+
+@pytest.mark.parametrize(("text", "epochs"), [("010", 10), ("0o10", 8), ("0x10", 16)])
+def test_integers_are_those_of_yaml_1_2(text: str, epochs: int, tmp_path: Path) -> None:
+    assert resolve(f"train.epochs={text}").train.epochs == epochs
+    (tmp_path / "r.yaml").write_text(f"train:\n  epochs: {text}\n")
+    assert config.load_recipe(tmp_path / "r.yaml").train.epochs == epochs
+
+
+@pytest.mark.parametrize("text", ["2:24", "yes", "2026-11-29"])
+def test_what_yaml_1_1_would_change_is_refused_where_a_number_belongs(text: str) -> None:
+    with pytest.raises(UserError, match=rf"train.epochs='{text}'"):
+        resolve(f"train.epochs={text}")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"train: {epochs: 2}\noptim: {lr: 1}\ntrain: {patience: 3}\n", "train stands twice, on lines 1 and 3"),
+        (b"train:\n  epochs: 2\n  epochs: 3\n", "epochs stands twice, on lines 2 and 3"),
+        ("train: {epochs: 2}\n".encode("utf-16"), "is in UTF-16, not UTF-8"),
+        ("# caf\xe9\ntracking: {project: \xe9}".encode("latin-1"), "is in another encoding, not UTF-8 (line 1)"),
+        (b"train: {epochs: \x00}\n", "is not YAML"),
+        (b"- a\n", "holds a list, not sections"),
+        (b"train: !!python/object:os.system {}\n", "is not YAML"),
+        (b"[" * 5000, "is not YAML"),
+    ],
+    ids=["section twice", "field twice", "UTF-16", "Latin-1", "NUL", "list", "tag", "too deep"],
+)
+def test_a_recipe_that_cannot_be_read_is_one_line(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        config.load_recipe(tmp_path / "r.yaml")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_byte_order_mark_and_an_empty_file_are_no_mistake(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_bytes(b"\xef\xbb\xbftrain: {epochs: 2}\n")
+    assert config.load_recipe(tmp_path / "r.yaml").train.epochs == 2
+    (tmp_path / "r.yaml").write_bytes(b"")
+    assert config.load_recipe(tmp_path / "r.yaml") == Recipe()
+
+
+@given(st.text(min_size=1), st.lists(st.text(), max_size=3))
+@example("1e-3", ["010", "on", "~", "2:24", "0o17", ".5", "<<", "=", "null", "2026-11-29"])
+def test_any_text_is_written_and_read_back(project: str, findings: list[str]) -> None:
+    tree = {"tracking": {"project": project}, "data": {"findings": findings}}
+    for flow in (False, None):
+        assert config.read_yaml(config.write_yaml(tree, flow).encode("utf-8", "surrogatepass"), "r") == tree

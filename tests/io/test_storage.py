@@ -1,5 +1,10 @@
 """Files appear complete or not at all."""
 
+import os
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -64,3 +69,56 @@ def test_a_path_through_a_file_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match="a part of this path is a file"):
         storage.write(str(tmp_path / "file" / "inner"), b"x")
+
+
+def test_an_output_that_is_a_link_changes_what_it_points_to(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    target, link = tmp_path / "real" / "a.txt", tmp_path / "link.txt"
+    target.write_text("old")
+    link.symlink_to(target)
+    storage.write(str(link), "new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    assert names(tmp_path / "real") == ["a.txt"]
+
+
+@pytest.mark.parametrize("device", ["/dev/null", "/dev/zero"])
+def test_a_device_is_written_and_stays_a_device(device: str) -> None:
+    storage.write(device, "text")
+    assert Path(device).is_char_device()
+
+
+def test_a_pipe_gets_the_content(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        content = pool.submit(pipe.read_bytes)
+        storage.write(str(pipe), "text")
+        assert content.result(10) == b"text"
+    assert pipe.is_fifo()
+
+
+def test_standard_output_can_be_the_output(tmp_path: Path) -> None:
+    script = "from cxrscale.io import storage; storage.write('/dev/stdout', 'text')"
+    command = [sys.executable, "-c", script]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "text"
+    with (tmp_path / "out").open("w") as file:
+        subprocess.run(command, stdout=file, check=True)
+    assert (tmp_path / "out").read_text() == "text"
+
+
+def test_what_cannot_be_an_output_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+        for name, message in (
+            ("folder", "is a folder; give a file"),
+            ("loop", "links lead in a circle; correct the path"),
+            ("socket", "is neither a file nor a folder"),
+            ("x" * 300, "file name too long; correct the path"),
+        ):
+            with pytest.raises(UserError, match=message):
+                storage.write(str(tmp_path / name), "text")
+        assert (tmp_path / "socket").is_socket()
+    assert sorted(names(tmp_path)) == ["folder", "loop", "socket"]

@@ -21,7 +21,7 @@ import simplejpeg
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEGBaseline8Bit, SecondaryCaptureImageStorage
 
-from cxrscale.io import rle_masks
+from cxrscale.io import rle_masks, storage
 from cxrscale.sources.synthetic.anatomy import Anatomy, Mask, sample_anatomy
 from cxrscale.sources.synthetic.lesions import FINDINGS, DrawnImage, draw
 from cxrscale.types import GrayImage, UserError
@@ -98,9 +98,9 @@ def write(
             f"synthetic data: images={images} size={size} seed={seed}; "
             "give at least 10 images, a size of 32 to 4096, and a seed of 0 or more"
         )
-    if "://" in root and not root.startswith("file://"):
+    if storage.is_remote(root):
         raise UserError(f"{root}: synthetic data is drawn into a local folder; give a path")
-    folder = Path(root.removeprefix("file://")).resolve()
+    folder = storage.local_path(root).resolve()
     arguments = {"drawing": _DRAWING, "images": images, "size": size, "seed": seed}
     paths = SyntheticPaths(folder / "nih", folder / "siim")
     if _is_drawn(folder, arguments):
