@@ -153,6 +153,7 @@ def test_a_byte_order_mark_and_an_empty_file_are_no_mistake(tmp_path: Path) -> N
 
 @given(st.text(min_size=1), st.lists(st.text(), max_size=3))
 @example("1e-3", ["010", "on", "~", "2:24", "0o17", ".5", "<<", "=", "null", "2026-11-29"])
+@example("\x85", ["\u2028", " a\ufeffb ", "\r\n", "'", '"'])
 def test_any_text_is_written_and_read_back(project: str, findings: list[str]) -> None:
     tree = {"tracking": {"project": project}, "data": {"findings": findings}}
     for flow in (False, None):
