@@ -100,6 +100,7 @@ def test_the_same_command_resumes_after_the_driver_is_killed(
     assert (sessions[0].ended or 0) > sessions[0].began
 
 
+@pytest.mark.slow  # on every push tests/cluster/test_jobs.py stops a training with SIGTERM
 def test_sigterm_writes_a_checkpoint_also_in_a_bucket(
     ray_cluster: Any, two_worker_run: str, nih_shards: str, s3: str, tmp_path: Path
 ) -> None:
