@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import sys
 from typing import Annotated
 
 import typer
@@ -26,5 +28,9 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
 
 def main() -> None:
     """Run the command line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A file's name need not be UTF-8; its bytes go out as they came in.
+            stream.reconfigure(errors="surrogateescape")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     app()

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from cxrscale import config, sources
 from cxrscale.cli import progress
 from cxrscale.cli.group import Local, Overrides, RecipePath, app
 from cxrscale.config import Recipe
-from cxrscale.io import storage
+from cxrscale.io import storage, terminal
 from cxrscale.types import UserError
 
 # Each command imports what it runs: torch, Ray and DALI take seconds that `--help` and a typing mistake need not.
@@ -85,7 +84,7 @@ def audit(
     for finding, counts in result.findings.items():
         table.add_row(finding, *(str(counts[split].present) for split in result.splits))
     table.add_row("all images", *map(str, result.splits.values()), style="bold")
-    Console().print(table)
+    terminal.show(table)
     print(f"{len(result.quarantined)} quarantined, {len(leaks.patients_in_two_splits)} patients in two splits")
     for line in leaks.not_checked:
         print(f"not checked: {line}")

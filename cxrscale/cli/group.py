@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from cxrscale.io import storage
+from cxrscale.io import storage, terminal
 from cxrscale.types import UserError, one_line
 
 RENAMED_COMMANDS = {"batches": "preview", "ablation": "overfit"}
@@ -31,7 +31,7 @@ class CommandGroup(TyperGroup):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {terminal.printable(error)}", file=sys.stderr)
             raise typer.Exit(2) from None
         except Exception as error:
             # Typer brings its own copy of click since 0.21: its class of this error cannot be imported from either.
@@ -42,7 +42,8 @@ class CommandGroup(TyperGroup):
             # Only here: a worker whose bucket is away for a while is to fail and be started again.
             if not storage.unreachable(error):
                 raise
-            print(f"error: {one_line(error)}; check the network, AWS_ENDPOINT_URL and the credentials", file=sys.stderr)
+            reason = terminal.printable(one_line(error))
+            print(f"error: {reason}; check the network, AWS_ENDPOINT_URL and the credentials", file=sys.stderr)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             print("stopped; run the same command again to resume", file=sys.stderr)
@@ -54,7 +55,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    # Rich would read the brackets of data.shards=[shards/nih] as markup.
+    rich_markup_mode=None,
     help="Chest X-rays from raw archives to honest metrics. Every command prints the path of its output last.",
 )
 

@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cxrscale.io import storage
+from cxrscale.io import storage, terminal
 
 PLAIN_SECONDS = 10.0
 """Without a terminal, at most one line in this time."""
@@ -31,13 +30,14 @@ class Bar:
         self.done, self._started = 0, time.monotonic()
         self._printed, self._drawn = self._started, 0.0
         self._progress: Progress | None = None
-        console = Console(stderr=True)
+        console = terminal.console(stderr=True)
         if console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            text = TextColumn("{task.description}", markup=False)
+            columns = (text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self._progress = Progress(
                 *columns, console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
             )
-            self._task = self._progress.add_task(title, total=total)
+            self._task = self._progress.add_task(terminal.printable(title), total=total)
             self._progress.start()
 
     def set_total(self, total: int) -> None:
@@ -52,13 +52,13 @@ class Bar:
         speed = f"  {done / max(1e-9, now - self._started):.0f} {self.unit}/s" if self.unit else ""
         text = f"{self.title}{speed}  {note}".rstrip()
         if self._progress is not None:
-            self._progress.update(self._task, completed=done, description=text)
+            self._progress.update(self._task, completed=done, description=terminal.printable(text))
             if now - self._drawn > DRAW_SECONDS or done == self.total:
                 self._drawn = now
                 self._progress.refresh()
         elif now - self._printed > PLAIN_SECONDS or done == self.total:
             self._printed = now
-            print(f"{text}  {done}/{self.total or '?'}", file=sys.stderr, flush=True)
+            print(f"{terminal.printable(text)}  {done}/{self.total or '?'}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Stop drawing; the last state stays."""

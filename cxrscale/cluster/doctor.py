@@ -10,12 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cxrscale.cluster import nodes, probe, ray_session
 from cxrscale.config import CACHE_FOLDER, DEFAULT_CACHE_FOLDER
-from cxrscale.io import storage
+from cxrscale.io import storage, terminal
 
 OK, WARN, WRONG = "ok", "warn", "wrong"
 COLORS = {OK: "green", WARN: "yellow", WRONG: "red"}
@@ -262,9 +262,8 @@ def show(rows: Iterable[Row]) -> None:
     """Print the rows as a table."""
     table = Table("check", "node", "result", "verdict", "how to fix")
     for row in merge_rows(rows):
-        table.add_row(row.check, row.node, row.result, f"[{COLORS[row.verdict]}]{row.verdict}[/]", row.remedy)
-    console = Console()
-    (console if console.is_terminal else Console(width=200)).print(table)
+        table.add_row(row.check, row.node, row.result, Text(row.verdict, COLORS[row.verdict]), row.remedy)
+    terminal.show(table)
 
 
 def write(rows: Iterable[Row], reports: Mapping[str, Any], out: str) -> None:

@@ -168,6 +168,8 @@ def fields(section: type[Section], prefix: str = "") -> dict[str, str]:
 
 def _nearest(section: type[Section], field: str) -> str:
     names = list(fields(section))
-    leaf_matches = [name for name in names if name.rsplit(".", 1)[-1] == field.rsplit(".", 1)[-1]]
-    close = leaf_matches or difflib.get_close_matches(field, names, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else "`cxrscale config RECIPE --help-fields` lists all fields"
+    same_leaf = [name for name in names if name.rsplit(".", 1)[-1] == field.rsplit(".", 1)[-1]]
+    # A stable sort: whoever misses data.size while training means the input's size before that of the shards.
+    same_leaf.sort(key=lambda name: name.startswith(("pack.", "tune.", "reference.")))
+    close = same_leaf[:3] or difflib.get_close_matches(field, names, n=1, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else "`cxrscale config RECIPE --help-fields` lists all fields"

@@ -120,9 +120,9 @@ def read_text(text: str) -> str:
 
 
 def read_texts(text: str) -> Any:
-    """`[a, b]` as a list of texts (`010` and `~` stay as typed), and anything else as one text."""
+    """`[a, b]` as a list of texts (`010` and `~` stay as typed), and anything else as a list of one text."""
     if not text.strip().startswith("["):
-        return read_text(text)
+        return [read_text(text)]
     try:
         return yaml.load(text, _TextLoader)
     except (yaml.YAMLError, ValueError, RecursionError):

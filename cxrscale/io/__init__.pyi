@@ -3,6 +3,7 @@ from . import dicom as dicom
 from . import images as images
 from . import rle_masks as rle_masks
 from . import storage as storage
+from . import terminal as terminal
 from .artifact import Artifact as Artifact
 from .artifact import ArtifactPart as ArtifactPart
 from .artifact import Number as Number

@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from cxrscale.config import Recipe
 from cxrscale.evaluation import Comparison, Estimate, TestMetrics, Thresholds, artifacts
+from cxrscale.io import terminal
 
 WIDTH = 110
 """Columns of a table where no terminal gives its width."""
@@ -18,7 +18,7 @@ WIDTH = 110
 
 def print_metrics(test: TestMetrics, title: str) -> None:
     """Print test metrics as a table."""
-    _print(metrics_table(test, title))
+    terminal.show(metrics_table(test, title), WIDTH)
 
 
 def metrics_table(test: TestMetrics, title: str) -> Table:
@@ -42,7 +42,7 @@ def metrics_table(test: TestMetrics, title: str) -> Table:
 
 def print_thresholds(thresholds: Thresholds, title: str) -> None:
     """Print thresholds as a table."""
-    _print(thresholds_table(thresholds, title))
+    terminal.show(thresholds_table(thresholds, title), WIDTH)
 
 
 def thresholds_table(thresholds: Thresholds, title: str) -> Table:
@@ -65,7 +65,7 @@ def thresholds_table(thresholds: Thresholds, title: str) -> Table:
 
 def print_comparison(comparison: Comparison) -> None:
     """Print a comparison of two runs as a table."""
-    _print(comparison_table(comparison))
+    terminal.show(comparison_table(comparison), WIDTH)
 
 
 def comparison_table(comparison: Comparison) -> Table:
@@ -100,7 +100,7 @@ def print_trials(rows: Sequence[Mapping[str, Any]], recipe: Recipe, fields: Sequ
         rows: of trials.parquet.
         fields: the searched ones.
     """
-    _print(trials_table(rows, recipe, fields, title), max(WIDTH, 70 + 18 * len(fields)))
+    terminal.show(trials_table(rows, recipe, fields, title), max(WIDTH, 70 + 18 * len(fields)))
 
 
 def trials_table(rows: Sequence[Mapping[str, Any]], recipe: Recipe, fields: Sequence[str], title: str) -> Table:
@@ -132,11 +132,6 @@ def estimate(value: Estimate) -> str:
 def number(value: float) -> str:
     """Three digits after the point, or a dash."""
     return "-" if math.isnan(value) else f"{value:.3f}"
-
-
-def _print(table: Table, width: int = WIDTH) -> None:
-    console = Console()
-    (console if console.is_terminal else Console(width=width)).print(table)
 
 
 def _text(value: Any) -> str:

@@ -1,5 +1,6 @@
 """The command line as a user meets it: artifacts last, mistakes in one line."""
 
+import html
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 from cxrscale.cli import app
 from cxrscale.sources.synthetic.archive import SyntheticPaths
@@ -28,7 +30,15 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, list[str]
     return code, captured.out.splitlines(), captured.err
 
 
-def test_the_whole_way_by_commands(drawn: SyntheticPaths, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+ODD = "a [b] [red] {c} $d$ <i>&amp;\"' :x: \u202ee #1"
+"""A folder's name with what markup, Markdown, HTML, formulas, YAML and text from right to left might read as theirs."""
+
+
+def test_the_whole_way_by_commands_in_a_folder_with_an_odd_name(
+    drawn: SyntheticPaths, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tmp_path = tmp_path / ODD
+    tmp_path.mkdir()
     recipe = tmp_path / "small.yaml"
     recipe.write_text("train: {epochs: 1}\n")
     shards = str(tmp_path / "nih")
@@ -40,7 +50,7 @@ def test_the_whole_way_by_commands(drawn: SyntheticPaths, tmp_path: Path, capsys
     assert (code, out[-1]) == (0, str(tmp_path / "audit.html"))
     assert "No leak found: no patient and no image is in two splits." in out
     assert json.loads((tmp_path / "audit.json").read_text())["leaks"]["patients_in_two_splits"] == []
-    overrides = [*TINY_CLASSIFIER, f"data.shards=[{shards}]", f"tracking.runs_dir={tmp_path}", "tracking.name=small"]
+    overrides = [*TINY_CLASSIFIER, f"data.shards={shards}", f"tracking.runs_dir={tmp_path}", "tracking.name=small"]
     code, out, _ = run(capsys, "train", str(recipe), *overrides, "--local")
     assert (code, out[-1]) == (0, str(tmp_path / "small"))
     code, out, _ = run(capsys, "evaluate", out[-1])
@@ -51,6 +61,14 @@ def test_the_whole_way_by_commands(drawn: SyntheticPaths, tmp_path: Path, capsys
     assert out[-2:] == [str(tmp_path / "small" / name) for name in ("test_metrics.json", "report.html")]
     found = json.loads(Path(out[-2]).read_text())
     assert found["recipe"]["data"]["shards"] == [shards]
+    for page in (tmp_path / "audit.html", Path(out[-1])):
+        text = page.read_text()
+        assert "<i>" not in text
+        assert ODD in html.unescape(text)
+    code, out, _ = run(
+        capsys, "compare", str(tmp_path / "small"), str(tmp_path / "small"), "--out", str(tmp_path / "c")
+    )
+    assert (code, out[-1]) == (0, str(tmp_path / "c"))
     assert {"manifest", "checkpoint"} <= found.keys()
     image = str(next(drawn.nih.rglob("*.png")))
     dicom = str(next(drawn.siim.rglob("*.dcm")))
@@ -78,6 +96,8 @@ def test_config_resolves_and_explains(capsys: pytest.CaptureFixture[str]) -> Non
         (["shard", "nih", "{nih}", "pack.sise=3", "--out", "{tmp}/o"], ["unknown field pack.sise", "pack.size"]),
         (["shard", "nih", "{broken}", "--out", "{tmp}/o"], ["Data_Entry_2017", "Finding Labels"]),
         (["train", "jobs/nothing.yaml"], ["jobs/nothing.yaml does not exist"]),
+        (["train", "{tmp}/[b]\x1b[31m\u202e.yaml"], ["[b]\\x1b[31m\\u202e.yaml does not exist"]),
+        (["verify", "{tmp}/a\nb"], ["a\\nb"]),
         (["threshold", "{tmp}"], ["recipe.yaml does not exist", "cxrscale train"]),
         (["predict", "x.dcm", "--run", "{tmp}"], ["best.pt does not exist"]),
         (["verify", "{tmp}"], ["manifest.parquet does not exist"]),
@@ -129,6 +149,24 @@ def test_help_teaches() -> None:
         assert command in shown.stdout
     for command in ("compare", "predict", "doctor", "submit", "config"):
         assert command in shown.stdout
+
+
+def test_the_help_of_every_command_loses_no_character(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Brackets, such as those of data.shards=[shards/nih], are not markup."""
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setenv("TERMINAL_WIDTH", "400")
+    commands = typer.main.get_command(app.app).commands  # type: ignore[attr-defined]
+    assert len(commands) >= 14
+    for name, command in commands.items():
+        code, out, _ = run(capsys, name, "--help")
+        assert code == 0
+        shown = " ".join(word for line in out for word in line.replace("│", " ").split())
+        texts = [command.help or "", *(parameter.help or "" for parameter in command.params if not parameter.hidden)]
+        assert "" not in texts[:1]
+        for text in texts:
+            assert " ".join(text.split()) in shown, (name, text)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from cxrscale.cli import progress
+from cxrscale.io import terminal
 
 
 def test_without_a_terminal_the_last_line_has_the_total(capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,13 +40,13 @@ def test_without_a_terminal_lines_keep_their_distance(
 
 def test_in_a_terminal_nothing_is_drawn_between_updates(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
-    monkeypatch.setattr(progress, "Console", lambda **_: Console(file=stream, force_terminal=True, width=100))
-    with progress.bar("training", 4, "steps") as bar:
+    monkeypatch.setattr(terminal, "console", lambda **_: Console(file=stream, force_terminal=True, width=100))
+    with progress.bar("training [red]x", 4, "steps") as bar:
         bar.update(4, "loss 0.5")
         assert bar._progress is not None
         # A thread that redraws would draw over a debugger's prompt.
         assert not bar._progress.live.auto_refresh
-    assert "training" in stream.getvalue()
+    assert "training [red]x" in stream.getvalue()
     assert "4/4" in stream.getvalue()
 
 

@@ -39,6 +39,7 @@ def test_override_does_not_change_its_input() -> None:
     ("override", "fragments"),
     [
         ("optim.learning_rat=1", ["unknown field optim.learning_rat"]),
+        ("data.size=96", ["unknown field data.size", "did you mean augment.size or pack.size?"]),
         ("train.lr=1", ["unknown field train.lr", "did you mean optim.lr?"]),
         ("optim.lr=fast", ["optim.lr='fast'", "number"]),
         ("optim.lr=-1", ["optim.lr=-1", "greater than 0"]),
