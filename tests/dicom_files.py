@@ -7,6 +7,7 @@ import struct
 import warnings
 from typing import Any
 
+import imagecodecs
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
@@ -95,6 +96,9 @@ def encoded(stored: Stored, syntax: str, *, bits: int | None = None, quality: in
         return bytes(simplejpeg.encode_jpeg(stored[..., None], quality, "GRAY", fastdct=False))
     if syntax in (uid.JPEGLossless, uid.JPEGLosslessSV1):
         return jpeg_lossless(stored, bits)
+    if syntax in uid.JPEGLSTransferSyntaxes and bits in (8, 16):  # for which imagecodecs writes the right header
+        near = 2 if syntax == uid.JPEGLSNearLossless else 0
+        return bytes(imagecodecs.jpegls_encode(stored.view(f"u{stored.itemsize}"), level=near))
     ds = Dataset()
     ds.file_meta = FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian

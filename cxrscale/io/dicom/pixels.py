@@ -7,12 +7,12 @@ transfer syntax, so that other installed packages cannot change a pixel.
 
 from __future__ import annotations
 
-import importlib
 import struct
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
+import imagecodecs
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
@@ -36,8 +36,8 @@ ENCODED: dict[str, tuple[tuple[int, ...], str]] = {
     uid.JPEGExtended12Bit: ((0xC0, 0xC1), ""),
     uid.JPEGLossless: ((0xC3,), ""),
     uid.JPEGLosslessSV1: ((0xC3,), ""),
-    uid.JPEGLSLossless: ((0xF7,), "pyjpegls"),
-    uid.JPEGLSNearLossless: ((0xF7,), "pyjpegls"),
+    uid.JPEGLSLossless: ((0xF7,), ""),
+    uid.JPEGLSNearLossless: ((0xF7,), ""),
     uid.JPEG2000Lossless: ((), "pylibjpeg"),
     uid.JPEG2000: ((), "pylibjpeg"),
     uid.HTJ2KLossless: ((), "pylibjpeg"),
@@ -110,6 +110,8 @@ def decode_frame(pixels: bytes, vr: str, syntax: Any, layout: Layout) -> tuple[n
     _check(header, layout)
     if plugin:
         return _by_plugin(pixels, vr, plugin, syntax, layout), frame
+    if markers == (0xF7,):
+        return _by_jpeg_ls(frame, syntax, layout), frame
     return _by_jpeg(frame, header, syntax, layout), frame
 
 
@@ -196,7 +198,7 @@ def _jpeg2000_header(frame: bytes) -> _FrameHeader:
 
 
 def _by_jpeg(frame: bytes, header: _FrameHeader, syntax: Any, layout: Layout) -> npt.NDArray[Any]:
-    """Decode 8-bit JPEG with simplejpeg, 9 to 16 bits (Extended, Lossless) with imagecodecs, which is optional.
+    """Decode 8-bit JPEG with simplejpeg, 9 to 16 bits (Extended, Lossless) with imagecodecs.
 
     Because imagecodecs is lenient, simplejpeg first decodes the same frame with its header changed to 8 bits. The codes
     of a scan do not depend on the bits per value (ITU-T T.81 F.2.2, H.2), so simplejpeg reads all of them and refuses a
@@ -210,12 +212,15 @@ def _by_jpeg(frame: bytes, header: _FrameHeader, syntax: Any, layout: Layout) ->
         as_8_bit = frame[: header.bits_offset] + b"\x08" + frame[header.bits_offset + 1 :]
         stored_HW = simplejpeg.decode_jpeg(as_8_bit, colorspace="GRAY", strict=True)[..., 0]
         if header.bits != 8:
-            stored_HW = importlib.import_module("imagecodecs").jpeg8_decode(frame)
-    except ImportError:
-        raise tags.unreadable(
-            "TransferSyntaxUID",
-            f"is {header.bits}-bit {syntax.name}: install imagecodecs, or decompress the file with DCMTK's dcmdjpeg",
-        ) from None
+            stored_HW = imagecodecs.jpeg8_decode(frame)
+    except Exception as error:  # imagecodecs raises errors of its own types
+        raise tags.unreadable("PixelData", f"cannot be decoded as {syntax.name}", error) from error
+    return _of_stored_bits(np.asarray(stored_HW), layout)
+
+
+def _by_jpeg_ls(frame: bytes, syntax: Any, layout: Layout) -> npt.NDArray[Any]:
+    try:
+        stored_HW = imagecodecs.jpegls_decode(frame)
     except Exception as error:  # imagecodecs raises errors of its own types
         raise tags.unreadable("PixelData", f"cannot be decoded as {syntax.name}", error) from error
     return _of_stored_bits(np.asarray(stored_HW), layout)
