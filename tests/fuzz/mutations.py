@@ -181,7 +181,7 @@ def bytewise(data: bytes, rng: Rng) -> bytes:
     # Headers are small and matter most: they get half of all damage.
     if rng.random() < 0.5:
         start = int(rng.integers(min(length, 700)))
-    run = int(min(length - start, rng.choice([1, 2, 4, 16, 64, 512])))
+    run = min(length - start, int(rng.choice([1, 2, 4, 16, 64, 512])))
     match int(rng.integers(8)):
         case 0:
             for offset in rng.integers(length, size=int(rng.integers(1, 9))):

@@ -50,6 +50,7 @@ def test_the_input_digest_is_that_of_version_0_1() -> None:
         assert pack._input_digest(plans, Pack.model_validate({"duplicates": choice})) == digest
 
 
+@pytest.mark.smoke
 @pytest.mark.usefixtures("ray_cluster")
 def test_ray_tasks_write_the_same_bytes(drawn: SyntheticPaths, nih_shards: str, tmp_path: Path) -> None:
     build.build_shards("nih", str(drawn.nih), SETTINGS, str(tmp_path / "out"))

@@ -139,6 +139,7 @@ def test_a_killed_driver_costs_only_the_unfinished_shards(
     assert {name: (out / name).stat().st_mtime_ns for name in finished} == finished
 
 
+@pytest.mark.smoke
 def test_ctrl_c_leaves_no_temporary_file(trap: Trap, nih_shards: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "cxrscale", "shard", "nih", str(trap.root), "--out", str(out), "--local"]

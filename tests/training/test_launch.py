@@ -14,6 +14,7 @@ from cxrscale.types import UserError
 from tests.conftest import TWO_WORKERS, tiny
 
 
+@pytest.mark.smoke
 def test_two_ray_workers_train_and_validate_every_image_once(
     two_worker_run: str, nih_shards: str, tmp_path: Path
 ) -> None:

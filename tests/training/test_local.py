@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import TINY_CLASSIFIER
 
 STOPS = """
@@ -39,6 +41,7 @@ def until(terminal: int, mark: str, patience: float = 90.0) -> str:
     return text
 
 
+@pytest.mark.smoke
 def test_a_breakpoint_in_the_loop_is_a_prompt_in_the_very_process(nih_shards: str, tmp_path: Path) -> None:
     recipe = tmp_path / "small.yaml"
     recipe.write_text("train: {epochs: 1}\nsampler: {steps_per_epoch: 2}\n")

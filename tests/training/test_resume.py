@@ -104,6 +104,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     assert_equal(final_state(run), final_state(straight))
 
 
+@pytest.mark.smoke
 def test_sigterm_writes_a_checkpoint_and_the_same_command_resumes(nih_shards: str, tmp_path: Path) -> None:
     more = ("train.epochs=2", "sampler.steps_per_epoch=4")
     straight = launch.launch(tiny(nih_shards, tmp_path / "straight", *more), "tiny", watch_run, local=True)
