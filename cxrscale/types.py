@@ -148,16 +148,3 @@ class ScoreHistograms:
     """Number of pixels whose score falls into bin t of T equal bins over 0..1."""
     true_NT: npt.NDArray[np.int32]
     """The same for pixels inside the true mask only."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """The model's output for one file, or why there is none."""
-
-    path: str
-    scores: Mapping[str, float] = field(default_factory=dict)
-    """Finding -> probability in 0..1."""
-    rle: str | None = None
-    """For segmentation: the mask at the file's own size, run-length encoded as in SIIM-ACR; '-1' is empty."""
-    error: str = ""
-    """Why there are no scores; empty if there are."""
