@@ -1,4 +1,4 @@
-"""What every room shares: plain data types, the two errors, and how an error becomes one line.
+"""What every room shares: plain data types, the errors, and how an error becomes one line.
 
 Each type is plain data and knows nothing of the code that made it.
 """
@@ -28,6 +28,11 @@ GrayImage = npt.NDArray[np.uint8]
 
 class UserError(ValueError):
     """Something that the user gave is wrong. The message is one line: what is wrong, where, and how to fix it."""
+
+
+class AccessError(UserError):
+    """A file could not be reached: a permission, the network, an expired login. It says nothing about its content, so
+    no image may be left out for it: the command stops, and continues when it is run again."""
 
 
 class UnreadableImageError(ValueError):

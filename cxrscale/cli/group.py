@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from cxrscale.io import storage, terminal
-from cxrscale.types import UserError, one_line
+from cxrscale.io import terminal
+from cxrscale.types import UserError
 
 RENAMED_COMMANDS = {"batches": "preview", "ablation": "overfit"}
 RENAMED_OPTIONS = {"--twins": "--patients-from", "--free-orphans": "--remove-orphans"}
@@ -39,12 +39,7 @@ class CommandGroup(TyperGroup):
             if old in RENAMED_OPTIONS:
                 print(f"error: {old} is now called {RENAMED_OPTIONS[old]}", file=sys.stderr)
                 raise typer.Exit(2) from None
-            # Only here: a worker whose bucket is away for a while is to fail and be started again.
-            if not storage.unreachable(error):
-                raise
-            reason = terminal.printable(one_line(error))
-            print(f"error: {reason}; check the network, AWS_ENDPOINT_URL and the credentials", file=sys.stderr)
-            raise typer.Exit(2) from None
+            raise
         except KeyboardInterrupt:
             print("stopped; run the same command again to resume", file=sys.stderr)
             raise typer.Exit(130) from None

@@ -45,7 +45,7 @@ def normalize(address: str) -> str:
     if "@" in bucket and scheme not in ("az", "abfs", "abfss"):
         # Not shown: it may hold a password.
         raise UserError(f"a {scheme}:// address with credentials in it; put them into the environment instead")
-    if not bucket:
+    if not bucket and scheme != "memory":
         raise UserError(f"{address} names no bucket; write {scheme}://bucket/folder")
     if ".." in rest.split("/"):
         raise UserError(f"{address} holds '..', which a store does not resolve; write the folder itself")

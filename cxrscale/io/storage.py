@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 import fsspec
 from blake3 import blake3
@@ -17,46 +19,79 @@ from cxrscale.io.address import is_remote as is_remote
 from cxrscale.io.address import join as join
 from cxrscale.io.address import local_path as local_path
 from cxrscale.io.address import normalize
-from cxrscale.types import UserError
+from cxrscale.types import AccessError, UserError, one_line
+
+RETRY_SECONDS = (0.2, 1.0, 3.0, 8.0)
+"""Pauses between attempts to read an image of a source; the store's own client retries within each attempt."""
+
+_MAY_PASS = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN})
+"""Errors of network disks that a second attempt may not see."""
 
 TEMPORARY_PREFIX = ".tmp-"
 """Prefix of the name of an unfinished file, which has no suffix, so that a pattern such as `*.tar` never matches it."""
 
 
 def exists(address: str) -> bool:
-    """Whether a file or folder exists."""
+    """Whether a file or folder exists.
+
+    Raises:
+        AccessError: a store does not say so.
+    """
     if not is_remote(address):
         return local_path(address).exists()
-    with _user_errors(address):
-        files, path = fsspec.core.url_to_fs(normalize(address))
+
+    def ask() -> bool:
+        files, path = _store(address)
         files.invalidate_cache()
         return bool(files.exists(path))
 
+    return _patiently(address, ask)
 
-def read(address: str) -> bytes:
-    """All bytes of a file.
+
+def read(address: str, *, listed: bool = False) -> bytes:
+    """All bytes of a file, with patience for a store or a network disk that fails for a moment.
+
+    Args:
+        address: a file.
+        listed: a listing has named it, so that "not found" is a failure too.
 
     Raises:
-        UserError: it does not exist or cannot be read.
+        AccessError: it cannot be reached: no permission, no network, an expired login, or it came shorter than its
+            size each time.
+        UserError: it does not exist, or the path can be no file.
     """
-    with _user_errors(address):
-        if not is_remote(address):
-            return local_path(address).read_bytes()
-        with fsspec.open(normalize(address), "rb") as file:
-            data: bytes = file.read()
-            return data
+    return _patiently(address, lambda: _read_completely(address), listed=listed)
+
+
+def _read_completely(address: str) -> bytes:
+    if not is_remote(address):
+        return local_path(address).read_bytes()
+    files, path = _store(address)
+    size = files.info(path).get("size")
+    data: bytes = files.cat_file(path)
+    if size is not None and len(data) != size:
+        files.invalidate_cache()  # the size came with a listing, which may be older than the file
+        raise OSError(f"{len(data)} of {size} bytes came")
+    return data
 
 
 def listing(address: str, suffix: str = "") -> list[str]:
-    """The sorted names of the entries of a folder that end in `suffix`; empty if the folder does not exist."""
+    """The sorted names of the entries of a folder that end in `suffix`; empty if the folder does not exist.
+
+    Raises:
+        AccessError: the folder cannot be read.
+    """
+    return _patiently(address, lambda: _names(address, suffix))
+
+
+def _names(address: str, suffix: str) -> list[str]:
     if not is_remote(address):
         root = local_path(address)
         return sorted(entry.name for entry in root.iterdir() if entry.name.endswith(suffix)) if root.is_dir() else []
-    with _user_errors(address):
-        files, path = fsspec.core.url_to_fs(normalize(address))
-        files.invalidate_cache()
-        names = files.ls(path, detail=False) if files.exists(path) else []
-        return sorted(name.rsplit("/", 1)[-1] for name in names if name.endswith(suffix))
+    files, path = _store(address)
+    files.invalidate_cache()
+    names = files.ls(path, detail=False) if files.exists(path) else []
+    return sorted(name.rsplit("/", 1)[-1] for name in names if name.endswith(suffix))
 
 
 def remove(address: str) -> None:
@@ -64,10 +99,13 @@ def remove(address: str) -> None:
     if not is_remote(address):
         local_path(address).unlink(missing_ok=True)
         return
-    with _user_errors(address):
-        files, path = fsspec.core.url_to_fs(normalize(address))
+
+    def rm() -> None:
+        files, path = _store(address)
         if files.exists(path):
             files.rm_file(path)
+
+    _patiently(address, rm)
 
 
 def remove_empty_folder(address: str) -> None:
@@ -101,8 +139,7 @@ def publishing(address: str) -> Iterator[Path]:
         try:
             yield temporary
             if remote:
-                files, path = fsspec.core.url_to_fs(normalize(address))
-                files.put_file(str(temporary), path)
+                _patiently(address, lambda: _put(temporary, address))
             else:
                 temporary.chmod(0o644)
                 _sync(temporary)
@@ -110,6 +147,11 @@ def publishing(address: str) -> Iterator[Path]:
                 _sync(final.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _put(file: Path, address: str) -> None:
+    files, path = _store(address)
+    files.put_file(str(file), path)
 
 
 def _target(address: str) -> Path:
@@ -164,12 +206,6 @@ def remove_temporary_files(address: str) -> int:
     return len(paths)
 
 
-def unreachable(error: Exception) -> bool:
-    """Whether an error means that an object store did not answer, or that credentials are missing."""
-    # By name, because botocore is optional and slow to import; its errors are not OSErrors.
-    return any(base.__module__ == "botocore.exceptions" for base in type(error).__mro__)
-
-
 def digest(data: bytes | memoryview) -> str:
     """BLAKE3 of the bytes, 64 hexadecimal digits."""
     return blake3(data).hexdigest()
@@ -188,15 +224,58 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def _store(address: str) -> tuple[Any, str]:
+    """fsspec's file system of a remote address, and the path in it."""
+    files, path = fsspec.core.url_to_fs(normalize(address))
+    return files, path
+
+
+Result = TypeVar("Result")
+
+
+def _patiently(address: str, action: Callable[[], Result], *, listed: bool = False) -> Result:
+    """The action's result; what may pass is tried again, and what does not pass is one line.
+
+    Raises:
+        AccessError: the file cannot be reached.
+        UserError: the path is wrong; nothing would change that.
+    """
+    pauses = list(RETRY_SECONDS)
+    while True:
+        try:
+            with _user_errors(address):
+                return action()
+        except UserError:
+            raise
+        except FileNotFoundError as error:
+            if not listed:
+                raise UserError(f"{error.filename or address} does not exist; check the path") from None
+            failure: Exception = error
+        except Exception as error:  # a store's errors have types of their own
+            failure = error
+        if not pauses or not _may_pass(address, failure):
+            remedy = "check the network, AWS_ENDPOINT_URL and the credentials"
+            remedy = remedy if is_remote(address) else "check the disk"
+            reason = (failure.strerror if isinstance(failure, OSError) else None) or failure
+            raise AccessError(f"{address} cannot be reached ({one_line(reason, limit=200)}); {remedy}")
+        time.sleep(pauses.pop(0))
+
+
+def _may_pass(address: str, failure: Exception) -> bool:
+    if type(failure).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"):
+        return False
+    return is_remote(address) or (isinstance(failure, OSError) and failure.errno in _MAY_PASS)
+
+
 @contextmanager
 def _user_errors(address: str) -> Iterator[None]:
-    """Turn errors of the file system into one line with the address and how to fix it."""
+    """Turn errors that say what is wrong with a path into one line with the address and how to fix it."""
     try:
         yield
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename or address} does not exist; check the path") from None
     except PermissionError as error:
-        raise UserError(f"{error.filename or address}: permission denied; choose a folder with permission") from None
+        if is_remote(address):
+            raise
+        raise AccessError(f"{error.filename or address}: permission denied; choose a folder with permission") from None
     except IsADirectoryError:
         raise UserError(f"{address} is a folder; give a file") from None
     except (NotADirectoryError, FileExistsError):

@@ -19,6 +19,7 @@ from cxrscale.cluster import run_tasks
 from cxrscale.config import PATIENT_KEY, PRESENT, Pack
 from cxrscale.io import load_image, storage
 from cxrscale.shards import duplicates, manifest, splits
+from cxrscale.shards.encode import read_image_file
 from cxrscale.shards.pack import PackResult, SplitRecords, pack
 from cxrscale.types import ImageRecord, UnreadableImageError, UserError
 
@@ -189,8 +190,8 @@ def _fingerprints(records: Sequence[ImageRecord]) -> dict[str, duplicates.Finger
     cv2.setNumThreads(1)
     prints = {}
     for record in records:
-        with suppress(UnreadableImageError, UserError):
-            image_HW = load_image(storage.read(record.path), name=record.path).image_HW
+        with suppress(UnreadableImageError):
+            image_HW = load_image(read_image_file(record.path), name=record.path).image_HW
             prints[record.image_id] = duplicates.fingerprint(image_HW)
     return prints
 

@@ -25,7 +25,7 @@ from cxrscale.io import (
 )
 from cxrscale.shards import duplicates
 from cxrscale.shards.manifest import LABEL
-from cxrscale.types import GrayImage, ImageRecord, UnreadableImageError, UserError
+from cxrscale.types import AccessError, GrayImage, ImageRecord, UnreadableImageError, UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +55,9 @@ def encode_sample(record: ImageRecord, split: str, pack: Pack, findings: tuple[s
 
     Raises:
         UnreadableImageError: the image cannot be used; the message is the reason for its quarantine.
+        AccessError: the file cannot be reached, which says nothing about the image.
     """
-    try:
-        data = storage.read(record.path)
-    except UserError as error:
-        raise UnreadableImageError(str(error)) from None
+    data = read_image_file(record.path)
     loaded = load_image(data, name=record.path)
     record = _complete_from_header(record, loaded)
     stored_HW, suffix, image = _encode_image(loaded, data, pack)
@@ -71,6 +69,21 @@ def encode_sample(record: ImageRecord, split: str, pack: Pack, findings: tuple[s
         measured["mask_pixels"] = int(mask_HW.sum())
     members["json"] = json.dumps(_sample_json(record, split, measured, findings), sort_keys=True).encode()
     return EncodedSample(members, {name: zlib.crc32(value) for name, value in members.items()}, suffix, measured)
+
+
+def read_image_file(path: str) -> bytes:
+    """The bytes of a source's image.
+
+    Raises:
+        UnreadableImageError: there is no file at the path: a folder, a circle of links, an impossible name.
+        AccessError: the file cannot be reached, which says nothing about the image.
+    """
+    try:
+        return storage.read(path, listed=True)
+    except AccessError:
+        raise
+    except UserError as error:
+        raise UnreadableImageError(str(error)) from None
 
 
 def _encode_image(image: LoadedImage, data: bytes, pack: Pack) -> tuple[GrayImage, str, bytes]:

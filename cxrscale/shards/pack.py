@@ -6,7 +6,8 @@ import io
 import json
 import tarfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,15 +143,16 @@ def pack_shard(plan: ShardPlan, findings: tuple[str, ...], settings: Pack, diges
         with path.open("wb") as file:
             # With mtime=0 and plain USTAR, the bytes of the tar depend on its members only.
             writer = webdataset.TarWriter(file, mtime=0, format=tarfile.USTAR_FORMAT, encoder=False)
-            for key, record in plan.records:
-                try:
-                    sample = encode_sample(record, plan.split, settings, findings)
-                except UnreadableImageError as reason:
-                    quarantined.append({"image_id": record.image_id, "path": record.path, "reason": str(reason)})
-                    continue
-                writer.write({"__key__": key, **sample.members})
-                samples.append((key, record, sample.without_bytes()))
-            writer.close()
+            with _closed_while_open(writer):
+                for key, record in plan.records:
+                    try:
+                        sample = encode_sample(record, plan.split, settings, findings)
+                    except UnreadableImageError as reason:
+                        quarantined.append({"image_id": record.image_id, "path": record.path, "reason": str(reason)})
+                        continue
+                    writer.write({"__key__": key, **sample.members})
+                    samples.append((key, record, sample.without_bytes()))
+                writer.close()
         members = _read_back(path, samples)
         tar_digest, tar_bytes = storage.file_digest(path), path.stat().st_size
     storage.write(storage.join(out, plan.name.replace(".tar", ".idx")), _index(samples, members))
@@ -164,6 +166,17 @@ def pack_shard(plan: ShardPlan, findings: tuple[str, ...], settings: Pack, diges
     with storage.publishing(part_address) as path:
         pq.write_table(rows.replace_schema_metadata({b"part": json.dumps(metadata).encode()}), path)
     return _counts(metadata)
+
+
+@contextmanager
+def _closed_while_open(writer: Any) -> Iterator[None]:
+    """Close the writer also after an error: it would do so when it is collected, when its file is closed already."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError, ValueError):
+            writer.close()
+        raise
 
 
 def _counts(part: dict[str, Any]) -> dict[str, int]:

@@ -199,7 +199,7 @@ def _splits(root: str) -> dict[str, str]:
 
 def _png_size(path: str) -> tuple[int, int]:
     """(height, width) of an image; all images have the same size, and a damaged file must not stop reading."""
-    head = storage.read(path)[:24]
+    head = storage.read(path, listed=True)[:24]
     if head[:8] != b"\x89PNG\r\n\x1a\n" or len(head) < 24:
         return _PUBLISHED_SIDE, _PUBLISHED_SIDE
     width, height = (int.from_bytes(head[at : at + 4], "big") for at in (16, 20))

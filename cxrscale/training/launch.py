@@ -23,7 +23,7 @@ from cxrscale.training import run_info
 from cxrscale.training.distributed import LocalWorker, RayWorker, Worker, handle_sigterm
 from cxrscale.training.loop import train
 from cxrscale.training.run_info import Outcome, RunInputs
-from cxrscale.types import UserError, last_line, one_line
+from cxrscale.types import AccessError, UserError, last_line, one_line
 
 RECIPE = "recipe.yaml"
 ERROR_FILE = "error.txt"
@@ -221,6 +221,8 @@ def _ray_loop(settings: dict[str, Any]) -> None:
         return
     try:
         train_here(recipe, run, RayWorker(storage.join(run, STOP_FILE)))
+    except AccessError:
+        raise  # a worker whose bucket is away for a while is to fail and be started again
     except UserError as error:
         storage.write(error_file, str(error))
         raise

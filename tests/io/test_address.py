@@ -38,6 +38,7 @@ ACCEPTED = {
     "az://container/x": "az://container/x",
     "abfss://container@account/x": "abfss://container@account/x",
     "https://host/x": "https://host/x",
+    "memory:///x": "memory:///x",
     "s3://b/a..b/x": "s3://b/a..b/x",
 }
 REFUSED = {
