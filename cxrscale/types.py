@@ -78,13 +78,14 @@ class ImageRecord:
     """One image of a source with its metadata from the source's tables; no pixel has been read yet."""
 
     image_id: str
-    """The source's own id of the image: a file name or a DICOM UID; unique within the source."""
+    """The source's own id of the image, a file name or a DICOM UID, or the keyed hash that stands for it in a dataset;
+    unique within the source."""
     source: str
     """The source's name: nih, siim, rsna, kermany."""
     path: str
     """Where the file is: a local path or an fsspec address."""
     patient: str
-    """The patient's id, unique within the source. Images of one patient never fall into different splits."""
+    """The patient's id, or its keyed hash; unique within the source. Images of one patient are always in one split."""
     findings: Mapping[str, int] = field(default_factory=dict)
     """Finding -> config.PRESENT or config.ABSENT. A finding that is missing here is unlabeled."""
     split: str | None = None

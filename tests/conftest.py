@@ -14,7 +14,7 @@ import torch
 
 from cxrscale import config
 from cxrscale.config import Pack, Recipe
-from cxrscale.shards import build
+from cxrscale.shards import build, ids
 from cxrscale.sources.synthetic import archive
 from cxrscale.sources.synthetic.archive import SyntheticPaths
 from tests.small_datasets import make_shards, shards  # noqa: F401
@@ -31,6 +31,8 @@ os.environ |= {
     # For so long Ray waits for a lost node's place in the new group before it makes a smaller one; 60 by default.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
     "WANDB_MODE": "offline",
+    # Else the first dataset would make a key in the home of whoever runs the tests.
+    "CXRSCALE_PATIENT_KEY": "the key of the tests",
 }
 
 # How long one example takes says how busy the machine is; speed is measured in tests/benchmarks.
@@ -208,6 +210,13 @@ def two_worker_run(
 
     recipe = tiny(nih_shards, tmp_path_factory.mktemp("two"), *TWO_WORKERS, "tracking.wandb=offline")
     return launch.launch(recipe, "tiny", watch_run)
+
+
+def keyed(source: str, name: str) -> str:
+    """The id that stands for a source's patient or image id in the datasets of these tests."""
+    key = ids.read_key(Pack())
+    assert key is not None
+    return key.hash(source, name)
 
 
 def tiny(dataset: str, root: Path, *overrides: str, base: tuple[str, ...] = TINY_CLASSIFIER) -> Recipe:

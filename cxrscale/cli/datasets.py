@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -15,11 +18,14 @@ from cxrscale.config import Recipe
 from cxrscale.io import storage, terminal
 from cxrscale.types import UserError
 
+if TYPE_CHECKING:
+    from cxrscale.shards import PackResult
+
 # Each command imports what it runs: torch, Ray and DALI take seconds that `--help` and a typing mistake need not.
 
 
-@app.command()
-def shard(
+@app.command("shard")
+def shard_command(
     source: Annotated[str, typer.Argument(help="The source's name: nih, siim, rsna or kermany.")],
     root: Annotated[str, typer.Argument(help="The source's folder or address.")],
     overrides: Overrides = None,
@@ -27,13 +33,18 @@ def shard(
     patients_from: Annotated[
         str | None, typer.Option(help="A dataset with the same images under their true patients (NIH, for SIIM).")
     ] = None,
+    keep_map: Annotated[
+        str | None, typer.Option(help="A private file outside the dataset: its ids and the source's own, as CSV.")
+    ] = None,
     local: Local = False,
 ) -> None:
     """Pack a raw source into a dataset: cxrscale shard nih /data/nih --out shards/nih pack.size=512."""
-    from cxrscale.shards import build, pack
+    from cxrscale.shards import build, ids, pack
 
     tree = config.override({"pack": dict(sources.get(source).pack_defaults)}, overrides or [])
     settings = config.parse(Recipe, tree, where="shard").pack
+    if keep_map is not None:
+        ids.check_map_address(keep_map, out)
     total = [0, 0]
     with progress.bar(f"sharding {source}", None, "images") as bar:
 
@@ -44,13 +55,31 @@ def shard(
             bar.update(total[0], f"{total[1]} quarantined")
 
         prepared = build.prepare(source, root, settings, patients_from_dataset=patients_from, local=local)
+        if keep_map is not None:
+            ids.write_map(keep_map, out, prepared.private_map())
         packed = pack.pack(prepared, settings, out, local=local, progress=on_shard)
+    if keep_map is not None:
+        print(f"private map of the ids: {Path(keep_map).resolve()}")
+    _show_quarantined(packed, {record.image_id: record.path for record in prepared.records})
+    if packed.burned_in:
+        print(f"{packed.burned_in} images have text burned in, they say; pack.burned_in=quarantine leaves them out")
     note = "" if packed.fresh else ", all from an earlier run"
     print(f"{packed.images} images, {packed.quarantined} quarantined{note}")
     print(packed.root if storage.is_remote(packed.root) else Path(packed.root).resolve())
     if packed.quarantined > settings.max_quarantined:
         quarantine = storage.join(packed.root, "quarantine.jsonl")
         raise UserError(f"{packed.quarantined} unreadable images, more than pack.max_quarantined; see {quarantine}")
+
+
+def _show_quarantined(packed: PackResult, path_of: Mapping[str, str], at_most: int = 10) -> None:
+    """Name the files to whoever sits at a terminal; logs and quarantine.jsonl have their ids only."""
+    if not packed.quarantined or not sys.stderr.isatty():
+        return
+    lines = storage.read(storage.join(packed.root, "quarantine.jsonl")).decode().splitlines()
+    for line in map(json.loads, lines[:at_most]):
+        print(terminal.printable(f"quarantined {path_of[line['image_id']]}: {line['reason']}"), file=sys.stderr)
+    if len(lines) > at_most:
+        print(f"and {len(lines) - at_most} more in quarantine.jsonl", file=sys.stderr)
 
 
 @app.command("verify")

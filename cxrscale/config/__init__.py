@@ -12,7 +12,9 @@ from cxrscale.config.env import (
     CACHE_GIGABYTES,
     DEFAULT_CACHE_FOLDER,
     DEFAULT_CACHE_GIGABYTES,
+    DEFAULT_STATE_HOME,
     PATIENT_KEY,
+    STATE_HOME,
 )
 from cxrscale.config.findings import (
     ABSENT,
@@ -41,6 +43,7 @@ __all__ = [
     "CACHE_GIGABYTES",
     "DEFAULT_CACHE_FOLDER",
     "DEFAULT_CACHE_GIGABYTES",
+    "DEFAULT_STATE_HOME",
     "LOSS_WEIGHTS",
     "LOWER_IS_BETTER",
     "NIH14",
@@ -48,6 +51,7 @@ __all__ = [
     "PATIENT_KEY",
     "PRESENT",
     "PRESETS",
+    "STATE_HOME",
     "UNKNOWN",
     "Augment",
     "Data",

@@ -15,7 +15,8 @@ class Pack(Section):
     """How a source becomes a dataset of shards."""
 
     codec: Literal["jpeg", "png", "source"] = "jpeg"
-    """jpeg: gray baseline JPEG at `size`; png: lossless at `size`; source: the original file's bytes, unchanged."""
+    """jpeg: gray baseline JPEG at `size`; png: lossless at `size`; source: the original file's compressed pixels,
+    unchanged, without its metadata (PNG text, EXIF, comments, ...)."""
     size: int = Field(512, ge=16, le=4096)
     """Side of the stored square image in pixels; choose 1.2 to 1.6 times the input size of the models."""
     quality: int = Field(95, ge=50, le=100)
@@ -31,7 +32,7 @@ class Pack(Section):
     folds: int = Field(5, ge=2)
     """Number of folds of split=kfold; their names are fold0, fold1, ..."""
     split_lists: dict[str, str] = Field({})
-    """For split=lists: split -> a text file with one image id per line."""
+    """For split=lists: split -> a text file with one of the source's own image ids per line."""
     val_fraction: float = Field(0.12958, ge=0, lt=1)
     """Share of the images outside the test split that become validation; the default is 11,212 of 86,524."""
     test_fraction: float = Field(0.2, ge=0, lt=1)
@@ -41,8 +42,14 @@ class Pack(Section):
     max_quarantined: int = Field(100, ge=0)
     """With more unreadable images than this, the command exits with an error; readable images are packed anyway."""
     patient_ids: Literal["hashed", "original"] = "hashed"
-    """hashed: the manifest holds a hash of each patient id, keyed by the environment variable CXRSCALE_PATIENT_KEY;
-    original: the source's own ids."""
+    """hashed: keyed hashes stand for the patient and image ids, names in the tars included; original: the source's own
+    ids, which may name patients."""
+    key_file: str | None = None
+    """For patient_ids=hashed: the file that holds the key; null: the environment variable CXRSCALE_PATIENT_KEY, else
+    ~/.local/state/cxrscale/patient.key, which is made at first use. Datasets of different keys cannot be joined."""
+    burned_in: Literal["keep", "quarantine"] = "keep"
+    """DICOM images that declare text burned into their pixels (BurnedInAnnotation is YES): keep and count them, or
+    quarantine them."""
     duplicates: Literal["keep", "merge"] = "keep"
     """merge: read every image once beforehand and treat patients who share an image as one patient; keep: do not."""
     limit: int | None = Field(None, ge=1)

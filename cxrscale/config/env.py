@@ -7,4 +7,7 @@ DEFAULT_CACHE_FOLDER, DEFAULT_CACHE_GIGABYTES = "~/.cache/cxrscale", 200
 """Their values if the variables are not set."""
 
 PATIENT_KEY = "CXRSCALE_PATIENT_KEY"
-"""The key of the patients' hashes in manifests; the same key gives the same hashes in every dataset."""
+"""The key of the hashes that stand for patient and image ids in datasets; the same key gives the same hashes."""
+
+STATE_HOME, DEFAULT_STATE_HOME = "XDG_STATE_HOME", "~/.local/state"
+"""The folder of what a user keeps between runs (XDG Base Directory 0.8), and its value if the variable is not set."""

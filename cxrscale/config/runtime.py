@@ -47,6 +47,8 @@ class Tracking(Section):
     """The folder or s3:// address for runs; every worker must be able to reach it."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     """Logging to Weights & Biases; offline writes files for a later `wandb sync`."""
+    wandb_images: bool = False
+    """Log samples.png to Weights & Biases too: images of patients then leave this machine."""
     project: str = "cxrscale"
     """The project in Weights & Biases."""
     group: str | None = None

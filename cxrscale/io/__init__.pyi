@@ -17,3 +17,5 @@ from .images import encode_png as encode_png
 from .images import load_image as load_image
 from .images import resize_image as resize_image
 from .images import resize_mask as resize_mask
+from .metadata import strip_metadata as strip_metadata
+from .metadata import without_quotes as without_quotes

@@ -63,6 +63,8 @@ class LoadedImage:
     """Age in full years, or None if unknown."""
     spacing_mm: tuple[float, float] | None = None
     """Distance between (rows, columns) in millimeters, or None if unknown."""
+    burned_in: bool = False
+    """Whether the file says that text which identifies the patient is burned into its pixels."""
 
 
 def load_image(data: bytes, *, name: str = "") -> LoadedImage:
@@ -91,7 +93,9 @@ def load_image(data: bytes, *, name: str = "") -> LoadedImage:
     force = name.lower().endswith((".dcm", ".dicom"))
     if data[128:132] == b"DICM" or (force and _other_format(data) is None):
         image = dicom.read_dicom(data, force=force)
-        return LoadedImage(image.image_HW, image.jpeg, image.view, image.sex, image.age, image.spacing_mm)
+        return LoadedImage(
+            image.image_HW, image.jpeg, image.view, image.sex, image.age, image.spacing_mm, image.burned_in
+        )
     actual = _other_format(data) or f"an unknown format that starts with {data[:8].hex()}"
     raise UnreadableImageError(f"not a PNG, JPEG or DICOM file but {actual}")
 

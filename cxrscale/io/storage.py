@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -115,11 +116,14 @@ def remove_empty_folder(address: str) -> None:
 
 
 @contextmanager
-def publishing(address: str) -> Iterator[Path]:
+def publishing(address: str, *, private: bool = False) -> Iterator[Path]:
     """Write a file atomically: a temporary local path, whose content appears at `address` complete or not at all.
 
     A local file is written into its final folder, synced and renamed; a remote one is uploaded from the local temporary
     folder (an object store shows an object only when its upload is complete).
+
+    Args:
+        private: only the owner can read the file; otherwise the umask decides.
 
     Raises:
         UserError: the disk is full or the target cannot be written; no temporary file remains.
@@ -133,15 +137,14 @@ def publishing(address: str) -> Iterator[Path]:
     with _user_errors(address):
         if not remote:
             final.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f"{TEMPORARY_PREFIX}{final.name}-", dir=None if remote else final.parent)
-        os.close(handle)
-        temporary = Path(name)
+        folder = Path(tempfile.gettempdir()) if remote else final.parent
+        temporary = folder / f"{TEMPORARY_PREFIX}{final.name}-{secrets.token_hex(4)}"
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600 if private or remote else 0o666))
         try:
             yield temporary
             if remote:
                 _patiently(address, lambda: _put(temporary, address))
             else:
-                temporary.chmod(0o644)
                 _sync(temporary)
                 temporary.replace(final)
                 _sync(final.parent)
@@ -192,9 +195,9 @@ def _writing_to_stream(stream: Path) -> Iterator[Path]:
             target.write(temporary.read_bytes())
 
 
-def write(address: str, data: bytes | str) -> None:
-    """Write a file atomically."""
-    with publishing(address) as path:
+def write(address: str, data: bytes | str, *, private: bool = False) -> None:
+    """Write a file atomically; a private one can be read by its owner only."""
+    with publishing(address, private=private) as path:
         path.write_bytes(data.encode() if isinstance(data, str) else data)
 
 

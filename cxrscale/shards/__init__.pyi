@@ -1,5 +1,6 @@
 from . import audit as audit
 from . import build as build
+from . import ids as ids
 from . import leakage as leakage
 from . import manifest as manifest
 from . import pack as pack
@@ -14,5 +15,6 @@ from .build import build_shards as build_shards
 from .leakage import JoinedDatasets as JoinedDatasets
 from .manifest import Manifest as Manifest
 from .manifest import open_dataset as open_dataset
+from .pack import PackResult as PackResult
 from .splits import TRAIN as TRAIN
 from .splits import refuse_leaks as refuse_leaks

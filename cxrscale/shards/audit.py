@@ -59,7 +59,8 @@ def audit(*roots: str) -> Audit:
         pixels=_pixel_statistics(joined),
         masks=_mask_statistics(joined),
         quarantined=tuple(
-            QuarantinedImage(dataset=root, **image)
+            # Datasets of versions before 0.3 have the file's path too, which can name the patient.
+            QuarantinedImage(dataset=root, image_id=image["image_id"], reason=image["reason"])
             for root, metadata in zip(roots, data.metadata, strict=True)
             for image in metadata["quarantined"]
         ),

@@ -119,14 +119,13 @@ class QuarantinedImage(ArtifactPart):
 
     dataset: str
     image_id: str
-    path: str
     reason: str
 
 
 class Audit(Artifact):
     """Everything that is known about one or more datasets without opening a tar."""
 
-    schema_version: int = 1
+    schema_version: int = 2
     datasets: tuple[DatasetInfo, ...]
     manifest: str
     """Digest of the manifests."""

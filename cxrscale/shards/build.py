@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -16,10 +14,11 @@ import pyarrow.parquet as pq
 
 from cxrscale import sources
 from cxrscale.cluster import run_tasks
-from cxrscale.config import PATIENT_KEY, PRESENT, Pack
+from cxrscale.config import PRESENT, Pack
 from cxrscale.io import load_image, storage
-from cxrscale.shards import duplicates, manifest, splits
+from cxrscale.shards import duplicates, ids, manifest, splits
 from cxrscale.shards.encode import read_image_file
+from cxrscale.shards.ids import Key
 from cxrscale.shards.pack import PackResult, SplitRecords, pack
 from cxrscale.types import ImageRecord, UnreadableImageError, UserError
 
@@ -35,6 +34,7 @@ def build_shards(
     out: str | Path,
     *,
     patients_from_dataset: str | None = None,
+    keep_map: str | None = None,
     local: bool = False,
 ) -> PackResult:
     """Make a dataset from a source; what an earlier, interrupted call finished is not done again.
@@ -46,52 +46,70 @@ def build_shards(
         out: folder or address of the dataset.
         patients_from_dataset: a dataset with the same images under their true patients (NIH, for SIIM); patients and
             splits are taken from there.
+        keep_map: a private file outside `out`, for the map from the dataset's IDs to the source's own, as CSV.
         local: in this process instead of on Ray.
 
     Raises:
-        UserError: the source cannot be read, or `out` cannot be written.
+        UserError: the source cannot be read, or `out` cannot be written, or its IDs would have another key than those
+            of the other dataset.
 
     Example:
         >>> import cxrscale as cx
         >>> from cxrscale.config import Pack
         >>> cx.build_shards("nih", "/data/nih", Pack(size=512), "shards/nih", local=True)
     """
+    if keep_map is not None:
+        ids.check_map_address(keep_map, str(out))
     prepared = prepare(source, str(root), settings, patients_from_dataset=patients_from_dataset, local=local)
+    if keep_map is not None:
+        ids.write_map(keep_map, str(out), prepared.private_map())
     return pack(prepared, settings, str(out), local=local)
 
 
 def prepare(
     source: str, root: str, settings: Pack, *, patients_from_dataset: str | None = None, local: bool = False
 ) -> SplitRecords:
-    """Read the tables of a source and assign its patients to splits: all of `build_shards` but the packing.
+    """Read the tables of a source, assign its patients to splits and hash the IDs: `build_shards` without the packing.
+
+    Lists of a split and tables are matched with the source's own IDs; the hashes come last.
 
     Args:
         source, root, settings, patients_from_dataset, local: as in `build_shards`.
 
     Raises:
-        UserError: the source or the other dataset cannot be read.
+        UserError: the source or the other dataset cannot be read, its IDs have another key, or there is no key.
     """
-    records = sorted(sources.read(source, root), key=lambda record: record.image_id)[: settings.limit]
+    key = ids.read_key(settings)
     if patients_from_dataset is not None:
-        records, split = inherit_patients(records, patients_from_dataset, settings, local=local)
+        ids.refuse_other_key(patients_from_dataset, manifest.load(patients_from_dataset).metadata[0], key)
+    records = sorted(sources.read(source, root), key=lambda record: record.image_id)[: settings.limit]
+    own_ids = [(record.image_id, record.patient) for record in records]
+    namespace = None
+    if patients_from_dataset is not None:
+        inherited, split = inherit_patients(records, patients_from_dataset, settings, local=local)
+        own_ids = [
+            (record.image_id, record.patient if patient is None else "")
+            for record, patient in zip(records, inherited, strict=True)
+        ]
         namespace = str(manifest.load(patients_from_dataset).metadata[0]["patients_from"])
-        return SplitRecords(records, split, namespace)
-    if settings.duplicates == "merge":
-        records = merge_duplicates(records, settings, local=local)
-    split = assign(records, settings)
-    records = [replace(record, patient=hash_patient_id(record, settings)) for record in records]
-    return SplitRecords(records, split)
+    else:
+        if settings.duplicates == "merge":
+            records = merge_duplicates(records, settings, local=local)
+        inherited, split = [None] * len(records), assign(records, settings)
+    hashed = [with_hashed_ids(record, key, patient) for record, patient in zip(records, inherited, strict=True)]
+    return SplitRecords(hashed, split, namespace, own_ids, None if key is None else key.fingerprint)
 
 
-def hash_patient_id(record: ImageRecord, settings: Pack) -> str:
-    """The patient's ID in the dataset: 16 hexadecimal digits of keyed BLAKE2b, or the source's own ID.
+def with_hashed_ids(record: ImageRecord, key: Key | None, patient: str | None = None) -> ImageRecord:
+    """The record under the IDs of the dataset; unchanged without a key.
 
-    CXRSCALE_PATIENT_KEY is the key. Without a secret one, anyone with a list of the patient IDs can reverse the hashes.
+    Args:
+        patient: the patient's ID in the dataset, where another dataset has given it.
     """
-    if settings.patient_ids == "original":
-        return record.patient
-    key = os.environ.get(PATIENT_KEY, "cxrscale").encode()[:64]
-    return hashlib.blake2b(f"{record.source}:{record.patient}".encode(), key=key, digest_size=8).hexdigest()
+    if key is None:
+        return record if patient is None else replace(record, patient=patient)
+    patient = patient or key.hash(record.source, record.patient)
+    return replace(record, image_id=key.hash(record.source, record.image_id), patient=patient)
 
 
 def assign(records: Sequence[ImageRecord], settings: Pack) -> list[str]:
@@ -131,11 +149,14 @@ def _lists(settings: Pack) -> dict[str, list[str]]:
 
 def inherit_patients(
     records: Sequence[ImageRecord], patients_from_dataset: str, settings: Pack, *, local: bool
-) -> tuple[list[ImageRecord], list[str]]:
-    """Give each record the patient and split of the same image in another dataset.
+) -> tuple[list[str | None], list[str]]:
+    """The patient and the split of the same image in another dataset, for each record.
 
     Records without a duplicate there keep their patient and go to train: an image of an unknown patient must not be
     used to evaluate a model that may have been trained on the same patient.
+
+    Returns:
+        (N,) patients, as in the other dataset, None where it does not have the image; (N,) splits.
 
     Raises:
         UserError: the other dataset has none of these images.
@@ -156,12 +177,13 @@ def inherit_patients(
         )
     patient, split = other["patient"].to_pylist(), other["split"].to_pylist()
     found = {readable[a]: (patient[b], split[b]) for a, b in pairs.tolist()}
-    inherited, names = [], []
+    patients: list[str | None] = []
+    names: list[str] = []
     for record in records:
-        patient_id, name = found.get(record.image_id, (hash_patient_id(record, settings), splits.TRAIN))
-        inherited.append(replace(record, patient=patient_id))
+        patient_id, name = found.get(record.image_id, (None, splits.TRAIN))
+        patients.append(patient_id)
         names.append(name if _is_labeled(record, settings) else UNLABELED)
-    return inherited, names
+    return patients, names
 
 
 def merge_duplicates(records: Sequence[ImageRecord], settings: Pack, *, local: bool) -> list[ImageRecord]:

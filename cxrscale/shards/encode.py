@@ -22,6 +22,7 @@ from cxrscale.io import (
     resize_mask,
     rle_masks,
     storage,
+    strip_metadata,
 )
 from cxrscale.shards import duplicates
 from cxrscale.shards.manifest import LABEL
@@ -39,6 +40,8 @@ class EncodedSample:
     image_suffix: str
     measured: dict[str, Any]
     """Columns of the manifest that are only known after the image was read."""
+    burned_in: bool = False
+    """Whether the file says that text which identifies the patient is burned into its pixels."""
 
     def without_bytes(self) -> EncodedSample:
         """The same without the members, so that the bytes of a shard do not stay in memory."""
@@ -59,6 +62,8 @@ def encode_sample(record: ImageRecord, split: str, pack: Pack, findings: tuple[s
     """
     data = read_image_file(record.path)
     loaded = load_image(data, name=record.path)
+    if loaded.burned_in and pack.burned_in == "quarantine":
+        raise UnreadableImageError("BurnedInAnnotation (0028,0301) is YES, and pack.burned_in=quarantine")
     record = _complete_from_header(record, loaded)
     stored_HW, suffix, image = _encode_image(loaded, data, pack)
     members = {suffix: image}
@@ -68,7 +73,8 @@ def encode_sample(record: ImageRecord, split: str, pack: Pack, findings: tuple[s
         members["mask.png"] = encode_mask(mask_HW)
         measured["mask_pixels"] = int(mask_HW.sum())
     members["json"] = json.dumps(_sample_json(record, split, measured, findings), sort_keys=True).encode()
-    return EncodedSample(members, {name: zlib.crc32(value) for name, value in members.items()}, suffix, measured)
+    crcs = {name: zlib.crc32(value) for name, value in members.items()}
+    return EncodedSample(members, crcs, suffix, measured, loaded.burned_in)
 
 
 def read_image_file(path: str) -> bytes:
@@ -89,15 +95,25 @@ def read_image_file(path: str) -> bytes:
 def _encode_image(image: LoadedImage, data: bytes, pack: Pack) -> tuple[GrayImage, str, bytes]:
     """(the image as stored, its suffix, its bytes)."""
     if pack.codec == "source":
-        if image.jpeg is not None:
-            return image.image_HW, "jpg", image.jpeg
-        if data.startswith(b"\x89PNG"):
-            return image.image_HW, "png", data
+        original = image.jpeg or (data if data.startswith(b"\x89PNG") else None)
+        bare = None if original is None else _without_metadata(original, image.image_HW)
+        if bare is not None:
+            return image.image_HW, "png" if image.jpeg is None else "jpg", bare
         return image.image_HW, "png", encode_png(image.image_HW)
     stored_HW = resize_image(image.image_HW, pack.size)
     if pack.codec == "png":
         return stored_HW, "png", encode_png(stored_HW)
     return stored_HW, "jpg", encode_jpeg(stored_HW, pack.quality)
+
+
+def _without_metadata(data: bytes, image_HW: GrayImage) -> bytes | None:
+    """A PNG or JPEG file without its metadata; None if its pixels then are others, as with an orientation."""
+    try:
+        bare = strip_metadata(data)
+        same = np.array_equal(load_image(bare).image_HW, image_HW)
+    except UnreadableImageError:
+        return None
+    return bare if same else None
 
 
 def _draw_mask(rles: tuple[str, ...], image_HW: GrayImage, stored_HW: GrayImage) -> npt.NDArray[np.bool_]:

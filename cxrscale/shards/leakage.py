@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,13 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cxrscale import sources
-from cxrscale.config import Pack
 from cxrscale.io import storage
-from cxrscale.shards import build, duplicates, manifest
+from cxrscale.shards import duplicates, ids, manifest
 from cxrscale.shards.audit_models import DuplicatePair, Duplicates, Leaks, SharedPatient
 from cxrscale.shards.build import UNLABELED
 from cxrscale.shards.manifest import Manifest
-from cxrscale.types import ImageRecord, UserError
+from cxrscale.types import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,12 +226,8 @@ def _unreliable_patient_ids(joined: JoinedDatasets) -> npt.NDArray[np.bool_]:
             unreliable_N |= rows_N & (not _has_reliable_patient_ids(metadata["source"]))
         elif namespaces[index] in patients:
             unreliable_N |= rows_N & ~np.isin(data.patient.astype(str), sorted(patients[namespaces[index]]))
-        else:
-            # Only this setting: a manifest of another version may have fields that this one does not know. Datasets
-            # of versions before 0.2 call it `patients`.
-            pack = metadata["pack"]
-            settings = Pack(patient_ids=pack.get("patient_ids", pack.get("patients", "original")))
-            hashed = [build.hash_patient_id(_own_patient(metadata, name), settings) for name in data.image_id[rows_N]]
+        elif ids.is_old(metadata):  # it has hashed patients beside the source's own image IDs
+            hashed = [ids.old_patient_hash(metadata["source"], name) for name in data.image_id[rows_N]]
             unreliable_N[rows_N] |= data.patient[rows_N] == np.array(hashed, dtype=object)
     return np.asarray(unreliable_N, dtype=np.bool_)
 
@@ -241,11 +235,6 @@ def _unreliable_patient_ids(joined: JoinedDatasets) -> npt.NDArray[np.bool_]:
 def _has_reliable_patient_ids(source: str) -> bool:
     """A dataset may be of a source that this version does not have; its IDs are trusted."""
     return source not in sources.names() or sources.get(source).reliable_patient_ids
-
-
-def _own_patient(metadata: Mapping[str, Any], image_id: str) -> ImageRecord:
-    """The record of an image without a known patient: it is its own patient."""
-    return ImageRecord(image_id=image_id, source=metadata["source"], path="", patient=image_id)
 
 
 def _unknown_patients(joined: JoinedDatasets, unknown_N: npt.NDArray[np.bool_]) -> list[str]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cxrscale.io import storage
+from cxrscale.shards import ids
 from cxrscale.types import UserError
 
+LOG = logging.getLogger("cxrscale")
 FORMAT = 1
 NAME = "manifest.parquet"
 FINGERPRINTS = "fingerprints.parquet"
@@ -79,7 +82,7 @@ class Manifest:
 
     @cached_property
     def image_id(self) -> npt.NDArray[np.object_]:
-        """(N,) unique IDs."""
+        """(N,) unique IDs: keyed hashes, or with pack.patient_ids=original the source's own."""
         return self.column("image_id")
 
     @cached_property
@@ -161,7 +164,8 @@ def load(*roots: str) -> Manifest:
     """Read the manifests of one or more datasets and join them; label columns that a dataset lacks are null there.
 
     Raises:
-        UserError: a folder has no manifest, or a file that is not one, or an image ID is in two datasets.
+        UserError: a folder has no manifest, or a file that is not one, or an image ID is in two datasets, or their IDs
+            have different keys.
     """
     if not roots:
         raise UserError("data.shards is empty; give data.shards=[FOLDER], as `cxrscale shard` printed it")
@@ -171,12 +175,15 @@ def load(*roots: str) -> Manifest:
         digests.append(storage.digest(data))
         table = _parse(data, root)
         metadata.append(json.loads(table.schema.metadata[b"cxrscale"]))
+        if ids.is_old(metadata[-1]):
+            _tell_of_old_ids(root)
         tables.append(table.replace_schema_metadata(None).append_column("root", pa.array([root] * len(table))))
     joined = pa.concat_tables(tables, promote_options="default").combine_chunks()
     manifest = Manifest(
         joined, digests[0] if len(digests) == 1 else storage.digest("".join(digests).encode()), tuple(metadata)
     )
     _check_unique(manifest)
+    ids.refuse_other_keys(roots, metadata)
     return manifest
 
 
@@ -209,6 +216,16 @@ def _parse(data: bytes, root: str) -> pa.Table:
     if written != FORMAT:
         raise UserError(f"{root}: manifest format {written}, this version reads {FORMAT}; shard again")
     return table
+
+
+@lru_cache(maxsize=256)
+def _tell_of_old_ids(root: str) -> None:
+    """Once per process and dataset."""
+    LOG.warning(
+        "%s is of an older version: its image ids are the source's own and can name patients; shard it again to hide "
+        "them",
+        root,
+    )
 
 
 def _check_unique(manifest: Manifest) -> None:

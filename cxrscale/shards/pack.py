@@ -6,7 +6,7 @@ import io
 import json
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from cxrscale import __version__
 from cxrscale.cluster import run_tasks
 from cxrscale.config import NIH14, Pack
-from cxrscale.io import storage
+from cxrscale.io import storage, without_quotes
 from cxrscale.shards import manifest, splits
 from cxrscale.shards.encode import EncodedSample, encode_sample
 from cxrscale.types import ImageRecord, UnreadableImageError, UserError
@@ -38,6 +38,18 @@ class SplitRecords:
     """(N,) split of each record."""
     patient_namespace: str | None = None
     """The source that gave the patient IDs; None: the records' own source."""
+    source_ids: Sequence[tuple[str, str]] = ()
+    """(N,) (image ID, patient ID) of each record in its source; the patient is "" if another dataset gave it. They are
+    for the private map only and enter no file of the dataset."""
+    key_fingerprint: str | None = None
+    """Of the key that made the IDs; None: they are the source's own."""
+
+    def private_map(self) -> list[tuple[str, str, str, str]]:
+        """The rows of `ids.write_map`."""
+        return [
+            (record.image_id, image_id, record.patient, patient)
+            for record, (image_id, patient) in zip(self.records, self.source_ids, strict=True)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +72,8 @@ class PackResult:
     quarantined: int
     fresh: bool
     """False if an earlier run had finished everything."""
+    burned_in: int = 0
+    """How many of the packed images say that text which identifies the patient is burned into their pixels."""
 
 
 Progress = Callable[[int, int, int], None]
@@ -109,7 +123,7 @@ def pack(
     findings = _findings(records)
     plans = plan_shards(records, prepared.split, settings)
     digest = _input_digest(plans, settings)
-    finished = _published_result(out, digest)
+    finished = _published_result(out, digest, prepared.key_fingerprint)
     if finished is not None:
         return finished
     storage.remove_temporary_files(out)
@@ -120,7 +134,12 @@ def pack(
     for part in run_tasks(pack_shard, jobs, local=local, workers=settings.workers):
         if progress:
             progress(part["images"] + part["quarantined"], part["quarantined"], len(records))
-    origin = (records[0].source, prepared.patient_namespace or records[0].source)
+    source = records[0].source
+    origin = {
+        "source": source,
+        "patients_from": prepared.patient_namespace or source,
+        "key_fingerprint": prepared.key_fingerprint,
+    }
     return _publish(plans, findings, settings, digest, out, origin)
 
 
@@ -148,7 +167,8 @@ def pack_shard(plan: ShardPlan, findings: tuple[str, ...], settings: Pack, diges
                     try:
                         sample = encode_sample(record, plan.split, settings, findings)
                     except UnreadableImageError as reason:
-                        quarantined.append({"image_id": record.image_id, "path": record.path, "reason": str(reason)})
+                        # Neither the path nor a header's text: both can name the patient.
+                        quarantined.append({"image_id": record.image_id, "reason": without_quotes(str(reason))})
                         continue
                     writer.write({"__key__": key, **sample.members})
                     samples.append((key, record, sample.without_bytes()))
@@ -161,6 +181,7 @@ def pack_shard(plan: ShardPlan, findings: tuple[str, ...], settings: Pack, diges
         "tar": {"blake3": tar_digest, "bytes": tar_bytes},
         "images": len(samples),
         "quarantined": quarantined,
+        "burned_in": sum(sample.burned_in for _, _, sample in samples),
     }
     rows = _rows(plan, findings, samples, members)
     with storage.publishing(part_address) as path:
@@ -207,10 +228,14 @@ def _findings(records: Sequence[ImageRecord]) -> tuple[str, ...]:
 
 def _input_digest(plans: Sequence[ShardPlan], settings: Pack) -> str:
     """Identifies records and settings; `workers` and the folder of the source do not change what is written."""
-    options = settings.model_dump(mode="json", exclude={"workers", "max_quarantined"})
+    options = settings.model_dump(mode="json", exclude={"workers", "max_quarantined", "key_file", "burned_in"})
     # Under the field names and values of version 0.1, so that `cxrscale shard` still recognizes its datasets.
     options["patients"] = options.pop("patient_ids")
     options["repeats"] = {"keep": "keep", "merge": "unite"}[options.pop("duplicates")]
+    if settings.burned_in != "keep":
+        options["burned_in"] = settings.burned_in
+    if settings.codec == "source":
+        options["metadata"] = "removed"
     rows = [
         (
             plan.name,
@@ -230,14 +255,18 @@ def _input_digest(plans: Sequence[ShardPlan], settings: Pack) -> str:
     return storage.digest(json.dumps([manifest.FORMAT, options, rows], sort_keys=True).encode())
 
 
-def _published_result(out: str, digest: str) -> PackResult | None:
+def _published_result(out: str, digest: str, key_fingerprint: str | None) -> PackResult | None:
     address = storage.join(out, manifest.NAME)
     if not storage.exists(address):
         return None
     metadata = manifest.load(out).metadata[0]
     if metadata["input"] != digest:
-        raise UserError(f"{out} holds shards of another source or other settings; give another --out or remove it")
-    return PackResult(out, metadata["images"], len(metadata["quarantined"]), fresh=False)
+        other = "another source or other settings"
+        if metadata.get("key_fingerprint") != key_fingerprint:
+            other = "ids of another key, or the source's own"
+        raise UserError(f"{out} holds shards of {other}; give another --out or remove it")
+    burned_in = metadata.get("burned_in", 0)
+    return PackResult(out, metadata["images"], len(metadata["quarantined"]), fresh=False, burned_in=burned_in)
 
 
 def _finished_part(address: str, digest: str, tar: str) -> dict[str, int] | None:
@@ -306,21 +335,22 @@ def _publish(
     settings: Pack,
     digest: str,
     out: str,
-    origin: tuple[str, str],
+    origin: Mapping[str, str | None],
 ) -> PackResult:
     """Join the parts: quarantine list, fingerprints, and the manifest last, so that no reader sees a partial dataset.
 
     Args:
-        origin: (source, source that gave the patient IDs).
+        origin: `source`, `patients_from` (the source that gave the patient IDs), and `key_fingerprint`.
     """
     storage.remove_temporary_files(out)  # a task that was killed and run again has left a temporary file
-    tables, shards, quarantined = [], {}, []
+    tables, shards, quarantined, burned_in = [], {}, [], 0
     for plan in plans:
         table = pq.read_table(io.BytesIO(storage.read(storage.join(out, PARTS, plan.name + ".parquet"))))
         part = json.loads(table.schema.metadata[b"part"])
         tables.append(table.replace_schema_metadata(None))
         shards[plan.name] = part["tar"]
         quarantined += part["quarantined"]
+        burned_in += part.get("burned_in", 0)
     rows = pa.concat_tables(tables)
     if not len(rows):
         raise UserError(f"none of the {len(quarantined)} images could be read; the first: {quarantined[0]['reason']}")
@@ -335,13 +365,13 @@ def _publish(
     metadata = {
         "format": manifest.FORMAT,
         "version": __version__,
-        "source": origin[0],
-        "patients_from": origin[1],
+        **origin,
         "input": digest,
-        "pack": settings.model_dump(mode="json", exclude={"workers"}),
+        "pack": settings.model_dump(mode="json", exclude={"workers", "key_file", "split_lists"}),
         "shards": shards,
         "images": len(rows),
         "quarantined": quarantined,
+        "burned_in": burned_in,
         "pixel_mean": mean / 255,
         "pixel_std": float(np.sqrt(max(0.0, square - mean * mean))) / 255,
     }
@@ -350,4 +380,4 @@ def _publish(
     for plan in plans:
         storage.remove(storage.join(out, PARTS, plan.name + ".parquet"))
     storage.remove_empty_folder(storage.join(out, PARTS))
-    return PackResult(out, len(rows), len(quarantined), fresh=True)
+    return PackResult(out, len(rows), len(quarantined), fresh=True, burned_in=burned_in)

@@ -1,4 +1,7 @@
-"""The log of a run: train_log.jsonl and samples.png always, Weights & Biases when asked for. Rank 0 only."""
+"""The log of a run: train_log.jsonl and samples.png always, Weights & Biases when asked for. Rank 0 only.
+
+Images go to Weights & Biases only with tracking.wandb_images.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +45,7 @@ class Tracker:
         if not storage.is_remote(run):
             storage.write(self.address, "".join(line + "\n" for line in self._lines))
             self._file = storage.local_path(self.address).open("a", buffering=1)
+        self._wandb_images = tracking.wandb_images
         self._wandb: Any = _start_wandb(run, tracking, recipe) if tracking.wandb != "disabled" else None
 
     def log(self, kind: str, step: int, values: Mapping[str, float | int | None]) -> None:
@@ -67,7 +71,8 @@ class Tracker:
         rows = [np.concatenate(list(grid[i : i + columns]), axis=1) for i in range(0, len(grid), columns)]
         sheet = np.concatenate(rows, axis=0)
         storage.write(storage.join(self.run, SAMPLES), encode_png(sheet))
-        self._to_wandb(lambda run: run.log({"samples": _wandb_image(sheet)}, step=0))
+        if self._wandb_images:
+            self._to_wandb(lambda run: run.log({"samples": _wandb_image(sheet)}, step=0))
 
     def close(self) -> None:
         """Close the file and finish the wandb run."""
@@ -134,7 +139,10 @@ def _start_wandb(run: str, tracking: Tracking, recipe: Mapping[str, Any]) -> Any
             mode=tracking.wandb,
             dir=str(folder),
             config=dict(recipe),
-            settings=wandb.Settings(silent=True, console="off"),
+            # Without the command line, the program's text, git's address and mail: paths can name patients.
+            settings=wandb.Settings(
+                silent=True, console="off", disable_git=True, disable_code=True, x_disable_meta=True
+            ),
         )
     except wandb.errors.CommError as error:
         raise UserError(f"tracking.wandb=online: {error}; log in with `wandb login` or use offline") from None

@@ -22,6 +22,7 @@ from cxrscale.shards.audit_models import LabelCounts
 from cxrscale.shards.verify import verify
 from cxrscale.sources.synthetic.archive import SyntheticPaths
 from cxrscale.types import UserError
+from tests.conftest import keyed
 
 SETTINGS = Pack(size=64, samples_per_shard=20)
 
@@ -75,11 +76,11 @@ def test_counts_are_those_of_the_tables(drawn: SyntheticPaths, nih_shards: str) 
     assert list(result.splits) == ["train", "val", "test"]
     for finding, by_split in result.findings.items():
         for split, counts in by_split.items():
-            rows = [row for row in table if split_of[row["Image Index"]] == split]
+            rows = [row for row in table if split_of[keyed("nih", row["Image Index"])] == split]
             present = sum(finding in row["Finding Labels"].split("|") for row in rows)
             assert counts == LabelCounts(present=present, absent=len(rows) - present, unlabeled=0)
     for split, count in result.no_finding.items():
-        healthy = (row["Finding Labels"] == "No Finding" and split_of[row["Image Index"]] == split for row in table)
+        healthy = (row["Finding Labels"] == "No Finding" and split_of[keyed("nih", row["Image Index"])] == split for row in table)
         assert count == sum(healthy)
     for groups, column in ((result.sex, "Patient Gender"), (result.view, "View Position")):
         totals = {value: sum(images.values()) for value, images in groups.items()}
@@ -271,9 +272,9 @@ def real_shards(real: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[s
 
 @pytest.fixture(scope="module")
 def quoted(real: Path) -> dict[str, str]:
-    """SIIM ID -> NIH ID of the images that are the same."""
+    """Our ID of a SIIM image -> ours of the NIH image that is the same."""
     with (real / "siim" / "same_image_in_nih.csv").open() as file:
-        return {row["siim_id"]: row["nih_id"] for row in csv.DictReader(file)}
+        return {keyed("siim", row["siim_id"]): keyed("nih", row["nih_id"]) for row in csv.DictReader(file)}
 
 
 def test_the_real_duplicates_are_those_quoted(real_shards: tuple[str, str], quoted: dict[str, str]) -> None:
@@ -294,7 +295,7 @@ CHANGES: dict[str, Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]]] = {
 @pytest.fixture(scope="module")
 def real_images(real: Path, quoted: dict[str, str]) -> list[npt.NDArray[np.uint8]]:
     """The 37 SIIM images in the order of `quoted`."""
-    path = {record.image_id: record.path for record in sources.read("siim", str(real / "siim"))}
+    path = {keyed("siim", record.image_id): record.path for record in sources.read("siim", str(real / "siim"))}
     return [load_image(Path(path[name]).read_bytes(), name=path[name]).image_HW for name in quoted]
 
 

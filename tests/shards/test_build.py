@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cxrscale import sources
-from cxrscale.config import PATIENT_KEY, Pack
+from cxrscale.config import Pack
 from cxrscale.shards import build, manifest
 from cxrscale.shards.splits import overlapping_patients
 from cxrscale.sources.synthetic.archive import SyntheticPaths
@@ -48,15 +48,6 @@ def test_images_without_a_label_get_a_split_of_their_own(drawn: SyntheticPaths) 
     split = build.assign(siim, Pack(masks=True))
     assert [name == build.UNLABELED for name in split] == [record.rles is None for record in siim]
     assert build.UNLABELED in split
-
-
-def test_patients_are_hashed_with_the_users_key(records: list[ImageRecord], monkeypatch: pytest.MonkeyPatch) -> None:
-    record = records[0]
-    plain = build.hash_patient_id(record, Pack())
-    assert record.patient not in plain
-    assert build.hash_patient_id(record, Pack(patient_ids="original")) == record.patient
-    monkeypatch.setenv(PATIENT_KEY, "secret")
-    assert build.hash_patient_id(record, Pack()) != plain
 
 
 def test_no_original_patient_name_is_in_a_shard(drawn: SyntheticPaths, siim_shards: str) -> None:

@@ -23,6 +23,7 @@ from cxrscale.shards import build, manifest, pack
 from cxrscale.shards.verify import verify
 from cxrscale.sources.synthetic.archive import SyntheticPaths
 from cxrscale.types import ImageRecord, UserError
+from tests.conftest import keyed
 
 SETTINGS = Pack(size=64, samples_per_shard=20)
 
@@ -97,7 +98,8 @@ def test_a_corrupt_image_is_quarantined_and_the_others_are_packed(drawn: Synthet
     packed = build.build_shards("nih", str(tmp_path / "nih"), SETTINGS, str(tmp_path / "out"), local=True)
     listed = [json.loads(line) for line in (tmp_path / "out" / pack.QUARANTINE).read_text().splitlines()]
     assert (packed.images, packed.quarantined) == (78, 2)
-    assert {line["image_id"] for line in listed} == {images[3].name, images[5].name}
+    assert {line["image_id"] for line in listed} == {keyed("nih", images[n].name) for n in (3, 5)}
+    assert {name for line in listed for name in line} == {"image_id", "reason"}, "a path names the patient"
     assert all(line["reason"] for line in listed)
     assert verify(str(tmp_path / "out")) == []
 
@@ -144,7 +146,7 @@ def test_webdataset_can_read_the_shards(siim_shards: str) -> None:
 
 
 def test_the_source_codec_keeps_the_original_bytes(drawn: SyntheticPaths, tmp_path: Path) -> None:
-    records = {record.image_id: record for record in sources.read("nih", str(drawn.nih))}
+    records = {keyed("nih", record.image_id): record for record in sources.read("nih", str(drawn.nih))}
     build.build_shards("nih", str(drawn.nih), Pack(codec="source", limit=5), str(tmp_path / "out"), local=True)
     for path in (tmp_path / "out").glob("*.tar"):
         with tarfile.open(path) as tar:

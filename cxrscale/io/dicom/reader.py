@@ -45,6 +45,8 @@ class DicomHeader:
     """PA or AP, or None if unknown or another view (lateral, oblique)."""
     spacing_mm: tuple[float, float] | None
     """Distance between (rows, columns) in millimeters: in the patient, else at the detector; None if not given."""
+    burned_in: bool
+    """Whether BurnedInAnnotation says that the pixels show text that identifies the patient."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -149,6 +151,7 @@ def _header(ds: Any) -> DicomHeader:
         age=_years(tags.text(ds, "PatientAge")),
         view=view if view in ("PA", "AP") else None,
         spacing_mm=next((spacing for spacing in spacings if spacing), None),
+        burned_in=tags.text(ds, "BurnedInAnnotation").upper() == "YES",
     )
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,11 +108,11 @@ def write(
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Beside the folder, so that a rename publishes it; under a unique name, so that two processes may race.
-        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        draft = folder.parent / f".{folder.name}-{secrets.token_hex(4)}"
+        draft.mkdir()
         try:
             _draw_archives(draft, images, size, seed, progress or (lambda _: None))
             (draft / _MARKER).write_text(json.dumps(arguments, indent=1) + "\n")
-            draft.chmod(0o755)
             draft.replace(folder)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
