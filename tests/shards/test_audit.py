@@ -69,18 +69,19 @@ def test_counts_are_those_of_the_tables(drawn: SyntheticPaths, nih_shards: str) 
     with next(drawn.nih.glob("Data_Entry*.csv")).open() as file:
         table = list(csv.DictReader(file))
     result, data = audit.audit(nih_shards), manifest.load(nih_shards)
-    split_of = dict(zip(data.image_id.tolist(), data.split.tolist(), strict=True))
+    our_split = dict(zip(data.image_id.tolist(), data.split.tolist(), strict=True))
+    split_of = {row["Image Index"]: our_split[keyed("nih", row["Image Index"])] for row in table}
     assert result.images == len(table)
     assert result.leaks.patients == len({row["Patient ID"] for row in table})
     assert result.splits == data.split_counts()
     assert list(result.splits) == ["train", "val", "test"]
     for finding, by_split in result.findings.items():
         for split, counts in by_split.items():
-            rows = [row for row in table if split_of[keyed("nih", row["Image Index"])] == split]
+            rows = [row for row in table if split_of[row["Image Index"]] == split]
             present = sum(finding in row["Finding Labels"].split("|") for row in rows)
             assert counts == LabelCounts(present=present, absent=len(rows) - present, unlabeled=0)
     for split, count in result.no_finding.items():
-        healthy = (row["Finding Labels"] == "No Finding" and split_of[keyed("nih", row["Image Index"])] == split for row in table)
+        healthy = (row["Finding Labels"] == "No Finding" and split_of[row["Image Index"]] == split for row in table)
         assert count == sum(healthy)
     for groups, column in ((result.sex, "Patient Gender"), (result.view, "View Position")):
         totals = {value: sum(images.values()) for value, images in groups.items()}
