@@ -385,7 +385,7 @@ def test_real_twins_have_the_patient_the_split_and_the_boxes_of_their_image(
         present += row is not None
         expected = ("train", name) if row is None else (nih.split[row], nih.patient[row])
         assert (split, patient) == expected, twins[name]
-    assert present == {"siim": 37, "siim_more": 14, "rsna": 93}[folder], "of these the NIH image is here"
+    assert present == {"siim": 37, "siim_more": 14, "rsna": 100}[folder], "of these the NIH image is here"
     assert audit.audit(real_nih, out).leaks.patients_in_two_splits == ()
     boxes = {keyed(source, record.image_id): len(record.boxes) for record in sources.read(source, str(archive))}
     assert {sample["image_id"]: len(sample["boxes"]) for sample in samples(Path(out))} == boxes
