@@ -1,4 +1,7 @@
-"""What is sent with a job: the checkout's files as a zip, the command line, environment variables; never secrets."""
+"""What is sent with a job: the package and the recipes as a zip, the command line, variables; never secrets or data.
+
+Everyone who reaches the cluster can read it, and a checkout also holds reports with images, predictions and tables.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import subprocess
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatch
+from contextlib import suppress
 from pathlib import Path
 
 from cxrscale import config
@@ -19,9 +22,10 @@ from cxrscale.types import UserError
 
 MAX_BYTES = 100 * 2**20
 """Ray 2.60 documents 500 MiB, but its job server answers 413 above 100 MiB."""
-EXCLUDED_ANYWHERE = (".*", "__pycache__", "*.egg-info", "node_modules", "venv", "wandb", "*.tar", "*.pyc")
-EXCLUDED_AT_TOP = ("runs", "shards", "build", "dist", "synthetic")
-"""Names that are excluded at the top only: cxrscale/shards is a part of the package."""
+PACKAGE, RECIPES = "cxrscale", "jobs"
+"""The folders of a checkout that a job needs."""
+NEEDED = {PACKAGE: frozenset({".py", ".pyi", ".jinja", ".typed"}), RECIPES: frozenset({".yaml", ".yml"})}
+"""Folder -> suffixes of what is shipped from it, committed or not."""
 SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 SECRET_VALUE = re.compile(
     r"\b(AKIA|ASIA)[A-Z0-9]{16}\b|\bgh[pousr]_\w{30}|\bgithub_pat_\w{20}|\bhf_\w{30}|\bwandb_v\d_\w{20}|\bsk-[\w-]{20}"
@@ -55,7 +59,8 @@ def relative_to_package(command_line: Sequence[str], root: Path, installed: bool
         installed: the nodes' image has cxrscale; a recipe that does not exist here may be in the image.
 
     Raises:
-        UserError: a recipe is missing, wrong or outside `root`, or an output would be deleted with the job's folder.
+        UserError: a recipe is missing, wrong or outside `root`, another file is named by a relative path, or an output
+            would be deleted with the job's folder.
     """
     command = command_line[0] if command_line else ""
     result = []
@@ -68,6 +73,7 @@ def relative_to_package(command_line: Sequence[str], root: Path, installed: bool
                 _check_recipe(command_line, path)
             result.append(path.relative_to(root.resolve()).as_posix())
         else:
+            _refuse_local_files(argument)
             result.append(argument)
     writes_to_run = command == "predict" and _option(command_line, "--split") is not None
     if command in OUTPUT_COMMANDS and not writes_to_run and not _is_permanent(out := _option(command_line, "--out")):
@@ -76,6 +82,15 @@ def relative_to_package(command_line: Sequence[str], root: Path, installed: bool
             f"{command}: {reason}, and a job's folder is deleted with the job; give --out s3://... or /shared/..."
         )
     return result
+
+
+def _refuse_local_files(argument: str) -> None:
+    """Refuse a file of this machine by a relative path: nothing but code and recipes is shipped."""
+    for word in re.split(r"[\s=,:{}\[\]'\"]+", argument):
+        is_path = ("/" in word or "." in word) and not _is_permanent(word)
+        with suppress(OSError):  # no file has a name of this length
+            if is_path and Path(word).is_file():
+                raise UserError(f"{word} is not shipped; give s3://... or an absolute path on all nodes")
 
 
 def _check_recipe(command_line: Sequence[str], path: Path) -> None:
@@ -141,26 +156,31 @@ def environment_variables(options: Iterable[str], environment: Mapping[str, str]
     return result
 
 
-def package_files(root: Path) -> list[str]:
-    """The sorted paths, relative to `root`, to ship: files that git does not ignore, without data, runs and caches."""
+def package_files(root: Path, recipes: Iterable[str] = ()) -> list[str]:
+    """The sorted paths, relative to `root`, to ship: the package's code, the recipes of `jobs`, and the recipes given.
+
+    What git ignores is not shipped, unless it is a given recipe.
+
+    Raises:
+        UserError: `root` does not hold the package.
+    """
+    if not (root / PACKAGE / "__init__.py").is_file():
+        raise UserError(f"--working-dir {root} does not hold the package {PACKAGE}; give the checkout, or --installed")
     paths = _not_ignored(root)
     if paths is None:
-        paths = []
-        for folder, subfolders, names in os.walk(root):
-            relative = Path(folder).relative_to(root)
-            subfolders[:] = [name for name in subfolders if not _is_excluded(relative / name)]
-            paths += [(relative / name).as_posix() for name in names]
-    return sorted(path for path in paths if not _is_excluded(Path(path)) and (root / path).is_file())
+        paths = [path.relative_to(root).as_posix() for folder in NEEDED for path in (root / folder).rglob("*")]
+    needed = {path for path in paths if _is_needed(Path(path))} | set(recipes)
+    return sorted(path for path in needed if (root / path).is_file())
 
 
-def _is_excluded(path: Path) -> bool:
-    anywhere = any(fnmatch(part, pattern) for part in path.parts for pattern in EXCLUDED_ANYWHERE)
-    return anywhere or path.parts[0] in EXCLUDED_AT_TOP
+def _is_needed(path: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.parts)
+    return not hidden and len(path.parts) > 1 and path.suffix in NEEDED.get(path.parts[0], ())
 
 
 def _not_ignored(root: Path) -> list[str] | None:
     """Files that git tracks and new files; None without git or outside a checkout."""
-    command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *NEEDED]
     if shutil.which("git") is None:
         return None
     ran = subprocess.run(command, capture_output=True, text=True)
@@ -183,7 +203,7 @@ def pack(root: Path, names: Sequence[str], out: Path) -> int:
         largest, size = sizes.most_common(1)[0]
         raise UserError(
             f"{root.resolve()} holds {sizes.total() / 2**20:.0f} MiB, Ray accepts {MAX_BYTES / 2**20:.0f}; the largest "
-            f"part is {largest} ({size / 2**20:.0f} MiB): add it to .gitignore or move it elsewhere"
+            f"part is {largest} ({size / 2**20:.0f} MiB): move it elsewhere"
         )
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in names:

@@ -67,8 +67,9 @@ def submit(command_line: Sequence[str], spec: JobSpec, address: str | None = Non
         **job_package.environment_variables(spec.env),
     }
     recipes = [argument for argument in sent if job_package.is_recipe(argument)]
-    shipped = recipes if spec.installed else job_package.package_files(root)
-    shipped = [name for name in shipped if (root / name).is_file()]
+    shipped = [name for name in recipes if (root / name).is_file()]
+    if not spec.installed:
+        shipped = job_package.package_files(root, shipped)
     client = connect(address)
     with tempfile.TemporaryDirectory(prefix="cxrscale-") as folder:
         runtime: dict[str, Any] = {"env_vars": environment}

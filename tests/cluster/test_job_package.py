@@ -14,8 +14,23 @@ from cxrscale.types import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARDS, RUNS = "data.shards=[s3://cxr/nih]", "tracking.runs_dir=s3://cxr/runs"
-INCLUDED = ["cxrscale/__init__.py", "cxrscale/shards/pack.py", "jobs/mine.yaml", "pyproject.toml"]
+INCLUDED = [
+    "cxrscale/__init__.py",
+    "cxrscale/py.typed",
+    "cxrscale/reporting/templates/base.html.jinja",
+    "cxrscale/shards/pack.py",
+    "jobs/mine.yaml",
+]
 EXCLUDED = [
+    "report.html",
+    "predictions.json",
+    "cxrscale/predictions-test.parquet",
+    "cxrscale/samples.png",
+    "jobs/report.html",
+    "jobs/.hidden/a.yaml",
+    "notes.yaml",
+    "tests/test_flow.py",
+    "pyproject.toml",
     ".idea/config",
     ".venv/lib/x.py",
     "runs/a/best.pt",
@@ -39,18 +54,43 @@ def checkout(folder: Path) -> Path:
     return folder
 
 
-def test_only_the_package_is_shipped(tmp_path: Path) -> None:
+def test_only_the_package_and_the_recipes_are_shipped(tmp_path: Path) -> None:
     assert job_package.package_files(checkout(tmp_path)) == INCLUDED
     subprocess.run(["git", "-C", str(tmp_path), "init", "-q"], check=True)
     assert job_package.package_files(tmp_path) == INCLUDED
+    subprocess.run(["git", "-C", str(tmp_path), "add", "--force", "."], check=True)
+    assert job_package.package_files(tmp_path) == INCLUDED, "a committed report is not needed either"
+    subprocess.run(["git", "-C", str(tmp_path), "reset", "-q"], check=True)
     (tmp_path / ".gitignore").write_text("/jobs/\n")
     assert job_package.package_files(tmp_path) == [name for name in INCLUDED if not name.startswith("jobs")]
+    assert job_package.package_files(tmp_path, ["jobs/mine.yaml"]) == INCLUDED
+    assert "notes.yaml" in job_package.package_files(tmp_path, ["notes.yaml"])
+
+
+def test_a_folder_without_the_package_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"does not hold the package cxrscale; give the checkout, or --installed"):
+        job_package.package_files(tmp_path)
+
+
+def test_a_private_file_is_not_shipped_but_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lists").mkdir()
+    for name in ("patient.key", "lists/train.txt", "a.png"):
+        (tmp_path / name).write_text("private")
+    for argument in ("pack.key_file=patient.key", "pack.split_lists={train: lists/train.txt}", "a.png"):
+        with pytest.raises(UserError, match=r"is not shipped; give s3://\.\.\. or an absolute path on all nodes"):
+            job_package.relative_to_package(["shard", "nih", "/raw", argument, "--out", "/shards"], tmp_path)
 
 
 def test_the_package_of_this_checkout_is_small_and_complete() -> None:
     names = job_package.package_files(ROOT)
-    assert {"cxrscale/shards/pack.py", "jobs/chexnet14.yaml", "pyproject.toml"} <= set(names)
-    assert sum((ROOT / name).stat().st_size for name in names) < 5 * 2**20
+    assert {"cxrscale/shards/pack.py", "cxrscale/io/__init__.pyi", "jobs/chexnet14.yaml", "jobs/demo.yaml"} <= set(
+        names
+    )
+    assert {name for name in names if name.startswith("cxrscale")} >= {
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "cxrscale").rglob("*") if path.suffix in (".py", ".jinja")
+    }
+    assert sum((ROOT / name).stat().st_size for name in names) < 2 * 2**20
 
 
 def test_the_same_files_give_the_same_package(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import stat
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,19 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_temporary_file(tmp_path
         interrupted()
     assert target.read_bytes() == b"old"
     assert names(tmp_path) == ["a.bin"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_the_umask_decides_who_can_read_a_file(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        storage.write(str(tmp_path / "folder" / "a.txt"), "text")
+        storage.write(str(tmp_path / "folder" / "b.txt"), "text", private=True)
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "folder").iterdir()}
+    assert modes == {"a.txt": 0o666 & ~mask, "b.txt": 0o600}
+    assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o777 & ~mask
 
 
 def test_file_addresses_are_plain_paths(tmp_path: Path) -> None:

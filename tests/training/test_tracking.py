@@ -53,9 +53,20 @@ def test_wandb_offline_keeps_one_run_over_restarts(tmp_path: Path) -> None:
     assert len({folder.name.split("-")[3] for folder in runs}) == 1, "a restart keeps the run's id"
 
 
-def test_wandb_gets_the_sample_images_and_the_log_stays(tmp_path: Path) -> None:
-    image_BCHW = np.random.default_rng(0).normal(size=(5, 1, 8, 8)).astype(np.float32)
+def test_wandb_gets_no_image_unless_asked(tmp_path: Path) -> None:
     tracker = Tracker(str(tmp_path), Tracking(wandb="offline"), {}, 0)
+    tracker.samples(np.zeros((5, 1, 8, 8), np.float32))
+    tracker.close()
+    assert (tmp_path / "samples.png").is_file()
+    assert list((tmp_path / "wandb").rglob("*.png")) == []
+    (log,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    for word in (b"samples", os.fsencode(sys.argv[0]), b"github"):
+        assert word not in log.read_bytes(), "neither the command line nor the checkout is told"
+
+
+def test_wandb_gets_the_sample_images_when_asked_and_the_log_stays(tmp_path: Path) -> None:
+    image_BCHW = np.random.default_rng(0).normal(size=(5, 1, 8, 8)).astype(np.float32)
+    tracker = Tracker(str(tmp_path), Tracking(wandb="offline", wandb_images=True), {}, 0)
     tracker.samples(image_BCHW)
     tracker.log("train", 1, {"loss": 1.0})
     tracker.close()
