@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from typing import Any
 
 import cv2
 import numpy as np
@@ -18,7 +19,7 @@ MARK = b"CANARY"
 IMAGE = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 255, (48, 40), dtype=np.uint8), (5, 5), 0)
 
 
-def png(mode: str = "L", **options: object) -> bytes:
+def png(mode: str = "L", **options: Any) -> bytes:
     """A PNG with the mark in every chunk that can hold text."""
     info = PngImagePlugin.PngInfo()
     info.add_text("PatientName", MARK.decode())
@@ -34,7 +35,7 @@ def png(mode: str = "L", **options: object) -> bytes:
     return buffer.getvalue() + b"after the end: " + MARK
 
 
-def jpeg(mode: str = "L", *, orientation: int = 1, **options: object) -> bytes:
+def jpeg(mode: str = "L", orientation: int = 1, **options: Any) -> bytes:
     """A JPEG with the mark in EXIF, a comment, a profile, and segments of other programs, one between two scans."""
     exif = Image.Exif()
     exif[0x010E], exif[0x0112] = MARK.decode(), orientation
@@ -96,7 +97,7 @@ def test_significant_bits_stay() -> None:
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 2}], ids=str)
-def test_a_jpeg_loses_its_texts_and_keeps_its_pixels(mode: str, options: dict[str, object]) -> None:
+def test_a_jpeg_loses_its_texts_and_keeps_its_pixels(mode: str, options: dict[str, Any]) -> None:
     data = jpeg(mode, **options)
     bare = strip_metadata(data)
     assert data.count(MARK) > 20
