@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import cv2
@@ -167,8 +167,7 @@ def pack_shard(plan: ShardPlan, findings: tuple[str, ...], settings: Pack, diges
                     try:
                         sample = encode_sample(record, plan.split, settings, findings)
                     except UnreadableImageError as reason:
-                        # Neither the path nor a header's text: both can name the patient.
-                        quarantined.append({"image_id": record.image_id, "reason": without_quotes(str(reason))})
+                        quarantined.append({"image_id": record.image_id, "reason": _stored_reason(reason, record)})
                         continue
                     writer.write({"__key__": key, **sample.members})
                     samples.append((key, record, sample.without_bytes()))
@@ -198,6 +197,14 @@ def _closed_while_open(writer: Any) -> Iterator[None]:
         with suppress(OSError, ValueError):
             writer.close()
         raise
+
+
+def _stored_reason(reason: UnreadableImageError, record: ImageRecord) -> str:
+    """The reason without the file's path and a header's text, which both can name the patient."""
+    text = str(reason)
+    for name in (record.path, storage.normalize(record.path), PurePosixPath(record.path).name):
+        text = text.replace(name, "the file")
+    return without_quotes(text)
 
 
 def _counts(part: dict[str, Any]) -> dict[str, int]:

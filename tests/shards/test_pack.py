@@ -101,6 +101,7 @@ def test_a_corrupt_image_is_quarantined_and_the_others_are_packed(drawn: Synthet
     assert {line["image_id"] for line in listed} == {keyed("nih", images[n].name) for n in (3, 5)}
     assert {name for line in listed for name in line} == {"image_id", "reason"}, "a path names the patient"
     assert all(line["reason"] for line in listed)
+    assert not any(images[n].stem in line["reason"] for n in (3, 5) for line in listed)
     assert verify(str(tmp_path / "out")) == []
 
 
@@ -219,3 +220,13 @@ def test_a_full_disk_is_one_line_and_the_same_command_resumes(
     assert list(out.glob(".tmp-*")) == []
     build.build_shards("nih", str(drawn.nih), SETTINGS, str(out), local=True)
     assert contents(out) == contents(nih_shards)
+
+
+def test_a_reason_does_not_name_the_file(drawn: SyntheticPaths, tmp_path: Path) -> None:
+    shutil.copytree(drawn.nih, tmp_path / "nih")
+    image = sorted((tmp_path / "nih").rglob("*.png"))[3]
+    image.unlink()
+    image.mkdir()
+    build.build_shards("nih", str(tmp_path / "nih"), SETTINGS, str(tmp_path / "out"), local=True)
+    (line,) = [json.loads(line) for line in (tmp_path / "out" / pack.QUARANTINE).read_text().splitlines()]
+    assert line == {"image_id": keyed("nih", image.name), "reason": "the file is a folder; give a file"}
