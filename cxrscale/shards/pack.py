@@ -202,7 +202,7 @@ def _closed_while_open(writer: Any) -> Iterator[None]:
 def _stored_reason(reason: UnreadableImageError, record: ImageRecord) -> str:
     """The reason without the file's path and a header's text, which both can name the patient."""
     text = str(reason)
-    for name in (record.path, storage.normalize(record.path), PurePosixPath(record.path).name):
+    for name in (record.path, storage.absolute(record.path), PurePosixPath(record.path).name):
         text = text.replace(name, "the file")
     return without_quotes(text)
 
