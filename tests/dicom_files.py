@@ -96,6 +96,8 @@ def encoded(stored: Stored, syntax: str, *, bits: int | None = None, quality: in
         return bytes(simplejpeg.encode_jpeg(stored[..., None], quality, "GRAY", fastdct=False))
     if syntax in (uid.JPEGLossless, uid.JPEGLosslessSV1):
         return jpeg_lossless(stored, bits)
+    if syntax in uid.JPEG2000TransferSyntaxes:
+        return jpeg_2000(stored, bits, syntax)
     if syntax in uid.JPEGLSTransferSyntaxes and bits in (8, 16):  # for which imagecodecs writes the right header
         near = 2 if syntax == uid.JPEGLSNearLossless else 0
         return bytes(imagecodecs.jpegls_encode(stored.view(f"u{stored.itemsize}"), level=near))
@@ -108,16 +110,24 @@ def encoded(stored: Stored, syntax: str, *, bits: int | None = None, quality: in
     ds.PixelRepresentation = int(stored.dtype.kind == "i")
     ds.PixelData = stored.tobytes()
     ds["PixelData"].VR = "OW"
-    options: dict[str, Any] = {}
-    if syntax == uid.JPEG2000:
-        options = {"j2k_cr": [4]}
-    if syntax == uid.JPEGLSNearLossless:
-        options = {"jls_error": 2}
-    plugin = "pyjpegls" if syntax in uid.JPEGLSTransferSyntaxes else "pylibjpeg"
+    options: dict[str, Any] = {"jls_error": 2} if syntax == uid.JPEGLSNearLossless else {}
+    plugin = "pyjpegls" if syntax in uid.JPEGLSTransferSyntaxes else "pydicom"
     ds.compress(syntax, encoding_plugin=plugin, generate_instance_uid=False, **options)
     size = struct.unpack_from("<L", ds.PixelData, 4)[0]  # of the offset table, which precedes the fragment
     length = struct.unpack_from("<L", ds.PixelData, 12 + size)[0]
     return bytes(ds.PixelData[16 + size : 16 + size + length])
+
+
+def jpeg_2000(stored: Stored, bits: int, syntax: str) -> bytes:
+    """A JPEG 2000 codestream, lossy at 45 dB where the transfer syntax is."""
+    if syntax in (uid.HTJ2K, uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL):
+        return bytes(imagecodecs.htj2k_encode(stored, reversible=True))
+    lossless = syntax == uid.JPEG2000Lossless
+    return bytes(
+        imagecodecs.jpeg2k_encode(
+            stored, level=0 if lossless else 45, codecformat="j2k", bitspersample=bits, reversible=lossless
+        )
+    )
 
 
 def jpeg_lossless(stored: Stored, bits: int) -> bytes:

@@ -19,3 +19,4 @@ from .images import resize_image as resize_image
 from .images import resize_mask as resize_mask
 from .metadata import strip_metadata as strip_metadata
 from .metadata import without_quotes as without_quotes
+from .strictness import Strictness as Strictness

@@ -1,15 +1,9 @@
-"""Image files (DICOM, PNG, JPEG) <-> gray arrays, or a one-line reason why a file is unreadable.
-
-Decoders of PNG and JPEG return what they can of a damaged file, so the checksums and the end marker of a file are
-checked before it is decoded.
-"""
+"""Image files (DICOM, PNG, JPEG) <-> gray arrays, or a one-line reason why a file is unreadable."""
 
 from __future__ import annotations
 
-import io
 import struct
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,21 +11,11 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image
 
-from cxrscale.io import dicom
+from cxrscale.io import dicom, exif, jpeg_segments, limits, png
+from cxrscale.io.strictness import FormalFaults, Strictness
 from cxrscale.types import GrayImage, UnreadableImageError, one_line
 
-MAX_PIXELS = 100_000_000
-"""Height x width above this means a damaged or hostile header; the largest detectors have 20 million pixels."""
-
-COLOR_LEVELS = 16
-"""The largest difference between red, green and blue in a gray pixel; JPEG's rounding alone needs 2."""
-
-COLOR_SHARE = 0.001
-"""An image is colored if a larger share of its pixels than this exceeds `COLOR_LEVELS`."""
-
-_PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8\xff"
 _OTHER_FORMATS = {
     b"version https://git-lfs": "a Git LFS pointer: fetch the file itself with `git lfs pull`",
@@ -47,6 +31,17 @@ _OTHER_FORMATS = {
 }
 
 
+_FIRST_TAGS = tuple(
+    struct.pack(order + "HH", group, element)
+    for order in "<>"
+    for group, element in ((2, 0), (2, 1), (2, 2), (8, 0), (8, 1), (8, 5), (8, 8), (8, 0x12), (8, 0x16))
+)
+"""How a DICOM file without preamble starts: with one of the first tags that there are."""
+
+MAX_SCANS = 500
+"""Scans of a JPEG; a progressive one has about 10, and each takes the time of a complete image."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedImage:
     """An image with the metadata of its file; PNG and JPEG have none."""
@@ -55,6 +50,8 @@ class LoadedImage:
     """(H, W) uint8, upright: 0 black, bone bright."""
     jpeg: bytes | None = None
     """A JPEG stream that decodes to exactly `image_HW`: the file itself, or its DICOM frame. None if there is none."""
+    png: bytes | None = None
+    """The file itself if it is a PNG that decodes to exactly `image_HW`: at most 8 bits, and upright as stored."""
     view: str | None = None
     """PA or AP, or None if unknown."""
     sex: str | None = None
@@ -65,39 +62,60 @@ class LoadedImage:
     """Distance between (rows, columns) in millimeters, or None if unknown."""
     burned_in: bool = False
     """Whether the file says that text which identifies the patient is burned into its pixels."""
+    warnings: tuple[str, ...] = ()
+    """The faults of the file that a lenient reading accepted, one line each; a strict reading refuses them."""
 
 
-def load_image(data: bytes, *, name: str = "") -> LoadedImage:
+def load_image(data: bytes, *, name: str = "", strictness: Strictness = Strictness.STRICT) -> LoadedImage:
     """Decode an image file; its format is recognized by its first bytes, not by its name.
 
-    16-bit gray is divided by 257 and rounded. Color files with equal red, green and blue are accepted as gray; alpha
-    must be opaque. A JPEG's EXIF orientation is applied, so that the image is upright.
+    16-bit gray is scaled as `decode_png` says. Color files with equal red, green and blue are accepted as gray; alpha
+    must be opaque. The EXIF orientation of a JPEG or PNG is applied, so that the image is upright.
 
     Args:
         data: the complete file.
         name: its name, which matters in one case only: `.dcm` and `.dicom` files may lack the DICOM preamble.
+        strictness: what to do with a file that breaks a rule although its gray values are certain; `io.strictness` has
+            the list.
 
     Returns:
         The image, (H, W) uint8, with the metadata of a DICOM header.
 
     Raises:
-        UnreadableImageError: empty, another format, truncated, damaged, colored or transparent; for DICOM see
-            `dicom.read_dicom`.
+        UnreadableImageError: empty, another format, truncated, damaged, colored, transparent, or so large that decoding
+            it takes over `limits.MAX_BYTES`; for DICOM see `dicom.read_dicom`.
     """
     if not data:
         raise UnreadableImageError("the file is empty")
-    if data.startswith(_PNG):
-        return LoadedImage(_png(data))
+    if data.startswith(png.SIGNATURE):
+        image_HW, exact = png.decode_png(data)
+        return LoadedImage(image_HW, png=data if exact else None)
     if data.startswith(_JPEG):
         return _jpeg(data)
-    force = name.lower().endswith((".dcm", ".dicom"))
-    if data[128:132] == b"DICM" or (force and _other_format(data) is None):
-        image = dicom.read_dicom(data, force=force)
-        return LoadedImage(
-            image.image_HW, image.jpeg, image.view, image.sex, image.age, image.spacing_mm, image.burned_in
-        )
+    if data[128:132] == b"DICM":
+        return _dicom(data, strictness)
+    if name.lower().endswith((".dcm", ".dicom")) and _other_format(data) is None:
+        return _dicom(data, strictness, force=True)
+    if data[:4] in _FIRST_TAGS:
+        fault = UnreadableImageError("the file seems to be DICOM, but has neither preamble nor suffix: name it .dcm")
+        FormalFaults(strictness).add(fault)
+        return _dicom(data, strictness, fault.args, force=True)
     actual = _other_format(data) or f"an unknown format that starts with {data[:8].hex()}"
     raise UnreadableImageError(f"not a PNG, JPEG or DICOM file but {actual}")
+
+
+def _dicom(data: bytes, strictness: Strictness, warnings: tuple[str, ...] = (), *, force: bool = False) -> LoadedImage:
+    image = dicom.read_dicom(data, force=force, strictness=strictness)
+    return LoadedImage(
+        image.image_HW,
+        jpeg=image.jpeg,
+        view=image.view,
+        sex=image.sex,
+        age=image.age,
+        spacing_mm=image.spacing_mm,
+        burned_in=image.burned_in,
+        warnings=warnings + image.warnings,
+    )
 
 
 def encode_jpeg(image_HW: GrayImage, quality: int = 95) -> bytes:
@@ -144,7 +162,7 @@ def encode_mask(mask_HW: npt.NDArray[np.bool_]) -> bytes:
     rows[:, 1:] = np.packbits(mask_HW, axis=1)
     header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes(), 6)), (b"IEND", b""))
-    return _PNG + b"".join(_chunk(kind, body) for kind, body in chunks)
+    return png.SIGNATURE + b"".join(png.chunk(kind, body) for kind, body in chunks)
 
 
 def decode_mask(data: bytes) -> npt.NDArray[np.bool_]:
@@ -159,9 +177,9 @@ def decode_mask(data: bytes) -> npt.NDArray[np.bool_]:
     Raises:
         UnreadableImageError: damaged, not PNG, or more than one value besides 0.
     """
-    if not data.startswith(_PNG):
+    if not data.startswith(png.SIGNATURE):
         raise UnreadableImageError("the mask is not a PNG file")
-    image_HW = _png(data)
+    image_HW, _ = png.decode_png(data)
     mask_HW: npt.NDArray[np.bool_] = image_HW != 0
     if mask_HW.any() and np.ptp(image_HW[mask_HW]):
         raise UnreadableImageError("the mask holds more than one value besides 0: threshold it first")
@@ -242,108 +260,40 @@ def _other_format(data: bytes) -> str | None:
     return next((text for magic, text in _OTHER_FORMATS.items() if data.startswith(magic)), None)
 
 
-# PNG
-
-
-def _chunk(kind: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-
-def _chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
-    """(type, body) of every chunk up to IEND, with its CRC checked; takes 0.2 ms for 400 kB."""
-    view, offset = memoryview(data), len(_PNG)
-    while offset + 12 <= len(data):
-        length, kind = int.from_bytes(view[offset : offset + 4], "big"), bytes(view[offset + 4 : offset + 8])
-        end = offset + 8 + length
-        if end + 4 > len(data):
-            break
-        if zlib.crc32(view[offset + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
-            raise UnreadableImageError(
-                f"PNG is damaged: the CRC of the chunk {kind.decode('latin-1')!r} at byte {offset} is wrong"
-            )
-        yield kind, view[offset + 8 : end]
-        if kind == b"IEND":
-            return
-        offset = end + 4
-    raise UnreadableImageError(f"PNG is truncated: {len(data)} bytes without IEND")
-
-
-def _png(data: bytes) -> GrayImage:
-    chunks = list(_chunks(data))
-    kind, header = chunks[0]
-    if kind != b"IHDR" or len(header) != 13:
-        raise UnreadableImageError("PNG is damaged: it does not start with IHDR")
-    width, height = struct.unpack_from(">II", header)
-    if width * height > MAX_PIXELS:
-        raise UnreadableImageError(f"PNG of {height} x {width} pixels: over {MAX_PIXELS:,}")
-    if any(kind == b"acTL" for kind, _ in chunks):
-        raise UnreadableImageError("PNG is animated, not a single image: split it")
-    pixels = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_UNCHANGED)
-    if pixels is None or pixels.shape[:2] != (height, width):
-        raise UnreadableImageError(f"PNG of {height} x {width} pixels cannot be decoded")
-    if pixels.dtype == np.uint16:
-        pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    return _to_gray(pixels)
-
-
-def _to_gray(pixels: npt.NDArray[Any]) -> GrayImage:
-    """(H, W), (H, W, 3) or (H, W, 4) uint8 in OpenCV's channel order -> (H, W); a colored image is refused."""
-    if pixels.ndim == 2:
-        return pixels
-    if pixels.shape[2] == 4 and pixels[..., 3].min() < 255:
-        raise UnreadableImageError("the image is transparent: save it without alpha")
-    blue, green, red = (pixels[..., channel] for channel in range(3))
-    difference_HW = cv2.max(cv2.absdiff(red, green), cv2.absdiff(green, blue))
-    if not difference_HW.any():
-        return np.ascontiguousarray(green)
-    share = float(np.count_nonzero(difference_HW > COLOR_LEVELS)) / difference_HW.size
-    if share > COLOR_SHARE:
-        raise UnreadableImageError(f"the image is colored ({share:.1%} of its pixels): give the gray original")
-    image_HW: GrayImage = cv2.cvtColor(pixels[..., :3], cv2.COLOR_BGR2GRAY)
-    return image_HW
-
-
 # JPEG
 
 
 def _jpeg(data: bytes) -> LoadedImage:
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data, strict=True)
-        if height * width > MAX_PIXELS:
-            raise UnreadableImageError(f"JPEG of {height} x {width} pixels: over {MAX_PIXELS:,}")
         if space not in ("Gray", "YCbCr", "RGB"):
             raise UnreadableImageError(f"JPEG is {space}, neither gray nor RGB: save it as gray")
+        metadata, progressive = _jpeg_header(data)
+        channels = 1 if space == "Gray" else 3
+        # The gray image; of color, its channels and their differences; of all, the coefficients if it is progressive.
+        cost = 1 + (6 if channels == 3 else 0) + (2 * channels if progressive else 0)
+        limits.check_memory(height, width, cost, "JPEG")
         image_HW = simplejpeg.decode_jpeg(data, colorspace="GRAY", strict=True)[..., 0]
         # Refuses a colored image. If all pixels are exactly neutral, every decoder gives the same gray values.
         exact = space == "Gray" or np.array_equal(
-            image_HW, _to_gray(simplejpeg.decode_jpeg(data, colorspace="BGR", strict=True))
+            image_HW, png.to_gray(simplejpeg.decode_jpeg(data, colorspace="BGR", strict=True))[0]
         )
-    except ValueError as error:
+    except (ValueError, IndexError, struct.error) as error:
         if isinstance(error, UnreadableImageError):
             raise
         raise UnreadableImageError(f"JPEG is truncated or damaged: {one_line(error, limit=200)}") from error
-    orientation = _orientation(data)
-    return LoadedImage(_upright(image_HW, orientation), data if exact and orientation == 1 else None)
+    turned = 1 if metadata is None else exif.orientation(metadata, "JPEG")
+    return LoadedImage(exif.upright(image_HW, turned), data if exact and turned == 1 else None)
 
 
-def _orientation(data: bytes) -> int:
-    """EXIF's Orientation, 1 (upright) to 8; 1 if there is none."""
-    if b"Exif\0\0" not in data[:65536]:
-        return 1
-    try:
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-            orientation = image.getexif().get(0x0112, 1)
-    except Exception as error:  # damaged metadata can make the parser raise any error
-        raise UnreadableImageError(f"JPEG's EXIF metadata is damaged ({type(error).__name__}): remove it") from error
-    return orientation if orientation in range(1, 9) else 1
-
-
-def _upright(image_HW: GrayImage, orientation: int) -> GrayImage:
-    """Rotate and mirror a stored image according to its EXIF orientation (Exif 2.3, 4.6.4 A)."""
-    if orientation in (5, 6, 7, 8):
-        image_HW = image_HW.T
-    if orientation in (2, 3, 6, 7):
-        image_HW = image_HW[:, ::-1]
-    if orientation in (3, 4, 7, 8):
-        image_HW = image_HW[::-1]
-    return np.ascontiguousarray(image_HW)
+def _jpeg_header(data: bytes) -> tuple[bytes | None, bool]:
+    """(EXIF metadata, wherever it stands before the first scan; whether the image is progressive)."""
+    metadata, progressive = None, False
+    for marker, start, end in jpeg_segments.segments(data):
+        progressive |= marker in jpeg_segments.PROGRESSIVE
+        if marker == 0xE1 and metadata is None and data[start : start + 6] == b"Exif\0\0":
+            metadata = data[start + 6 : end]
+    # In a scan, FF is followed by 00.
+    if (scans := data.count(b"\xff\xda")) > MAX_SCANS:
+        raise UnreadableImageError(f"JPEG of {scans:,} scans: over {MAX_SCANS}")
+    return metadata, progressive

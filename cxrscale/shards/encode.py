@@ -65,7 +65,7 @@ def encode_sample(record: ImageRecord, split: str, pack: Pack, findings: tuple[s
     if loaded.burned_in and pack.burned_in == "quarantine":
         raise UnreadableImageError("BurnedInAnnotation (0028,0301) is YES, and pack.burned_in=quarantine")
     record = _complete_from_header(record, loaded)
-    stored_HW, suffix, image = _encode_image(loaded, data, pack)
+    stored_HW, suffix, image = _encode_image(loaded, pack)
     members = {suffix: image}
     measured = _measure(record, loaded.image_HW, stored_HW)
     if pack.masks and record.rles is not None:
@@ -92,10 +92,10 @@ def read_image_file(path: str) -> bytes:
         raise UnreadableImageError(str(error)) from None
 
 
-def _encode_image(image: LoadedImage, data: bytes, pack: Pack) -> tuple[GrayImage, str, bytes]:
+def _encode_image(image: LoadedImage, pack: Pack) -> tuple[GrayImage, str, bytes]:
     """(the image as stored, its suffix, its bytes)."""
     if pack.codec == "source":
-        original = image.jpeg or (data if data.startswith(b"\x89PNG") else None)
+        original = image.jpeg or image.png
         bare = None if original is None else _without_metadata(original, image.image_HW)
         if bare is not None:
             return image.image_HW, "png" if image.jpeg is None else "jpg", bare

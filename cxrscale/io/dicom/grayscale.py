@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from cxrscale.io.dicom import tags
 from cxrscale.io.dicom.pixels import Layout
+from cxrscale.io.gray_levels import used_bits
 from cxrscale.types import GrayImage
 
 
@@ -47,8 +48,8 @@ class GrayTransform:
     """A look-up table, a window, or neither."""
     invert: bool
     """Whether the smallest value is white."""
-    padding: int | None
-    """The stored value of pixels outside the image, or None if the file has none."""
+    padding: tuple[int, int] | None
+    """The lowest and highest stored value of pixels outside the image, or None if the file has none."""
 
 
 def read_transform(ds: Any, *, signed: bool, big_endian: bool) -> GrayTransform:
@@ -80,8 +81,19 @@ def read_transform(ds: Any, *, signed: bool, big_endian: bool) -> GrayTransform:
         voi,
         # Two tags can ask for inversion; PresentationLUTShape is the later step of the standard's pipeline.
         invert=shape == "INVERSE" if shape else tags.text(ds, "PhotometricInterpretation") == "MONOCHROME1",
-        padding=None if tags.value(ds, "PixelPaddingValue") is None else int(tags.number(ds, "PixelPaddingValue")),
+        padding=_padding(ds, signed=signed),
     )
+
+
+def _padding(ds: Any, *, signed: bool) -> tuple[int, int] | None:
+    """PixelPaddingValue to PixelPaddingRangeLimit, in either order (PS3.3 C.7.5.1.1.2); without limit, one value."""
+    if tags.value(ds, "PixelPaddingValue") is None:
+        return None
+    value = tags.number(ds, "PixelPaddingValue")
+    ends = [int(end) for end in (value, tags.number(ds, "PixelPaddingRangeLimit", value))]
+    if signed:  # some writers give the bits of a negative value as an unsigned one
+        ends = [end - (1 << 16) if end >= 1 << 15 else end for end in ends]
+    return min(ends), max(ends)
 
 
 def _window(ds: Any) -> _Window:
@@ -168,14 +180,16 @@ def _output_range(stored_HW: npt.NDArray[Any], layout: Layout, transform: GrayTr
     return min(ends), max(ends)
 
 
-def _stored_range(stored_HW: npt.NDArray[Any], layout: Layout, padding: int | None) -> tuple[int, int]:
-    """The smallest and the largest value of the stored bits; `read_dicom` explains why 16 bits are not trusted."""
+def _stored_range(stored_HW: npt.NDArray[Any], layout: Layout, padding: tuple[int, int] | None) -> tuple[int, int]:
+    """The smallest and the largest value of the stored bits; `used_bits` explains why 16 bits are not trusted."""
     bits, signed = layout.bits_stored, layout.pixel_representation == 1
     if bits == 16:
-        inside = stored_HW if padding is None else stored_HW[stored_HW != padding]
+        inside = stored_HW
+        if padding is not None:
+            inside = stored_HW[(stored_HW < padding[0]) | (stored_HW > padding[1])]
         low, high = (int(inside.min()), int(inside.max())) if inside.size else (0, 0)
         signed = low < 0
-        bits = max(8, high.bit_length() + signed, (-low - 1).bit_length() + 1 if signed else 0)
+        bits = used_bits(low, high)
     return (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
 
 

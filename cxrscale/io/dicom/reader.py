@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import zlib
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO
 
@@ -17,13 +18,14 @@ import numpy.typing as npt
 import pydicom
 from pydicom import uid
 from pydicom.errors import InvalidDicomError
+from pydicom.filereader import read_dataset, read_preamble
 
+from cxrscale.io import limits
 from cxrscale.io.dicom import grayscale, tags
 from cxrscale.io.dicom.pixels import ENCODED, NATIVE, Layout, decode_frame
+from cxrscale.io.gray_levels import look_up
+from cxrscale.io.strictness import FormalFaults, Strictness
 from cxrscale.types import GrayImage, UnreadableImageError, one_line
-
-MAX_PIXELS = 100_000_000
-"""Rows x Columns above this is a damaged header, not a detector (the largest have some 20 million pixels)."""
 
 MAX_AGE = 120
 """Years; NIH and SIIM hold ages such as 412."""
@@ -34,7 +36,7 @@ class DicomHeader:
     """The metadata of an image."""
 
     sop_uid: str
-    """SOPInstanceUID: the unique id of the image."""
+    """SOPInstanceUID: the unique id of the image; empty if it is missing and the file was read leniently."""
     patient_id: str | None
     """PatientID as written, or None if empty. In SIIM it differs from file to file and identifies nobody."""
     sex: str | None
@@ -57,9 +59,11 @@ class DicomImage(DicomHeader):
     """(H, W) uint8: 0 black, bone bright. Rows and columns as stored."""
     jpeg: bytes | None
     """The file's own JPEG frame if it shows exactly `image_HW` (JPEG Baseline, unchanged gray values), else None."""
+    warnings: tuple[str, ...] = ()
+    """The faults of the file that a lenient reading accepted, one line each."""
 
 
-def read_dicom(data: bytes, *, force: bool = False) -> DicomImage:
+def read_dicom(data: bytes, *, force: bool = False, strictness: Strictness = Strictness.STRICT) -> DicomImage:
     """Read a single-frame monochrome DICOM file.
 
     The first of several windows is used. A VOI LUT takes precedence over a window. Whether to invert is decided by
@@ -67,40 +71,42 @@ def read_dicom(data: bytes, *, force: bool = False) -> DicomImage:
 
     Without a window and a VOI LUT, the standard's identity maps the range of the stored bits to 0..255: 8-bit images
     are unchanged, 12-bit values are divided by 4095/255. One exception: writers that do not know the number of bits
-    declare 16, so with 16 stored bits the range is that of the fewest bits (at least 8) that hold the image's values.
-    Then 12-bit values declared as 16 bits look as if declared as 12 bits, instead of using only 16 gray levels. The
-    image's own minimum and maximum would be a bad range: on ChestX-ray14 they would move the gray values by 4 levels on
-    average and by up to 59.
+    declare 16, so with 16 stored bits the range is that of the fewest bits (at least 8) that hold the image's values,
+    without its padding. Then 12-bit values declared as 16 bits look as if declared as 12 bits, instead of using only 16
+    gray levels.
 
     Args:
         data: the complete file.
         force: accept a file without the 128-byte preamble and 'DICM'.
+        strictness: what to do with a file that breaks a rule although its gray values are certain; `io.strictness` has
+            the list.
 
     Returns:
         The image, 8-bit with bright bone, and its metadata.
 
     Raises:
-        UnreadableImageError: not DICOM, truncated, color, several frames, a frame that does not match the header, or a
-            transfer syntax without a decoder; one line with the tag and its value.
+        UnreadableImageError: not DICOM, truncated, color, several frames, a frame that does not match the header or
+            takes too much memory, or a transfer syntax without a decoder; one line with the tag and its value.
     """
+    faults = FormalFaults(strictness)
     with tags.silence_pydicom():
         ds = _parse(io.BytesIO(data), force=force, stop_before_pixels=False)
-        header = _header(ds)
+        header = _header(ds, faults)
         syntax = _syntax(ds, force=force)
-        layout = _layout(ds)
+        layout = _layout(ds, faults)
         transform = grayscale.read_transform(
             ds, signed=layout.pixel_representation == 1, big_endian=syntax == uid.ExplicitVRBigEndian
         )
         pixels, vr = _pixels(ds, syntax)
-    stored_HW, frame = decode_frame(pixels, vr, syntax, layout)
+    stored_HW, frame = decode_frame(pixels, vr, syntax, layout, faults)
     gray_C = grayscale.gray_table(stored_HW, layout, transform)
     code_HW: npt.NDArray[Any] = stored_HW.view(f"u{stored_HW.itemsize}")
     unchanged = len(gray_C) == 256 and np.array_equal(gray_C, np.arange(256))
     return DicomImage(
         **asdict(header),
-        # No code is outside the table; mode="clip" only avoids the slow bounds check.
-        image_HW=code_HW if unchanged else gray_C.take(code_HW, mode="clip"),
-        jpeg=frame if unchanged and syntax == uid.JPEGBaseline8Bit else None,
+        image_HW=code_HW if unchanged else look_up(gray_C, code_HW),
+        jpeg=frame if unchanged and syntax == uid.JPEGBaseline8Bit and not faults.messages else None,
+        warnings=tuple(faults.messages),
     )
 
 
@@ -119,12 +125,14 @@ def read_header(source: bytes | BinaryIO, *, force: bool = False) -> DicomHeader
     """
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     with tags.silence_pydicom():
-        return _header(_parse(file, force=force, stop_before_pixels=True))
+        return _header(_parse(file, force=force, stop_before_pixels=True), FormalFaults())
 
 
 def _parse(file: BinaryIO, *, force: bool, stop_before_pixels: bool) -> Any:
     try:
-        ds = pydicom.dcmread(file, force=force, stop_before_pixels=stop_before_pixels)
+        ds = pydicom.dcmread(_inflated(file, force=force), force=force, stop_before_pixels=stop_before_pixels)
+    except UnreadableImageError:
+        raise
     except InvalidDicomError:
         raise UnreadableImageError("not a DICOM file: 'DICM' is missing at byte 128") from None
     except Exception as error:  # damaged bytes can make the parser raise any error
@@ -134,10 +142,40 @@ def _parse(file: BinaryIO, *, force: bool, stop_before_pixels: bool) -> Any:
     return ds
 
 
-def _header(ds: Any) -> DicomHeader:
+def _inflated(file: BinaryIO, *, force: bool) -> BinaryIO:
+    """The file itself; or a deflated one (PS3.5 A.5) as if it had never been, because pydicom inflates without limit.
+
+    The inflated file is in memory three times: here, as the value of PixelData, and as the image.
+    """
+    read_preamble(file, force)
+    meta = read_dataset(file, is_implicit_VR=False, is_little_endian=True, stop_when=_is_behind_meta)
+    start = file.tell()
+    file.seek(0)
+    if meta.get("TransferSyntaxUID") != uid.DeflatedExplicitVRLittleEndian:
+        return file
+    head, deflated = file.read(start), file.read()
+    inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+    most = limits.MAX_BYTES // 3
+    plain = inflate.decompress(deflated, most)
+    if inflate.unconsumed_tail:
+        raise tags.unreadable(
+            "TransferSyntaxUID", f"is Deflated, and {len(deflated):,} bytes inflate to over {most >> 20} MiB"
+        )
+    if not inflate.eof:
+        raise UnreadableImageError("DICOM is truncated: its deflated part lacks its end")
+    # Both names are padded to the same even length.
+    name = uid.DeflatedExplicitVRLittleEndian.encode()
+    return io.BytesIO(head.replace(name, uid.ExplicitVRLittleEndian.encode().ljust(len(name), b"\0"), 1) + plain)
+
+
+def _is_behind_meta(tag: Any, _vr: Any, _length: Any) -> bool:
+    return bool(tag.group != 2)
+
+
+def _header(ds: Any, faults: FormalFaults) -> DicomHeader:
     sop_uid = tags.text(ds, "SOPInstanceUID")
     if not sop_uid:
-        raise tags.unreadable("SOPInstanceUID", "is missing")
+        faults.add(tags.unreadable("SOPInstanceUID", "is missing: the image has no id"))
     sex = tags.text(ds, "PatientSex").upper()
     view = tags.text(ds, "ViewPosition").upper()
     if not view:  # SIIM writes it in both tags
@@ -186,7 +224,7 @@ def _syntax(ds: Any, *, force: bool) -> Any:
     return syntax
 
 
-def _layout(ds: Any) -> Layout:
+def _layout(ds: Any, faults: FormalFaults) -> Layout:
     """The Image Pixel module (PS3.3 C.7.6.3); only one gray image of 8 or 16 bits is accepted."""
     photometric = tags.text(ds, "PhotometricInterpretation")
     if not photometric:
@@ -194,19 +232,27 @@ def _layout(ds: Any) -> Layout:
     if photometric not in ("MONOCHROME1", "MONOCHROME2"):
         raise tags.unreadable("PhotometricInterpretation", f"is {photometric[:40]!r}, not MONOCHROME1 or MONOCHROME2")
     tags.integer(ds, "SamplesPerPixel", (1,), "1: color, not gray")
-    tags.integer(ds, "NumberOfFrames", (1,), "1: split the file into images", default=1)
+    # 0 is what some writers of single images put there; the pixels are checked to be one frame.
+    tags.integer(ds, "NumberOfFrames", (0, 1), "1: split the file into images", default=1)
     for keyword in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
         if keyword in ds:
             raise tags.unreadable(keyword, "is present: this is an enhanced multi-frame object; split it into images")
     allocated = tags.integer(ds, "BitsAllocated", (8, 16), "8 or 16")
     stored = tags.integer(ds, "BitsStored", range(1, allocated + 1), f"1 to BitsAllocated = {allocated}")
-    tags.integer(ds, "HighBit", (stored - 1,), f"BitsStored - 1 = {stored - 1}", default=stored - 1)
+    expected = f"BitsStored - 1 = {stored - 1}"
+    high_bit = tags.integer(
+        ds, "HighBit", range(stored - 1, allocated if faults.lenient else stored), expected, default=stored - 1
+    )
+    if high_bit >= stored:
+        faults.add(tags.unreadable("HighBit", f"is {high_bit}, not {expected}: the values are stored shifted"))
     signed = tags.integer(ds, "PixelRepresentation", (0, 1), "0 or 1")
     rows = tags.integer(ds, "Rows", range(1, 1 << 16), "1 to 65535")
     columns = tags.integer(ds, "Columns", range(1, 1 << 16), "1 to 65535")
-    if rows * columns > MAX_PIXELS:
-        raise tags.unreadable("Rows", f"x {tags.label('Columns')} is {rows} x {columns}: over {MAX_PIXELS:,} pixels")
-    return Layout(rows, columns, allocated, stored, signed)
+    if rows * columns > limits.MAX_PIXELS:
+        raise tags.unreadable(
+            "Rows", f"x {tags.label('Columns')} is {rows} x {columns}: over {limits.MAX_PIXELS:,} pixels"
+        )
+    return Layout(rows, columns, allocated, stored, high_bit, signed)
 
 
 def _pixels(ds: Any, syntax: Any) -> tuple[bytes, str]:

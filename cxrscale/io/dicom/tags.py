@@ -10,11 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from pydicom import uid
 from pydicom.datadict import tag_for_keyword
 from pydicom.multival import MultiValue
 from pydicom.tag import Tag
 
 from cxrscale.types import UnreadableImageError, one_line
+
+JPEG_2000 = uid.JPEG2000TransferSyntaxes
+"""Transfer syntaxes of JPEG 2000, also high-throughput."""
 
 # The filters of `warnings` are global, and overlapping catch_warnings of two threads can leave the wrong ones active.
 # The lock costs nothing: the guarded code holds the interpreter's lock anyway.
