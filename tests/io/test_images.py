@@ -228,7 +228,7 @@ def test_dicom_without_preamble_is_recognized_by_its_name() -> None:
     data = dicom_file(gray_image())[132:]
     assert np.array_equal(gray_of(data, "s3://bucket/A.DCM"), gray_image())
     assert np.array_equal(gray_of(data, "a.dicom"), gray_image())
-    assert "not a PNG, JPEG or DICOM file" in refusal(data, "a.png")
+    assert "neither preamble nor suffix: name it .dcm" in refusal(data, "a.png")
 
 
 @pytest.mark.parametrize(
