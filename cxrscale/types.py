@@ -29,6 +29,9 @@ GrayImage = npt.NDArray[np.uint8]
 class UserError(ValueError):
     """Something that the user gave is wrong. The message is one line: what is wrong, where, and how to fix it."""
 
+    exit_code = 2
+    """The exit code of a command that ends so."""
+
 
 class AccessError(UserError):
     """A file could not be reached: a permission, the network, an expired login. It says nothing about its content, so

@@ -17,7 +17,7 @@ RENAMED_OPTIONS = {"--twins": "--patients-from", "--free-orphans": "--remove-orp
 
 
 class CommandGroup(TyperGroup):
-    """Turns a user's mistake into one line and exit code 2, and Ctrl-C into what to do next."""
+    """Turns a user's mistake into one line and its exit code, and Ctrl-C into what to do next."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The command of that name; an old name is told the new one."""
@@ -32,7 +32,7 @@ class CommandGroup(TyperGroup):
             return super().invoke(ctx)
         except UserError as error:
             print(f"error: {terminal.printable(error)}", file=sys.stderr)
-            raise typer.Exit(2) from None
+            raise typer.Exit(error.exit_code) from None
         except Exception as error:
             # Typer brings its own copy of click since 0.21: its class of this error cannot be imported from either.
             old = getattr(error, "option_name", None) if type(error).__name__ == "NoSuchOption" else None

@@ -1,6 +1,7 @@
 from . import artifact as artifact
 from . import dicom as dicom
 from . import images as images
+from . import lease as lease
 from . import rle_masks as rle_masks
 from . import storage as storage
 from . import terminal as terminal

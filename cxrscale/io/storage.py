@@ -129,6 +129,7 @@ def publishing(address: str, *, private: bool = False) -> Iterator[Path]:
         UserError: the disk is full or the target cannot be written; no temporary file remains.
     """
     remote = is_remote(address)
+    _check_fences(address)
     final = Path(address) if remote else _target(address)
     if not remote and _is_stream(final):
         with _writing_to_stream(final) as temporary:
@@ -142,6 +143,7 @@ def publishing(address: str, *, private: bool = False) -> Iterator[Path]:
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600 if private or remote else 0o666))
         try:
             yield temporary
+            _check_fences(address)
             if remote:
                 _patiently(address, lambda: _put(temporary, address))
             else:
@@ -150,6 +152,96 @@ def publishing(address: str, *, private: bool = False) -> Iterator[Path]:
                 _sync(final.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def create(address: str, text: str) -> bool:
+    """Write a small file unless there is one; False where there is. Of two processes, one gets True."""
+    if is_remote(address):
+
+        def put() -> bool:
+            files, path = _store(address)
+            files.invalidate_cache()
+            if files.exists(path):
+                return False
+            try:
+                files.pipe_file(path, text.encode(), mode="create")
+            except FileExistsError:
+                return False
+            return True
+
+        return _patiently(address, put)
+    final = local_path(address)
+    with _user_errors(address):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        draft = final.with_name(f"{TEMPORARY_PREFIX}{final.name}-{secrets.token_hex(8)}")
+        draft.write_text(text)
+        try:
+            # Unlike a rename, a link is refused where the name exists, on network disks too.
+            os.link(draft, final)
+        except FileExistsError:
+            return False
+        finally:
+            draft.unlink()
+    return True
+
+
+def touch(address: str) -> None:
+    """Make the file as young as one that is written now."""
+    if is_remote(address):
+        data = read(address)
+        _patiently(address, lambda: _store(address)[0].pipe_file(_store(address)[1], data))
+    else:
+        os.utime(local_path(address))
+
+
+def age(address: str) -> float | None:
+    """Seconds since the file was written, by the clock of its disk or store alone; None where it is gone."""
+    probe = f"{address}-clock-{secrets.token_hex(4)}"
+    try:
+        if not is_remote(address):
+            path = local_path(probe)
+            path.touch()
+            return path.stat().st_mtime - local_path(address).stat().st_mtime
+
+        def compare() -> float:
+            files, path = _store(address)
+            files.invalidate_cache()
+            files.pipe_file(f"{path}{probe.removeprefix(address)}", b"")
+            now = files.modified(f"{path}{probe.removeprefix(address)}")
+            return float((now - files.modified(path)).total_seconds())
+
+        return _patiently(address, compare)
+    except FileNotFoundError:
+        return None
+    except AccessError:
+        raise
+    except UserError:
+        return None
+    finally:
+        remove(probe)
+
+
+_fences: list[tuple[str, Callable[[], None]]] = []
+"""Folders that this process may write only under a condition, with the check of it."""
+
+
+@contextmanager
+def fenced(folder: str, check: Callable[[], None]) -> Iterator[None]:
+    """Call the check before anything is published under the folder, and again before it gets its final name."""
+    entry = (absolute(folder).rstrip("/") + "/", check)
+    _fences.append(entry)
+    try:
+        yield
+    finally:
+        _fences.remove(entry)
+
+
+def _check_fences(address: str) -> None:
+    if _fences:
+        where = absolute(address)
+        for folder, check in _fences:
+            if where.startswith(folder):
+                check()
 
 
 def _put(file: Path, address: str) -> None:

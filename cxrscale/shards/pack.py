@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from cxrscale import __version__
 from cxrscale.cluster import run_tasks
 from cxrscale.config import NIH14, Pack
-from cxrscale.io import storage, without_quotes
+from cxrscale.io import lease, storage, without_quotes
 from cxrscale.shards import manifest, splits
 from cxrscale.shards.encode import EncodedSample, encode_sample
 from cxrscale.types import ImageRecord, UnreadableImageError, UserError
@@ -126,21 +126,29 @@ def pack(
     finished = _published_result(out, digest, prepared.key_fingerprint)
     if finished is not None:
         return finished
-    storage.remove_temporary_files(out)
-    storage.remove_temporary_files(storage.join(out, PARTS))
-    jobs = [(plan, findings, settings, digest, out) for plan in plans]
-    if progress:
-        progress(0, 0, len(records))
-    for part in run_tasks(pack_shard, jobs, local=local, workers=settings.workers):
+    with lease.held(out, f"dataset {out}") as owned:
+        storage.remove_temporary_files(out)
+        storage.remove_temporary_files(storage.join(out, PARTS))
+        jobs = [(plan, findings, settings, digest, out, owned.owner) for plan in plans]
         if progress:
-            progress(part["images"] + part["quarantined"], part["quarantined"], len(records))
-    source = records[0].source
-    origin = {
-        "source": source,
-        "patients_from": prepared.patient_namespace or source,
-        "key_fingerprint": prepared.key_fingerprint,
-    }
-    return _publish(plans, findings, settings, digest, out, origin)
+            progress(0, 0, len(records))
+        for part in run_tasks(_pack_under_lease, jobs, local=local, workers=settings.workers):
+            if progress:
+                progress(part["images"] + part["quarantined"], part["quarantined"], len(records))
+        source = records[0].source
+        origin = {
+            "source": source,
+            "patients_from": prepared.patient_namespace or source,
+            "key_fingerprint": prepared.key_fingerprint,
+        }
+        return _publish(plans, findings, settings, digest, out, origin)
+
+
+def _pack_under_lease(
+    plan: ShardPlan, findings: tuple[str, ...], settings: Pack, digest: str, out: str, owner: str
+) -> dict[str, int]:
+    with lease.share(out, owner):
+        return pack_shard(plan, findings, settings, digest, out)
 
 
 def pack_shard(plan: ShardPlan, findings: tuple[str, ...], settings: Pack, digest: str, out: str) -> dict[str, int]:

@@ -15,7 +15,7 @@ import torch
 from cxrscale import config
 from cxrscale.cluster import nodes, ray_session
 from cxrscale.config import Recipe
-from cxrscale.io import storage, write_artifact
+from cxrscale.io import lease, storage, write_artifact
 from cxrscale.loader import evaluation_batches, training_batches
 from cxrscale.models import build_model
 from cxrscale.shards import leakage, manifest, refuse_leaks
@@ -67,11 +67,22 @@ def launch(recipe: Recipe, stem: str, watch: Watcher, *, local: bool = False) ->
         os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
         ray_session.connect()
         nodes.preflight(recipe.scaling, reads=recipe.data.shards, writes=[recipe.tracking.runs_dir])
-    run = prepare(recipe, inputs)
+    run = run_address(recipe, inputs)
     workers = 1 if local else recipe.scaling.workers[1]
-    with run_info.record_session(run, inputs, workers, recipe.tracking.gpu_hour_price), watch(run):
-        (_in_process if local else _on_ray)(recipe, run)
+    with lease.held(run, f"run {run.rsplit('/', 1)[-1]}") as owned:
+        prepare(recipe, inputs, run)
+        with run_info.record_session(run, inputs, workers, recipe.tracking.gpu_hour_price), watch(run):
+            if local:
+                _in_process(recipe, run)
+            else:
+                fit(recipe, run, nodes.gpus_per_worker(recipe.scaling) > 0, owner=owned.owner)
     return run
+
+
+def run_address(recipe: Recipe, inputs: RunInputs) -> str:
+    """Where the run is or will be: in tracking.runs_dir, under its own name or that of its recipe and the time."""
+    name = recipe.tracking.name or f"{inputs.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return storage.join(recipe.tracking.runs_dir, name)
 
 
 def preflight(recipe: Recipe, stem: str = "") -> RunInputs:
@@ -107,16 +118,17 @@ def preflight(recipe: Recipe, stem: str = "") -> RunInputs:
     )
 
 
-def prepare(recipe: Recipe, inputs: RunInputs) -> str:
-    """Create the run's folder, or return the unfinished one of that name.
+def prepare(recipe: Recipe, inputs: RunInputs, run: str) -> None:
+    """Create the run's folder, or check that the recipe continues the unfinished run that is there.
 
     Raises:
         UserError: the name is that of a finished run, or of one with another recipe or other inputs.
     """
-    name = recipe.tracking.name or f"{inputs.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run = storage.join(recipe.tracking.runs_dir, name)
-    address = storage.join(run, RECIPE)
-    if storage.exists(address):
+    name, address = run.rsplit("/", 1)[-1], storage.join(run, RECIPE)
+    # run.json comes first: a kill between the two leaves nothing that looks like a run.
+    if not storage.exists(storage.join(run, run_info.RUN_INFO)):
+        run_info.write_new(run, inputs)
+    elif storage.exists(address):
         changed = changed_sections(recipe, config.read_yaml(storage.read(address), address), FREE_TO_CHANGE)
         old = run_info.read_run_info(run)
         if changed:
@@ -132,7 +144,6 @@ def prepare(recipe: Recipe, inputs: RunInputs) -> str:
     storage.write(address, config.to_yaml(recipe))
     for leftover in (ERROR_FILE, STOP_FILE, run_info.OUTCOME):
         storage.remove(storage.join(run, leftover))
-    return run
 
 
 def changed_sections(recipe: Recipe, stored: Mapping[str, Any], free: frozenset[str]) -> list[str]:
@@ -166,15 +177,12 @@ def train_here(recipe: Recipe, run: str, worker: Worker) -> None:
         write_artifact(storage.join(run, run_info.OUTCOME), outcome)
 
 
-def _on_ray(recipe: Recipe, run: str) -> None:
-    fit(recipe, run, nodes.gpus_per_worker(recipe.scaling) > 0)
-
-
-def fit(recipe: Recipe, run: str, use_gpu: bool, callbacks: Sequence[Any] = ()) -> None:
+def fit(recipe: Recipe, run: str, use_gpu: bool, callbacks: Sequence[Any] = (), *, owner: str | None = None) -> None:
     """Train a run on `scaling.num_workers` workers of Ray Train; also from inside a trial of Ray Tune.
 
     Args:
         callbacks: callbacks of Ray Train, called after every epoch.
+        owner: of the run's lease; the workers publish under it.
 
     Raises:
         UserError: training failed; the message is the reason.
@@ -186,7 +194,7 @@ def fit(recipe: Recipe, run: str, use_gpu: bool, callbacks: Sequence[Any] = ()) 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     trainer = TorchTrainer(
         _ray_loop,
-        train_loop_config={"recipe": recipe.model_dump(mode="json"), "run": run},
+        train_loop_config={"recipe": recipe.model_dump(mode="json"), "run": run, "owner": owner},
         scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]
             num_workers=fewest if fewest == most else (fewest, most),  # type: ignore[arg-type]
             elastic_resize_monitor_interval_s=recipe.scaling.elastic_check_seconds,
@@ -220,7 +228,8 @@ def _ray_loop(settings: dict[str, Any]) -> None:
     if storage.exists(error_file):
         return
     try:
-        train_here(recipe, run, RayWorker(storage.join(run, STOP_FILE)))
+        with lease.share(run, settings["owner"]):
+            train_here(recipe, run, RayWorker(storage.join(run, STOP_FILE)))
     except AccessError:
         raise  # a worker whose bucket is away for a while is to fail and be started again
     except UserError as error:

@@ -120,6 +120,11 @@ def read_run_info(run: str) -> RunInfo:
     return read_artifact(RunInfo, storage.join(run, RUN_INFO), "give the folder that `cxrscale train` printed")
 
 
+def write_new(run: str, inputs: RunInputs) -> None:
+    """Write the run.json of a run that has not begun."""
+    write_artifact(storage.join(run, RUN_INFO), RunInfo(**dict(inputs), **dict(environment())))
+
+
 @contextmanager
 def record_session(run: str, inputs: RunInputs, workers: int, price: float | None) -> Iterator[None]:
     """Keep run.json while a run is trained: each launch is a session of it, and time lost to kills is counted too.
@@ -143,9 +148,9 @@ def record_session(run: str, inputs: RunInputs, workers: int, price: float | Non
             outcome = read_artifact(Outcome, storage.join(run, OUTCOME), "remove it")
             session = session.model_copy(update={"device": outcome.device, "workers": outcome.workers})
             base |= {"finished": outcome.finished, "epochs": outcome.epochs, "best": outcome.best}
-            storage.remove(storage.join(run, OUTCOME))
         sessions = (*earlier, session)
         write_artifact(address, RunInfo(**base, **dict(sum_usage(sessions, price)), sessions=sessions))
+        storage.remove(storage.join(run, OUTCOME))
 
 
 def sum_usage(sessions: Sequence[Session], price: float | None) -> Usage:

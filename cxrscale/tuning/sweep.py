@@ -19,7 +19,7 @@ import ray.tune
 from cxrscale import config
 from cxrscale.cluster import ray_session
 from cxrscale.config import LOWER_IS_BETTER, Recipe
-from cxrscale.io import storage
+from cxrscale.io import lease, storage
 from cxrscale.training import RunInputs, launch, run_info
 from cxrscale.tuning import results, trial
 from cxrscale.tuning.results import TrialRow
@@ -75,10 +75,17 @@ def tune(recipe: Recipe, stem: str, show_bar: ShowBar, write_page: WritePage | N
     recipe = launch.absolute_paths(recipe)
     space = absolute_space(parse_space(recipe.tune.space))
     inputs = _preflight(recipe, space, stem)
-    run = _prepare(recipe, inputs)
-    _set_environment()
-    ray_session.connect()
-    study = Study(run, recipe.model_dump(mode="json"), inputs, _use_gpu(recipe))
+    run = launch.run_address(recipe, inputs)
+    with lease.held(run, f"search {run.rsplit('/', 1)[-1]}") as owned:
+        _prepare(recipe, inputs, run)
+        _set_environment()
+        ray_session.connect()
+        study = Study(run, recipe.model_dump(mode="json"), inputs, _use_gpu(recipe), owned.owner)
+        return _search(study, space, show_bar, write_page)
+
+
+def _search(study: Study, space: Space, show_bar: ShowBar, write_page: WritePage | None) -> SearchResult:
+    recipe, inputs, run = study.base_recipe(), study.inputs, study.run
     max_trials = _max_concurrent_trials(recipe, study.use_gpu)
     began = round(time.time(), 1)
     info = _new_info(inputs, (*read_search_info(run).sessions, SearchSession(began=began)))
@@ -118,10 +125,8 @@ def _preflight(recipe: Recipe, space: Space, stem: str) -> RunInputs:
     return inputs
 
 
-def _prepare(recipe: Recipe, inputs: RunInputs) -> str:
-    """Create the search's folder, or return the unfinished one of that name."""
-    name = recipe.tracking.name or f"{inputs.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run = storage.join(recipe.tracking.runs_dir, name)
+def _prepare(recipe: Recipe, inputs: RunInputs, run: str) -> None:
+    """Create the search's folder, or check that the recipe continues the unfinished search that is there."""
     address = storage.join(run, launch.RECIPE)
     if storage.exists(address):
         _check_resumable(recipe, inputs, run)
@@ -129,7 +134,6 @@ def _prepare(recipe: Recipe, inputs: RunInputs) -> str:
     if not is_search(run):
         write_search_info(run, _new_info(inputs))
     storage.write(address, config.to_yaml(recipe))
-    return run
 
 
 def _check_resumable(recipe: Recipe, inputs: RunInputs, run: str) -> None:

@@ -18,7 +18,7 @@ from cxrscale import config
 from cxrscale.config import LOWER_IS_BETTER, Recipe
 from cxrscale.evaluation import metrics, thresholds
 from cxrscale.inference import predictions
-from cxrscale.io import storage
+from cxrscale.io import lease, storage
 from cxrscale.training import LocalWorker, RunInputs, checkpoint, launch, run_info, tracking
 from cxrscale.tuning import search_space
 from cxrscale.types import UserError, one_line
@@ -42,6 +42,8 @@ class Study:
     """The unchanged recipe, as a tree."""
     inputs: RunInputs
     use_gpu: bool
+    owner: str | None = None
+    """Of the search's lease; its trials publish under it."""
 
     def base_recipe(self) -> Recipe:
         """The unchanged recipe."""
@@ -118,6 +120,11 @@ class ForwardReports(TuneReportCallback):
 def run_trial(settings: dict[str, Any], study: Study) -> None:
     """Train a trial from its start or its newest checkpoint; a failure ends this trial only, its reason in a file."""
     _quiet()
+    with lease.share(study.run, study.owner):
+        _run_trial(settings, study)
+
+
+def _run_trial(settings: dict[str, Any], study: Study) -> None:
     number = int(settings[NUMBER])
     folder = study.folder(number)
     recipe = study.base_recipe()
