@@ -37,8 +37,9 @@ def config_command(
 ) -> None:
     """Print the resolved recipe with every field, as `train` would see it."""
     if help_fields:
+        values = config.ranges(Recipe)
         for name, sentence in config.fields(Recipe).items():
-            print(f"{name}\n    {sentence}")
+            print(f"{name} ({values[name]})\n    {sentence}")
         return
     if recipe is not None and "=" in recipe and not Path(recipe).exists():
         resolved = config.parse(Recipe, config.override({}, [recipe, *(overrides or [])]), where="defaults")

@@ -29,11 +29,13 @@ from cxrscale.config.findings import (
     label_row,
 )
 from cxrscale.config.presets import PRESETS
-from cxrscale.config.recipe import Recipe, fields, load_recipe, override, parse, to_yaml
+from cxrscale.config.ranges import ranges
+from cxrscale.config.recipe import Recipe, fields, learned_fields, load_recipe, override, parse, to_yaml
 from cxrscale.config.reference import PublishedFigure, Reference
 from cxrscale.config.runtime import Scaling, Threshold, Tracking, Tune
 from cxrscale.config.section import Names, Section
 from cxrscale.config.training import LOSS_WEIGHTS, LOWER_IS_BETTER, Loss, Model, Optim, Train
+from cxrscale.config.unused import unused, unused_settings
 from cxrscale.config.yaml_text import read_yaml, write_yaml
 
 __all__ = [
@@ -76,10 +78,14 @@ __all__ = [
     "fields",
     "has_no_finding",
     "label_row",
+    "learned_fields",
     "load_recipe",
     "override",
     "parse",
+    "ranges",
     "read_yaml",
     "to_yaml",
+    "unused",
+    "unused_settings",
     "write_yaml",
 ]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from cxrscale.config.findings import NIH14
 from cxrscale.config.presets import PRESETS
-from cxrscale.config.section import Names, Section
+from cxrscale.config.section import NOT_LEARNED, Names, Section, Seed
 
 
 class Pack(Section):
     """How a source becomes a dataset of shards."""
+
+    learned: ClassVar[bool] = False
 
     codec: Literal["jpeg", "png", "source"] = "jpeg"
     """jpeg: gray baseline JPEG at `size`; png: lossless at `size`; source: the original file's compressed pixels,
@@ -37,7 +39,7 @@ class Pack(Section):
     """Share of the images outside the test split that become validation; the default is 11,212 of 86,524."""
     test_fraction: float = Field(0.2, ge=0, lt=1)
     """Share of all images that become test, if the source has no official test list or split is random."""
-    split_seed: int = Field(0, ge=0)
+    split_seed: Seed = 0
     """Random seed of the splits."""
     max_quarantined: int = Field(100, ge=0)
     """With more unreadable images than this, the command exits with an error; readable images are packed anyway."""
@@ -61,11 +63,11 @@ class Pack(Section):
 class Data(Section):
     """Which datasets, which findings and which splits."""
 
-    shards: tuple[str, ...] = ()
+    shards: Annotated[tuple[str, ...], NOT_LEARNED] = ()
     """Folders or addresses of datasets, as `cxrscale shard` prints them."""
     task: Literal["classify", "segment"] = "classify"
     """classify: one logit per image and finding; segment: one logit per pixel."""
-    findings: tuple[str, ...] = NIH14
+    findings: tuple[str, ...] = Field(NIH14, min_length=1)
     """The findings that the model predicts, in the order of its logits."""
     negatives: Literal["any", "no_finding"] = "any"
     """any: every image without the task's findings is a negative; no_finding: only images with every finding of the
@@ -74,14 +76,27 @@ class Data(Section):
     """The split to train on, or several: [fold1, fold2, fold3, fold4]."""
     val_split: Names = ("val",)
     """The split that chooses checkpoints and thresholds."""
-    test_split: Names = ("test",)
+    test_split: Annotated[Names, NOT_LEARNED] = ("test",)
     """The split that is used for evaluation only."""
-    allow_leaks: bool = False
+    allow_leaks: Annotated[bool, NOT_LEARNED] = False
     """Train even if a patient or an image is in two splits."""
+    max_bad_rows: Annotated[int | None, NOT_LEARNED] = Field(100, ge=0)
+    """Rows of a batch whose image cannot be read or is damaged are left out of loss and metrics, and counted. With more
+    of them than this in an epoch, or in a validation, training stops with the count; null: never."""
+
+    @field_validator("findings")
+    @classmethod
+    def _check_findings(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        twice = sorted({name for name in value if value.count(name) > 1})
+        if twice:
+            raise ValueError(f"{', '.join(twice)} is there twice; name each finding once")
+        return value
 
 
 class Loader(Section):
     """How batches are decoded and augmented. These fields change the speed, not the content of a batch."""
+
+    learned: ClassVar[bool] = False
 
     backend: Literal["auto", "dali", "opencv"] = "auto"
     """dali: NVIDIA DALI, on Linux; opencv: the same batches on machines without DALI; auto: dali if it is installed,
@@ -95,22 +110,22 @@ class Loader(Section):
 class Sampler(Section):
     """Which images are in which batch."""
 
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Random seed of the image order, of augmentation and of the initial weights."""
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(16, ge=1, le=2**20)
     """Images per optimizer step over all workers together; independent of the number of workers."""
     steps_per_epoch: int | None = Field(None, ge=1)
     """Steps per epoch; null: as many as use no image twice, at least 1; one pass for sampling=hard and weighted."""
     sampling: Literal["all", "positives", "balanced", "ratio", "weighted", "hard"] = "all"
     """all: each image once per pass; positives: only images with a finding present; balanced: half of them with a
-    finding, half without; ratio: `positive_share` of them with a finding; weighted: by `weights`, with replacement;
-    hard: each image once, and those with the largest errors in `hard_predictions` more often."""
+    finding, half labeled as without; ratio: `positive_share` of them with a finding; weighted: by `weights`, with
+    replacement; hard: each image once, and those with the largest errors in `hard_predictions` more often."""
     positive_share: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.8, 0.4)
     """For sampling=ratio: share of images with a finding in each batch, in the first and in the last of
     `positive_share_epochs`; linear in between, constant afterwards."""
-    positive_share_epochs: int = Field(10, ge=1)
+    positive_share_epochs: int = Field(10, ge=1, le=100_000)
     """Epochs over which `positive_share` goes from its first to its last value; 1: the last value from the start."""
-    weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field({}, validate_default=True)
+    weights: dict[str, Annotated[float, Field(ge=0)]] = Field({}, validate_default=True)
     """For sampling=weighted: finding -> sampling weight of images that show it. The largest weight of an image's
     findings counts; findings without an entry have weight 1; `No Finding` means images with every finding absent."""
     hard_predictions: str | None = Field(None, validate_default=True)
@@ -118,14 +133,14 @@ class Sampler(Section):
     `cxrscale predict --split train --run RUN`."""
     hard_share: float = Field(0.1, gt=0, le=1)
     """Share of the predicted training images, those with the largest |label - score|, that count as hard."""
-    hard_repeats: int = Field(2, ge=1)
+    hard_repeats: int = Field(2, ge=1, le=1000)
     """How many more times a hard image is used in each pass."""
-    dataset_weights: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = ()
+    dataset_weights: tuple[Annotated[float, Field(gt=0)], ...] = ()
     """Weight of each entry of data.shards in every batch, in the same order; [3, 1] is three to one. Empty: one
     shuffle over all images."""
     max_images: int | None = Field(None, ge=1)
     """Train on a fixed random subset of this many images (`cxrscale overfit` uses it); null: on all images."""
-    eval_batch_size: int = Field(32, ge=1)
+    eval_batch_size: Annotated[int, NOT_LEARNED] = Field(32, ge=1, le=2**20)
     """Images per forward pass and worker in evaluation."""
 
     @field_validator("weights", "hard_predictions")
@@ -140,6 +155,10 @@ class Sampler(Section):
             }
             raise ValueError(remedies[str(info.field_name)])
         return value
+
+
+Factor = Annotated[float, Field(gt=0, le=10)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class Augment(Section):
@@ -157,9 +176,9 @@ class Augment(Section):
     """Rotation, sampled from -rotation to +rotation degrees."""
     translation: float = Field(0.0, ge=0, le=0.5)
     """Shift along each axis, sampled from -translation to +translation times the side of the image."""
-    scale: tuple[float, float] = (1.0, 1.0)
+    scale: tuple[Factor, Factor] = (1.0, 1.0)
     """Zoom factor, sampled between these two; above 1 enlarges."""
-    crop_area: tuple[float, float] = (1.0, 1.0)
+    crop_area: tuple[Share, Share] = (1.0, 1.0)
     """Random resized crop: the share of the image's area that is kept, sampled between these two."""
     brightness: float = Field(0.0, ge=0, le=1)
     """Shift of the gray level, sampled from -brightness to +brightness times the full range."""
@@ -173,16 +192,23 @@ class Augment(Section):
     """Standard deviation of added Gaussian noise as a share of the full range."""
     clahe: Literal["never", "random", "always"] = "never"
     """Contrast-limited adaptive histogram equalization: on no image, on half of the training images, or on all."""
-    clahe_clip: float = Field(2.0, gt=0)
+    clahe_clip: float = Field(2.0, gt=0, le=1000)
     """Clip limit of CLAHE."""
-    clahe_tiles: int = Field(8, ge=1)
+    clahe_tiles: int = Field(8, ge=1, le=64)
     """Tiles of CLAHE along each axis."""
     normalize: Literal["fixed", "minmax"] = "fixed"
     """fixed: (x / 255 - mean) / std; minmax: each image scaled to 0..1 by its own minimum and maximum."""
-    mean: float = 0.449
+    mean: float = Field(0.449, ge=0, le=1)
     """Mean for normalize=fixed; the default is the average over ImageNet's three channels."""
     std: float = Field(0.226, gt=0)
     """Standard deviation for normalize=fixed; the default is the average over ImageNet's three channels."""
+
+    @field_validator("scale", "crop_area")
+    @classmethod
+    def _check_order(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] > value[1]:
+            raise ValueError(f"the smaller number comes first: [{value[1]:g}, {value[0]:g}]")
+        return value
 
     @model_validator(mode="before")
     @classmethod

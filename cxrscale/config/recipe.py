@@ -14,7 +14,7 @@ from cxrscale.config.data import Augment, Data, Loader, Pack, Sampler
 from cxrscale.config.reference import Reference
 from cxrscale.config.renamed import renamed_field
 from cxrscale.config.runtime import Scaling, Threshold, Tracking, Tune
-from cxrscale.config.section import Section
+from cxrscale.config.section import NOT_LEARNED, Section
 from cxrscale.config.training import LOSS_WEIGHTS, Loss, Model, Optim, Train
 from cxrscale.config.yaml_text import read_text, read_texts, read_value, read_yaml, write_yaml
 from cxrscale.types import UserError
@@ -51,9 +51,14 @@ class Recipe(Section):
             raise ValueError(
                 f"train.monitor={self.train.monitor} needs pixels: set data.task=segment or train.monitor=auroc"
             )
-        _, dot, finding = self.train.monitor.partition(".")
+        metric, dot, finding = self.train.monitor.partition(".")
         if dot and finding not in self.data.findings:
             raise ValueError(f"train.monitor={self.train.monitor}: {finding} is not in data.findings")
+        if dot and len(self.data.findings) == 1:
+            raise ValueError(
+                f"train.monitor={self.train.monitor}: with one finding the metric is called {metric}; "
+                f"set train.monitor={metric}"
+            )
         return self
 
 
@@ -164,6 +169,18 @@ def fields(section: type[Section], prefix: str = "") -> dict[str, str]:
         else:
             names[f"{prefix}{name}"] = info.description or ""
     return names
+
+
+def learned_fields(section: type[Section], prefix: str = "") -> frozenset[str]:
+    """Dotted names of the fields that change what is learned: a run is resumed with the same values of them."""
+    names: set[str] = set()
+    for name, info in section.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            names |= learned_fields(kind, f"{prefix}{name}.")
+        elif section.learned and NOT_LEARNED not in info.metadata:
+            names.add(f"{prefix}{name}")
+    return frozenset(names)
 
 
 def _nearest(section: type[Section], field: str) -> str:

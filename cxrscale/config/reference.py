@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from cxrscale.config.section import Section
 
 
@@ -20,6 +22,8 @@ class PublishedFigure(Section):
 
 class Reference(Section):
     """The published system that a recipe reproduces. It is only shown in the report and changes nothing else."""
+
+    learned: ClassVar[bool] = False
 
     system: str = ""
     """Its name, with the publication."""

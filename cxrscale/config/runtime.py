@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -11,6 +11,8 @@ from cxrscale.config.section import Section
 
 class Scaling(Section):
     """On how many workers training runs, and what each of them needs."""
+
+    learned: ClassVar[bool] = False
 
     num_workers: Annotated[int, Field(ge=0)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = 1
     """Ray Train workers; 0: in this process without Ray, as with `--local`; [min, max]: as many as the cluster has
@@ -41,6 +43,8 @@ class Scaling(Section):
 class Tracking(Section):
     """What is logged about a run, and where."""
 
+    learned: ClassVar[bool] = False
+
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """The run's name; null: the recipe's name and the time. An unfinished run of this name is resumed."""
     runs_dir: str = "runs"
@@ -61,6 +65,8 @@ class Tracking(Section):
 
 class Threshold(Section):
     """What is chosen on the validation split after training: thresholds and calibration."""
+
+    learned: ClassVar[bool] = False
 
     goal: Literal["f1", "youden", "recall", "precision", "cost", "fixed"] = "f1"
     """f1: highest F1; youden: highest recall + specificity; recall: highest threshold with a recall of `min_rate` or
@@ -87,6 +93,8 @@ class Threshold(Section):
 
 class Tune(Section):
     """A search over fields of the recipe, by `cxrscale tune`."""
+
+    learned: ClassVar[bool] = False
 
     space: dict[str, Any] = Field({})
     """Dotted field -> its search space: uniform(a, b), loguniform(a, b), quniform(a, b, step), randint(a, b), or a

@@ -6,9 +6,9 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from cxrscale.config.section import Section
+from cxrscale.config.section import NOT_LEARNED, Section
 
 METRICS = ("loss", "auroc", "auprc", "accuracy", "f1", "brier", "dice", "dice_positives", "iou")
 """The validation metrics: means over findings, or over images for dice and iou."""
@@ -35,6 +35,10 @@ class Model(Section):
     """More arguments of the model's constructor, e.g. {growth_rate: 16}."""
 
 
+Weight = Annotated[float, Field(ge=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 @dataclass(frozen=True)
 class TermWeight:
     """Marks a field of `Loss` as the weight of a term, which `models.losses.TERMS` has under the field's name."""
@@ -57,7 +61,7 @@ class Loss(Section):
     images without the finding, negatives by the share with it (CheXNet's pneumonia loss)."""
     cost_matrix_weight: Annotated[float, TermWeight()] = Field(0.0, ge=0)
     """Weight of cost-matrix cross-entropy: cross-entropy times the entry of `cost_matrix` for (label, prediction)."""
-    cost_matrix: tuple[tuple[float, float], tuple[float, float]] = ((1.0, 5.0), (5.0, 1.0))
+    cost_matrix: tuple[tuple[Weight, Weight], tuple[Weight, Weight]] = ((1.0, 5.0), (5.0, 1.0))
     """Rows: label absent, present; columns: prediction at threshold 0.5 absent, present."""
     focal: Annotated[float, TermWeight()] = Field(0.0, ge=0)
     """Weight of the focal loss."""
@@ -67,7 +71,7 @@ class Loss(Section):
     """Weight of positives in the focal loss; negatives get 1 - focal_alpha. null: both 1."""
     asymmetric: Annotated[float, TermWeight()] = Field(0.0, ge=0)
     """Weight of the asymmetric loss."""
-    asymmetric_gammas: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] = (0.0, 4.0)
+    asymmetric_gammas: tuple[Weight, Weight] = (0.0, 4.0)
     """Exponents of the asymmetric loss for positives and for negatives."""
     asymmetric_clip: float = Field(0.05, ge=0, lt=1)
     """Probability margin of the asymmetric loss: negatives below it have no loss."""
@@ -75,6 +79,12 @@ class Loss(Section):
     """Weight of soft Dice (1 - Dice coefficient of the probabilities) per image; segmentation only."""
     lovasz: Annotated[float, TermWeight(segment_only=True)] = Field(0.0, ge=0)
     """Weight of the Lovasz hinge loss per image; segmentation only."""
+
+    @model_validator(mode="after")
+    def _check_any(self) -> Loss:
+        if not any(getattr(self, name) for name in LOSS_WEIGHTS):
+            raise ValueError(f"no term has a weight above 0: set one of {', '.join(LOSS_WEIGHTS)}, e.g. loss.bce=1")
+        return self
 
 
 LOSS_WEIGHTS: dict[str, TermWeight] = {
@@ -90,7 +100,7 @@ class Optim(Section):
     """The optimizer; sgd uses Nesterov momentum of betas[0]."""
     lr: float = Field(1e-3, gt=0)
     """Highest learning rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Adam's decay rates of the first and the second moment."""
     weight_decay: float = Field(0.0, ge=0)
     """Weight decay (decoupled for adamw)."""
@@ -104,7 +114,7 @@ class Optim(Section):
     """Epochs without improvement before the learning rate falls; 0: it falls after the first one, as in CheXNet."""
     max_grad_norm: float | None = Field(None, gt=0)
     """Gradients with a larger norm are scaled down to it; null: never."""
-    grad_accum_steps: int = Field(1, ge=1)
+    grad_accum_steps: int = Field(1, ge=1, le=2**20)
     """Forward and backward passes per optimizer step: each worker's share of sampler.batch_size is split into this many
     microbatches, which saves memory. The gradient is the same, except that batch normalization sees microbatches."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
@@ -114,22 +124,23 @@ class Optim(Section):
 class Train(Section):
     """The training loop."""
 
-    epochs: int = Field(10, ge=1)
-    """Epochs in total, including those before a resume."""
+    epochs: int = Field(10, ge=1, le=1_000_000)
+    """Epochs in total, including those before a resume, at which it may grow. With optim.schedule=cosine the learning
+    rate follows the cosine over the new total from there on, so that it rises again after a finished run."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast on a GPU, fp32 on a CPU."""
-    channels_last: bool = True
+    channels_last: Annotated[bool, NOT_LEARNED] = True
     """NHWC memory layout, which is faster for convolutions."""
-    compile: Literal["auto", "never", "default", "reduce-overhead", "max-autotune"] = "auto"
+    compile: Annotated[Literal["auto", "never", "default", "reduce-overhead", "max-autotune"], NOT_LEARNED] = "auto"
     """Mode of torch.compile; reduce-overhead uses CUDA graphs. auto: default on a GPU, never on a CPU."""
     monitor: str = "auroc"
     """The validation metric for the best checkpoint, the plateau schedule and early stopping: loss, auroc, auprc,
     accuracy, f1, brier, dice, dice_positives, iou, or for one finding auroc.FINDING, auprc.FINDING, f1.FINDING."""
-    patience: int | None = Field(None, ge=1)
+    patience: Annotated[int | None, NOT_LEARNED] = Field(None, ge=1)
     """Stop after this many epochs without a better metric; null: never."""
-    checkpoint_steps: int | None = Field(None, ge=1)
+    checkpoint_steps: Annotated[int | None, NOT_LEARNED] = Field(None, ge=1)
     """Also write a checkpoint after every this many steps; null: only at the end of each epoch."""
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: Annotated[int, NOT_LEARNED] = Field(2, ge=1)
     """How many of the newest checkpoints are kept besides the best one."""
 
     @field_validator("monitor")

@@ -20,3 +20,4 @@ from .reader import ShardReader as ShardReader
 from .sampler import BatchIndices as BatchIndices
 from .sampling_stats import SamplingStats as SamplingStats
 from .sampling_stats import count_sampling as count_sampling
+from .sampling_stats import expected_prevalence as expected_prevalence

@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from cxrscale.config import PRESENT, Augment, Data, Loader, Recipe, has_no_finding
+from cxrscale.config import ABSENT, PRESENT, Augment, Data, Loader, Recipe, has_no_finding
 from cxrscale.loader import sampler
 from cxrscale.loader.hashing import Rows
 from cxrscale.loader.policies import POLICIES
@@ -71,6 +71,8 @@ def open_training_stream(manifest: Manifest, recipe: Recipe) -> TrainingStream:
     """
     data, settings = recipe.data, recipe.sampler
     label_NF = manifest.labels(data.findings)
+    if data.task == "segment":  # every row has a mask, also where the finding has no label
+        label_NF = np.nan_to_num(label_NF, nan=ABSENT)
     rows = usable_rows(manifest, data.train_split, data)
     attributes = POLICIES[settings.sampling].attributes(manifest, rows, data, settings)
     if settings.dataset_weights:

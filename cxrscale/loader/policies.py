@@ -21,7 +21,7 @@ from cxrscale.shards import Manifest
 from cxrscale.types import UserError
 
 ALL, WITH, WITHOUT = 0, 1, 2
-"""Kinds of images that a stratum can hold: every one, those with a finding present, those without."""
+"""Kinds of images that a stratum can hold: every one, those with a finding present, those without any but labeled."""
 
 
 @dataclass(frozen=True)

@@ -84,11 +84,13 @@ def training_stream(
     policy = POLICIES[sampler.sampling]
     policy.check(attributes, sampler)
     positive_N = (label_NF == PRESENT).any(axis=1)
+    # An image without any label is not one without a finding.
+    negative_N = ~positive_N & ~np.isnan(label_NF).all(axis=1)
     share_EK, strata = _strata(sampler)
     edge_EK = cumulative_shares(share_EK)
     streams = []
     for k, (dataset, kind) in enumerate(strata):
-        member_N = {ALL: np.ones_like(positive_N), WITH: positive_N, WITHOUT: ~positive_N}[kind]
+        member_N = {ALL: np.ones_like(positive_N), WITH: positive_N, WITHOUT: negative_N}[kind]
         if dataset is not None and attributes.dataset_N is not None:
             member_N = member_N & (attributes.dataset_N == dataset)
         if not member_N.any() and (np.diff(edge_EK, axis=1)[:, k] > 0).any():
@@ -126,7 +128,7 @@ def _strata(sampler: Sampler) -> tuple[list[list[float]], list[tuple[int | None,
 
 def _empty_stratum(sampler: Sampler, dataset: int | None, kind: int, left: int) -> str:
     problems = {ALL: "no image is left to train on", WITH: "no image has a finding present"}
-    problem = problems.get(kind, "no image is without a finding")
+    problem = problems.get(kind, "no image is labeled as without a finding")
     if dataset is not None:
         problem += f" in data.shards[{dataset}]"
     among = f" among the {left} that sampler.max_images={sampler.max_images} leaves" if sampler.max_images else ""

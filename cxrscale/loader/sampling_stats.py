@@ -107,6 +107,22 @@ def count_sampling(manifest: Manifest, recipe: Recipe) -> SamplingStats:
     )
 
 
+def expected_prevalence(manifest: Manifest, recipe: Recipe) -> npt.NDArray[np.float64]:
+    """(F,) the share of each finding among the labels that the first epoch is expected to sample; NaN without any.
+
+    Raises:
+        UserError: as `training_batches`.
+    """
+    stream = open_training_stream(manifest, recipe)
+    label_NF = manifest.labels(recipe.data.findings)
+    shares = []
+    for label_N in label_NF.T:
+        labeled, _ = _expected(stream, ~np.isnan(label_N))
+        present, _ = _expected(stream, label_N == PRESENT)
+        shares.append(present / labeled if labeled else math.nan)
+    return np.array(shares)
+
+
 def _histogram(values: Rows) -> dict[int, int]:
     unique, counts = np.unique(values, return_counts=True)
     return dict(zip(unique.tolist(), counts.tolist(), strict=True))

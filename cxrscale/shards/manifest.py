@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cxrscale.io import storage
@@ -184,6 +185,7 @@ def load(*roots: str) -> Manifest:
     )
     _check_unique(manifest)
     ids.refuse_other_keys(roots, metadata)
+    _check_labels(manifest)
     return manifest
 
 
@@ -232,3 +234,15 @@ def _check_unique(manifest: Manifest) -> None:
     ids, counts = np.unique(manifest.image_id.astype(str), return_counts=True)
     if (counts > 1).any():
         raise UserError(f"data.shards: image {ids[counts > 1][0]} is in two datasets; leave one of them out")
+
+
+def _check_labels(manifest: Manifest) -> None:
+    for name in manifest.findings():
+        column = manifest.table[LABEL + name]
+        extremes = pc.min_max(column).as_py()
+        wrong = [value for value in extremes.values() if value not in (None, 0, 1)]
+        if wrong:
+            raise UserError(
+                f"data.shards: label {name} is {wrong[0]} for an image; labels are 1 (present), 0 (absent) or null "
+                "(unlabeled): shard again"
+            )

@@ -18,13 +18,15 @@ from cxrscale.config import Recipe
 from cxrscale.io import lease, storage, write_artifact
 from cxrscale.loader import evaluation_batches, training_batches
 from cxrscale.models import build_model
-from cxrscale.shards import leakage, manifest, refuse_leaks
+from cxrscale.shards import Manifest, leakage, manifest, refuse_leaks
+from cxrscale.training import preflight as preflight_checks
 from cxrscale.training import run_info
 from cxrscale.training.distributed import LocalWorker, RayWorker, Worker, handle_sigterm
 from cxrscale.training.loop import train
 from cxrscale.training.run_info import Outcome, RunInputs
 from cxrscale.types import AccessError, UserError, last_line, one_line
 
+LOG = logging.getLogger("cxrscale")
 RECIPE = "recipe.yaml"
 ERROR_FILE = "error.txt"
 """The message of a UserError on a worker, for the driver to raise."""
@@ -62,7 +64,7 @@ def launch(recipe: Recipe, stem: str, watch: Watcher, *, local: bool = False) ->
     """
     local = local or recipe.scaling.workers[1] == 0
     recipe = absolute_paths(recipe)
-    inputs = preflight(recipe, stem)
+    inputs = preflight(recipe, stem, 1 if local else None)
     if not local:
         os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
         ray_session.connect()
@@ -85,8 +87,24 @@ def run_address(recipe: Recipe, inputs: RunInputs) -> str:
     return storage.join(recipe.tracking.runs_dir, name)
 
 
-def preflight(recipe: Recipe, stem: str = "") -> RunInputs:
-    """Find a user's mistakes before any worker starts; returns what the run is made from.
+def preflight(recipe: Recipe, stem: str = "", workers: int | None = None) -> RunInputs:
+    """Find a user's mistakes before any worker starts; returns what the run is made from, and warns of what is odd.
+
+    Args:
+        stem: the recipe file's stem.
+        workers: how many will train; None: the most that scaling.num_workers allows.
+
+    Raises:
+        UserError: shards, labels, splits or model do not fit the recipe (`training.preflight` has the list).
+    """
+    inputs, data = check_inputs(recipe, stem)
+    for sentence in preflight_checks.check(recipe, data, workers or max(1, recipe.scaling.workers[1])):
+        LOG.warning("%s", sentence)
+    return inputs
+
+
+def check_inputs(recipe: Recipe, stem: str = "") -> tuple[RunInputs, Manifest]:
+    """Read what a recipe names: what the run is made from, and the datasets.
 
     Raises:
         UserError: shards, labels, splits or model do not fit the recipe.
@@ -97,18 +115,9 @@ def preflight(recipe: Recipe, stem: str = "") -> RunInputs:
     data.labels(recipe.data.findings)
     training_batches(data, recipe).close()
     evaluation_batches(data, recipe.data.val_split, recipe).close()
-    if recipe.model.weights in ("imagenet", "none"):
-        with torch.device("meta"):  # shapes and names without the memory
-            build_model(recipe.model.model_copy(update={"weights": "none"}), recipe.data)
-    else:
+    if recipe.model.weights not in ("imagenet", "none"):
         build_model(recipe.model, recipe.data)
-    workers = recipe.scaling.workers[1]
-    if recipe.sampler.batch_size < workers:
-        raise UserError(
-            f"sampler.batch_size={recipe.sampler.batch_size} is less than scaling.num_workers={workers}; "
-            "raise sampler.batch_size"
-        )
-    return RunInputs(
+    inputs = RunInputs(
         recipe=stem,
         shards=recipe.data.shards,
         manifest=data.digest,
@@ -116,6 +125,7 @@ def preflight(recipe: Recipe, stem: str = "") -> RunInputs:
         # The recipe only names these files: another file under the name would be another training.
         files={name: storage.digest(storage.read(name)) for name in _files(recipe)},
     )
+    return inputs, data
 
 
 def prepare(recipe: Recipe, inputs: RunInputs, run: str) -> None:

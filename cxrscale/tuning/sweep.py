@@ -116,7 +116,7 @@ def _preflight(recipe: Recipe, space: Space, stem: str) -> RunInputs:
         raise UserError(
             f"tune.grace_epochs={recipe.tune.grace_epochs} is more than train.epochs={recipe.train.epochs}; lower it"
         )
-    inputs = launch.preflight(recipe, stem)
+    inputs = launch.preflight(recipe, stem, recipe.tune.workers)
     names = [name for name, domain in space.items() for _ in domain.probes]
     for name, end in zip(names, ends, strict=True):
         if name.startswith(("data.", "sampler.", "augment.", "model.")):

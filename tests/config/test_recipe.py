@@ -47,6 +47,16 @@ def test_override_does_not_change_its_input() -> None:
         ("data.task=segment", ["segmentation needs exactly one"]),
         ("loss.dice=1", ["loss.dice needs pixels"]),
         ("train.monitor=dice", ["train.monitor=dice needs pixels"]),
+        ("optim.lr=.inf", ["optim.lr=inf", "finite number"]),
+        ("optim.betas=[0.9, 1.0]", ["optim.betas.1=1.0", "less than 1"]),
+        ("optim.weight_decay=.nan", ["optim.weight_decay", "finite number"]),
+        ("loss.positive_weight=.inf", ["loss.positive_weight", "finite number"]),
+        ("loss.bce=0", ["no term has a weight above 0", "e.g. loss.bce=1"]),
+        ("sampler.seed=4294967296", ["sampler.seed", "less than or equal to 4294967295"]),
+        ("data.findings=[Mass, Edema, Mass]", ["Mass is there twice"]),
+        ("data.findings=[]", ["data.findings", "at least 1 item"]),
+        ("augment.scale=[1.1, 0.9]", ["augment.scale", "the smaller number comes first: [0.9, 1.1]"]),
+        ("augment.crop_area=[0, 1]", ["augment.crop_area.0=0", "greater than 0"]),
     ],
 )
 def test_a_wrong_recipe_is_one_line_with_the_field(override: str, fragments: list[str]) -> None:
@@ -159,3 +169,44 @@ def test_any_text_is_written_and_read_back(project: str, findings: list[str]) ->
     tree = {"tracking": {"project": project}, "data": {"findings": findings}}
     for flow in (False, None):
         assert config.read_yaml(config.write_yaml(tree, flow).encode("utf-8", "surrogatepass"), "r") == tree
+
+
+def test_a_metric_of_the_only_finding_has_a_shorter_name() -> None:
+    with pytest.raises(UserError, match=r"with one finding the metric is called auroc; set train\.monitor=auroc"):
+        resolve("data.findings=[Mass]", "train.monitor=auroc.Mass")
+    resolve("data.findings=[Mass, Edema]", "train.monitor=auroc.Mass")
+
+
+def test_every_number_has_a_bound_and_every_field_says_what_it_takes() -> None:
+    ranges = config.ranges(Recipe)
+    assert ranges.keys() == config.fields(Recipe).keys()
+    assert ranges["optim.betas"] == (
+        "[number, at least 0 and below 1, number, at least 0 and below 1]; default: [0.9, 0.999]"
+    )
+    assert ranges["train.patience"] == "integer, at least 1 or null; default: null"
+    assert ranges["data.task"] == "classify or segment; default: classify"
+    bounds = ("at least", "above")
+    numbers = [name for name, text in ranges.items() if "integer" in text or "number" in text]
+    assert len(numbers) > 60
+    assert [name for name in numbers if not any(bound in ranges[name] for bound in bounds)] == []
+
+
+def test_a_field_declares_whether_it_changes_what_is_learned() -> None:
+    learned = config.learned_fields(Recipe)
+    assert {"optim.lr", "sampler.seed", "model.weights", "train.monitor", "data.val_split", "loss.bce"} <= learned
+    free = {
+        "data.shards",  # a run knows them by their digest, wherever they are
+        "data.test_split",
+        "data.allow_leaks",
+        "data.max_bad_rows",
+        "sampler.eval_batch_size",
+        "train.channels_last",
+        "train.compile",
+        "train.patience",
+        "train.checkpoint_steps",
+        "train.keep_checkpoints",
+    }
+    sections = {"pack", "loader", "scaling", "tracking", "threshold", "tune", "reference"}
+    others = config.fields(Recipe).keys() - learned
+    assert {name for name in others if name.split(".")[0] not in sections} == free
+    assert {name for name in learned if name.split(".")[0] in sections} == set()

@@ -169,6 +169,23 @@ def test_balanced_steps_are_balanced_on_every_rank(count: int, batch: int, world
             assert abs(2 * sum(states) - len(states)) <= 1
 
 
+@pytest.mark.parametrize("policy", ["balanced", "ratio"])
+def test_an_unlabeled_image_is_not_one_without_a_finding(policy: str) -> None:
+    # Two datasets, the second without the finding's labels: none of its images is sampled as a negative.
+    rows, label_NF, key_N = table(40)
+    label_NF[::3] = 0
+    label_NF[20:] = np.nan
+    sampler = settings_of(policy, batch_size=8)
+    rows_seen = epoch_indices(training_stream(rows, label_NF, key_N, sampler), 0)[0]
+    assert rows_seen.max() < rows[20]
+    present_TG = (label_NF == 1).any(axis=1)[rows_seen - rows[0]]
+    share = 0.5 if policy == "balanced" else 0.8
+    assert np.abs(present_TG.sum(axis=1) - 8 * share).max() < 1
+    partly = label_NF.copy()
+    partly[20:, 1] = 0
+    assert epoch_indices(training_stream(rows, partly, key_N, sampler), 0)[0].max() >= rows[20]
+
+
 def test_positives_only() -> None:
     data = table(40)
     rows = {row for step in stream(data, Sampler(batch_size=4, sampling="positives"), 30) for row, _ in step}
@@ -215,7 +232,7 @@ def test_an_empty_stream_is_refused_at_once() -> None:
             every,
             settings_of("balanced", max_images=3),
             SampleAttributes(),
-            r"no image is without a finding among the 3 that sampler.max_images=3 leaves; raise sampler.max_im",
+            r"no image is labeled as without a finding among the 3 that sampler.max_images=3 leaves; raise sam",
         ),
         (
             (rows[:0], label_NF[:0], key_N[:0]),
