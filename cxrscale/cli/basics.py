@@ -39,7 +39,7 @@ def config_command(
     if help_fields:
         values = config.ranges(Recipe)
         for name, sentence in config.fields(Recipe).items():
-            print(f"{name} ({values[name]})\n    {sentence}")
+            print(f"{name}\n    {sentence}\n    ({values[name]})")
         return
     if recipe is not None and "=" in recipe and not Path(recipe).exists():
         resolved = config.parse(Recipe, config.override({}, [recipe, *(overrides or [])]), where="defaults")
