@@ -32,15 +32,12 @@ class UserError(ValueError):
     exit_code = 2
     """The exit code of a command that ends so."""
 
-<<<<<<< HEAD
-=======
 
 class NonFiniteError(UserError):
     """A loss, a gradient, a weight or a score became infinite or NaN; the message says which, and in which step."""
 
     exit_code = 4
 
->>>>>>> 7f3eda1 (Preflight does a training step on the meta device and counts the labels; every number has a range; an unlabeled image is no negative)
 
 class AccessError(UserError):
     """A file could not be reached: a permission, the network, an expired login. It says nothing about its content, so
