@@ -107,6 +107,9 @@ class ImageRecord:
     """Age in years, or None if unknown or impossible (above 120)."""
     spacing_mm: tuple[float, float] | None = None
     """Distance between pixels of the original image in millimeters: (rows, columns)."""
+    tables_HW: tuple[int, int] | None = None
+    """(H, W) of the image that the tables speak of: `boxes` and `spacing_mm` are in its pixels. A copy may have another
+    size, which is known when it is read; None: the size of the file."""
     rles: tuple[str, ...] | None = None
     """Run-length encodings whose union is the mask; () is an empty mask, None means not labeled."""
     boxes: tuple[Box, ...] = ()

@@ -48,7 +48,7 @@ def way(tmp_path_factory: pytest.TempPathFactory) -> Way:
 
 def test_1_an_archive_becomes_records(way: Way, drawn: SyntheticPaths) -> None:
     """A reader turns an archive's tables into one record an image; no pixel is read. Ours is a test image."""
-    records = sources.read("nih", str(drawn.nih))
+    records = sources.read("nih", str(drawn.nih)).records
     way.record = next(r for r in records if r.split == "test" and r.findings["Effusion"] == 1)
     assert way.record.image_id.startswith(way.record.patient)
     assert way.record.findings["Hernia"] == 0

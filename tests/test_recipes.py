@@ -245,7 +245,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def drawn_records(drawn: SyntheticPaths) -> list[ImageRecord]:
-    return sources.read("nih", str(drawn.nih))
+    return sources.read("nih", str(drawn.nih)).records
 
 
 @pytest.fixture(scope="module")

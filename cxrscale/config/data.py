@@ -29,8 +29,8 @@ class Pack(Section):
     """Store a mask for every image, empty ones included; images without a mask label are left out."""
     split: Literal["official", "random", "chexnet", "kfold", "lists"] = "official"
     """All splits are disjoint by patient. official: the source's test list, with validation patients taken from the
-    rest; random: fractions of the images; chexnet: the paper's 28,744/1,672/389 patients; kfold: folds with similar
-    findings and mask sizes; lists: `split_lists`."""
+    rest (random for siim and rsna, which publish none); random: fractions of the images; chexnet: the paper's
+    28,744/1,672/389 patients; kfold: folds with similar findings and mask sizes; lists: `split_lists`."""
     folds: int = Field(5, ge=2)
     """Number of folds of split=kfold; their names are fold0, fold1, ..."""
     split_lists: dict[str, str] = Field({})

@@ -21,3 +21,5 @@ from .images import resize_mask as resize_mask
 from .metadata import strip_metadata as strip_metadata
 from .metadata import without_quotes as without_quotes
 from .strictness import Strictness as Strictness
+from .walk import FoundFile as FoundFile
+from .walk import walk as walk

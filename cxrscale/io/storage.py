@@ -64,6 +64,23 @@ def read(address: str, *, listed: bool = False) -> bytes:
     return _patiently(address, lambda: _read_completely(address), listed=listed)
 
 
+def read_start(address: str, length: int) -> bytes:
+    """The first bytes of a file that a listing has named; fewer where it is shorter.
+
+    Raises:
+        AccessError: it cannot be reached.
+    """
+
+    def start() -> bytes:
+        if not is_remote(address):
+            with local_path(address).open("rb") as file:
+                return file.read(length)
+        files, path = _store(address)
+        return bytes(files.cat_file(path, start=0, end=length))
+
+    return _patiently(address, start, listed=True)
+
+
 def _read_completely(address: str) -> bytes:
     if not is_remote(address):
         return local_path(address).read_bytes()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -82,7 +83,8 @@ def prepare(
     key = ids.read_key(settings)
     if patients_from_dataset is not None:
         ids.refuse_other_key(patients_from_dataset, manifest.load(patients_from_dataset).metadata[0], key)
-    records = sorted(sources.read(source, root), key=lambda record: record.image_id)[: settings.limit]
+    content = sources.read(source, root)
+    book, records = content.book, content.records[: settings.limit]
     own_ids = [(record.image_id, record.patient) for record in records]
     namespace = None
     if patients_from_dataset is not None:
@@ -95,9 +97,26 @@ def prepare(
     else:
         if settings.duplicates == "merge":
             records = merge_duplicates(records, settings, local=local)
+        _note_split(source, records, settings, book)
         inherited, split = [None] * len(records), assign(records, settings)
     hashed = [with_hashed_ids(record, key, patient) for record, patient in zip(records, inherited, strict=True)]
-    return SplitRecords(hashed, split, namespace, own_ids, None if key is None else key.fingerprint)
+    return SplitRecords(hashed, split, namespace, own_ids, None if key is None else key.fingerprint, book)
+
+
+def _note_split(source: str, records: Sequence[ImageRecord], settings: Pack, book: sources.LedgerBook) -> None:
+    """Say which split `official` is for this source.
+
+    Raises:
+        UserError: the source publishes a test list, and it is not there; no other split takes its place.
+    """
+    if settings.split != "official" or any(record.split for record in records):
+        return
+    if sources.get(source).publishes_split:
+        raise UserError(
+            f"pack.split=official: {source}'s official lists are not in its folder; put them beside the label table, "
+            "or set pack.split=random"
+        )
+    book.note(f"{source} publishes no test list: splits are random by patient")
 
 
 def with_hashed_ids(record: ImageRecord, key: Key | None, patient: str | None = None) -> ImageRecord:
@@ -128,7 +147,7 @@ def _splits(records: Sequence[ImageRecord], settings: Pack) -> splits.Splits:
         positive = [bool(record.rles) or PRESENT in record.findings.values() for record in records]
         return splits.kfold(patients, positive, [_mask_pixels(record) for record in records], settings.folds, seed)
     if settings.split == "lists":
-        return splits.from_lists([record.image_id for record in records], _lists(settings))
+        return splits.from_lists([record.image_id for record in records], _lists(records, settings))
     if settings.split == "official" and any(record.split for record in records):
         return splits.official(patients, [record.split for record in records], settings.val_fraction, seed)
     share = settings.val_fraction * (1 - settings.test_fraction)
@@ -141,10 +160,42 @@ def _mask_pixels(record: ImageRecord) -> float:
     return float(sum(int(length) for rle in runs for length in rle)) or float("nan")
 
 
-def _lists(settings: Pack) -> dict[str, list[str]]:
+def _lists(records: Sequence[ImageRecord], settings: Pack) -> dict[str, list[str]]:
+    """Split -> IDs of the images that its list names; a name that no image has stays as it is."""
     if not settings.split_lists:
         raise UserError("pack.split=lists needs pack.split_lists={train: FILE, val: FILE, test: FILE}")
-    return {name: storage.read(path).decode().split() for name, path in settings.split_lists.items()}
+    known = {record.image_id for record in records}
+    ids_of = _ids_by_name(records)
+    lists = {}
+    for split, path in settings.split_lists.items():
+        lists[split] = [_listed_id(name, path, known, ids_of) for name in sources.read_names(path)]
+    return lists
+
+
+def _ids_by_name(records: Sequence[ImageRecord]) -> dict[str, list[str]]:
+    """What a list may call an image, without folders, suffix and upper case -> the IDs of the images called so."""
+    ids_of: dict[str, list[str]] = {}
+    for record in records:
+        for name in {sources.image_key(record.image_id), sources.image_key(record.path)}:
+            ids_of.setdefault(name, []).append(record.image_id)
+    return ids_of
+
+
+def _listed_id(name: str, path: str, known: Collection[str], ids_of: Mapping[str, list[str]]) -> str:
+    """The ID of the image that a list calls `name`.
+
+    Raises:
+        UserError: several images are called so.
+    """
+    # Kermany's IDs are the last two folders and the name: train-NORMAL-IM-0115-0001.
+    joined = re.sub(r"[/\\]+", "-", name)
+    for key in (sources.image_key(joined), sources.image_key(name)):
+        ids = [name] if name in known else ids_of.get(key, [])
+        if len(ids) == 1:
+            return ids[0]
+        if ids:
+            raise UserError(f"{path}: {name!r:.80} is the name of {' and '.join(sorted(ids)[:2])}; write the whole ID")
+    return name
 
 
 def inherit_patients(

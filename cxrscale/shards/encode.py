@@ -26,7 +26,7 @@ from cxrscale.io import (
 )
 from cxrscale.shards import duplicates
 from cxrscale.shards.manifest import LABEL
-from cxrscale.types import AccessError, GrayImage, ImageRecord, UnreadableImageError, UserError
+from cxrscale.types import AccessError, Box, GrayImage, ImageRecord, UnreadableImageError, UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def encode_sample(record: ImageRecord, split: str, pack: Pack, findings: tuple[s
     loaded = load_image(data, name=record.path)
     if loaded.burned_in and pack.burned_in == "quarantine":
         raise UnreadableImageError("BurnedInAnnotation (0028,0301) is YES, and pack.burned_in=quarantine")
-    record = _complete_from_header(record, loaded)
+    record = _complete_from_header(_at_own_size(record, loaded.image_HW.shape), loaded)
     stored_HW, suffix, image = _encode_image(loaded, pack)
     members = {suffix: image}
     measured = _measure(record, loaded.image_HW, stored_HW)
@@ -123,6 +123,18 @@ def _draw_mask(rles: tuple[str, ...], image_HW: GrayImage, stored_HW: GrayImage)
     except ValueError as error:
         raise UnreadableImageError(f"mask: {error}") from None
     return mask_HW if stored_HW.shape == mask_HW.shape else resize_mask(mask_HW, stored_HW.shape[0])
+
+
+def _at_own_size(record: ImageRecord, shape: tuple[int, int]) -> ImageRecord:
+    """The record with boxes and spacing in pixels of the image, where the tables speak of an image of another size."""
+    if record.tables_HW is None or record.tables_HW == shape:
+        return record
+    y, x = shape[0] / record.tables_HW[0], shape[1] / record.tables_HW[1]
+    return replace(
+        record,
+        spacing_mm=None if record.spacing_mm is None else (record.spacing_mm[0] / y, record.spacing_mm[1] / x),
+        boxes=tuple(Box(box.finding, box.x * x, box.y * y, box.width * x, box.height * y) for box in record.boxes),
+    )
 
 
 def _complete_from_header(record: ImageRecord, image: LoadedImage) -> ImageRecord:

@@ -17,10 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cxrscale import __version__
+from cxrscale import __version__, sources
 from cxrscale.cluster import run_tasks
 from cxrscale.config import NIH14, Pack
-from cxrscale.io import lease, storage, without_quotes
+from cxrscale.io import lease, storage, without_quotes, write_artifact
 from cxrscale.shards import manifest, splits
 from cxrscale.shards.encode import EncodedSample, encode_sample
 from cxrscale.types import ImageRecord, UnreadableImageError, UserError
@@ -43,6 +43,8 @@ class SplitRecords:
     for the private map only and enter no file of the dataset."""
     key_fingerprint: str | None = None
     """Of the key that made the IDs; None: they are the source's own."""
+    book: sources.LedgerBook | None = None
+    """What was matched and left out when the source was read; it becomes the dataset's ledger.json."""
 
     def private_map(self) -> list[tuple[str, str, str, str]]:
         """The rows of `ids.write_map`."""
@@ -135,6 +137,8 @@ def pack(
         for part in run_tasks(_pack_under_lease, jobs, local=local, workers=settings.workers):
             if progress:
                 progress(part["images"] + part["quarantined"], part["quarantined"], len(records))
+        if prepared.book is not None:
+            write_artifact(storage.join(out, sources.LEDGER), prepared.book.ledger())
         source = records[0].source
         origin = {
             "source": source,

@@ -1,5 +1,11 @@
 from . import synthetic as synthetic
+from .csv_rows import read_names as read_names
+from .image_files import image_key as image_key
+from .ledger import LEDGER as LEDGER
+from .ledger import Ledger as Ledger
+from .ledger import LedgerBook as LedgerBook
 from .registry import Source as Source
+from .registry import SourceContent as SourceContent
 from .registry import get as get
 from .registry import names as names
 from .registry import read as read

@@ -26,8 +26,9 @@ from __future__ import annotations
 import re
 
 from cxrscale.config import ABSENT, PRESENT
-from cxrscale.io import storage
-from cxrscale.sources.registry import Source
+from cxrscale.sources.image_files import JPEG, PNG, ImageFile, absolute_root, find_images, refuse_second
+from cxrscale.sources.ledger import LedgerBook
+from cxrscale.sources.registry import Source, SourceContent
 from cxrscale.types import ImageRecord, UserError
 
 NAME = "kermany"
@@ -37,7 +38,6 @@ PARTS = {"train": "train_val", "val": "train_val", "test": "test"}
 the validation split is drawn from both, by patient."""
 CLASSES = {"NORMAL": ABSENT, "PNEUMONIA": PRESENT}
 
-_SUFFIXES = (".jpeg", ".jpg")
 _PATIENTS = (
     re.compile(r"(?P<patient>person\d+_(?:bacteria|virus))_\d+(?:_\d+)?"),
     re.compile(r"(?P<patient>(?:NORMAL\d+-)?IM-\d+)-\d+(?:-\d+)?"),
@@ -45,8 +45,8 @@ _PATIENTS = (
 )
 
 
-def read(root: str) -> list[ImageRecord]:
-    """All images of a complete or partial copy, in the order of their IDs; none is opened.
+def read(root: str) -> SourceContent:
+    """All images of a complete or partial copy, in the order of their IDs, and their ledger.
 
     Images lie in `NORMAL` and `PNEUMONIA` in each of `train`, `val` and `test`. An ID is `part-CLASS-name`, such as
     `train-PNEUMONIA-person1000_bacteria_2931`: it is unique even if two folders have files of the same name, and it
@@ -56,17 +56,41 @@ def read(root: str) -> list[ImageRecord]:
         root: the folder that holds the parts, local or an fsspec address. Local paths in the records are absolute.
 
     Raises:
-        UserError: there is no image, a part has a folder other than the two classes, a file's name does not contain
-            the patient, or two files in a folder differ only in their suffix.
+        UserError: there is no image, a part has images in a folder other than the two classes, a file's name does not
+            contain the patient, or two files in a folder differ only in their suffix.
     """
-    if not storage.is_remote(root):
-        root = str(storage.local_path(root).absolute())
-    records = [record for part in PARTS for name in CLASSES for record in _folder(root, part, name)]
-    for part in PARTS:
-        _check_classes(storage.join(root, part))
+    root, book = absolute_root(root), LedgerBook(NAME)
+    images: dict[str, ImageFile] = {}
+    records = []
+    for image in find_images(root, (JPEG, PNG), _accept, book):
+        part, state = image.folders[0].lower(), _state(image)
+        name = _published_case(image.name)
+        patient = patient_id(name)
+        if patient is None:
+            raise UserError(
+                f"{image.path}: the file name does not contain the patient, as person1_virus_6.jpeg or "
+                "IM-0115-0001.jpeg do; use the published file names"
+            )
+        image_id = f"{part}-{state}-{name}"
+        if images.setdefault(image_id, image) is not image:
+            refuse_second(images[image_id], image, book)
+            continue
+        records.append(
+            ImageRecord(
+                image_id=image_id,
+                source=NAME,
+                path=image.path,
+                patient=patient,
+                findings={FINDING: CLASSES[state]},
+                split=PARTS[part],
+            )
+        )
     if not records:
-        raise UserError(f"{root}: no .jpeg in {' or '.join(PARTS)}/{' or '.join(CLASSES)}; give the folder above them")
-    return sorted(records, key=lambda record: record.image_id)
+        raise UserError(
+            f"{root}: no .jpeg in {' or '.join(PARTS)}/{' or '.join(CLASSES)}; give the folder above them" + book.hint()
+        )
+    book.count_images(len(records))
+    return SourceContent(sorted(records, key=lambda record: record.image_id), book)
 
 
 def patient_id(name: str) -> str | None:
@@ -77,40 +101,22 @@ def patient_id(name: str) -> str | None:
     return None
 
 
-def _folder(root: str, part: str, state: str) -> list[ImageRecord]:
-    """The images of a part and class."""
-    folder = storage.join(root, part, state)
-    records: dict[str, ImageRecord] = {}
-    for file in storage.listing(folder):
-        name, dot, suffix = file.rpartition(".")
-        # macOS writes '._IM-0115-0001.jpeg' beside a file; it is not an image.
-        if file.startswith(".") or dot + suffix.lower() not in _SUFFIXES:
-            continue
-        path, patient = storage.join(folder, file), patient_id(name)
-        if patient is None:
-            raise UserError(
-                f"{path}: the file name does not contain the patient, as person1_virus_6.jpeg or IM-0115-0001.jpeg do; "
-                "use the published file names"
-            )
-        image_id = f"{part}-{state}-{name}"
-        if image_id in records:
-            raise UserError(f"{path} has the same name as {records[image_id].path}; remove one of them")
-        records[image_id] = ImageRecord(
-            image_id=image_id,
-            source=NAME,
-            path=path,
-            patient=patient,
-            findings={FINDING: CLASSES[state]},
-            split=PARTS[part],
-        )
-    return list(records.values())
+def _accept(folders: tuple[str, ...]) -> str:
+    return "" if folders and folders[0].lower() in PARTS else f"outside of {', '.join(PARTS)}"
 
 
-def _check_classes(folder: str) -> None:
-    """Refuse folders of other names: their images would be left out silently."""
-    for name in storage.listing(folder):
-        if name not in CLASSES and "." not in name:
-            raise UserError(f"{folder}: {name!r} is neither {' nor '.join(CLASSES)}; rename or remove it")
+def _state(image: ImageFile) -> str:
+    """The class folder of an image in one of the parts; others are refused, or their labels would be lost."""
+    state = image.folders[1].upper() if len(image.folders) == 2 else ""
+    if state not in CLASSES:
+        found = "/".join(image.folders[1:]) or "no folder"
+        raise UserError(f"{image.path}: {found!r} is neither {' nor '.join(CLASSES)}; rename or remove it")
+    return state
 
 
-SOURCE = Source(NAME, read, pack_defaults={"duplicates": "merge"})
+def _published_case(name: str) -> str:
+    """A file name as it was published: person1_virus_6 in lower case, IM-0115-0001 in upper case."""
+    return name.lower() if name.lower().startswith("person") else name.upper()
+
+
+SOURCE = Source(NAME, read, pack_defaults={"duplicates": "merge"}, publishes_split=True)

@@ -4,33 +4,44 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from operator import itemgetter
 
 from cxrscale.config import NIH14, closed_world
 from cxrscale.io import storage
-from cxrscale.sources.csv_rows import read_rows
-from cxrscale.sources.registry import Source
+from cxrscale.sources.csv_rows import read_names, table_rows
+from cxrscale.sources.image_files import PNG, absolute_root, by_name, find_images, image_key, image_name
+from cxrscale.sources.ledger import LedgerBook
+from cxrscale.sources.registry import Source, SourceContent
 from cxrscale.types import Box, ImageRecord, UserError
 
 NAME = "nih"
-LABEL_TABLES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
-"""The two editions of the label table, in order of preference: the first corrects ages, the rest is the same."""
+EDITIONS = {
+    "Data_Entry_2017_v2020.csv": "2020",
+    "Data_Entry_2017.csv": "2017",
+    "sample_labels.csv": "Kaggle sample",
+}
+"""Names of the label table -> its edition, in order of preference. They do not mean the same: of the 5,606 rows of
+Kaggle's sample, 10 have other findings than in the edition of 2020, and 1,344 another age."""
 BOX_TABLE = "BBox_List_2017.csv"
 SPLIT_LISTS = {"train_val": "train_val_list.txt", "test": "test_list.txt"}
+PUBLISHED_HW = (1024, 1024)
+"""Size of the images as published: what the box table counts its pixels in, whatever the size of a copy."""
 
-_PUBLISHED_SIDE = 1024
 _OLDEST = 120
 # Six digits are enough for any age in days; a number of hundreds of digits must not reach int().
 _AGE = re.compile(r"([0-9]{1,6})([YMD]?)")
 _PATIENT = re.compile(r"[0-9]+")
-_FOLDER = re.compile(r"images(_\d{3})?")
-_IMAGE_NAME = re.compile(r"([0-9]{8})_[0-9]{3}\.png")
+_FOLDER = re.compile(r"images?([_-]?\d+)?", re.IGNORECASE)
+_IMAGE_NAME = re.compile(r"([0-9]{8})_[0-9]{3}")
 _BOX_FINDINGS = {"Infiltrate": "Infiltration"}
 # The headers have 'OriginalImage[Width,Height]' and 'Bbox [x,y,w,h]' without quotes; a CSV reader splits them.
 _SCAN_COLUMNS = ("OriginalImage[Width", "Height]", "OriginalImagePixelSpacing[x", "y]")
+_SCAN_COLUMNS_OF_SAMPLE = (
+    *("OriginalImageWidth", "OriginalImageHeight"),
+    *("OriginalImagePixelSpacing_x", "OriginalImagePixelSpacing_y"),
+)
 _BOX_COLUMNS = ("Bbox [x", "y", "w", "h]")
 
 
@@ -52,55 +63,62 @@ class Entry:
     """Height and width of the scanned area, in millimeters."""
 
 
-def read(root: str) -> list[ImageRecord]:
-    """All images of a complete or partial copy of ChestX-ray14, in the order of their IDs.
+def read(root: str) -> SourceContent:
+    """All images of a complete or partial copy of ChestX-ray14, in the order of their IDs, and their ledger.
 
     Images lie in `images_001/images` to `images_012/images`, in `images`, or directly in the root. The label table
     lies in the root, and so do the box table and the split lists if present. A row without an image is left out; an
-    image without a row is unlabeled, and its patient is taken from its file name.
+    image without a row is unlabeled, and its patient is taken from its file name. The ID of an image is its published
+    file name, `00000013_005.png`, however the file is written here.
 
     Args:
         root: a local folder or an fsspec address. Local paths in the records are absolute.
 
     Raises:
-        UserError: there is no image or no label table, a table lacks a column or has an impossible value, or two
-            folders have an image of the same name.
+        UserError: there is no image or no label table, a table lacks a column or has an impossible value, a table or
+            list names none of the images, or two folders have an image of the same name.
     """
-    if not storage.is_remote(root):
-        root = str(storage.local_path(root).absolute())
-    images = _image_paths(root)
-    table = read_table(_label_table(root))
-    boxes = read_boxes(address) if storage.exists(address := storage.join(root, BOX_TABLE)) else {}
-    splits = _splits(root)
-    height, width = _png_size(next(iter(images.values())))
+    root, book = absolute_root(root), LedgerBook(NAME)
+    images = by_name(find_images(root, (PNG,), _accept, book), book)
+    if not images:
+        raise UserError(
+            f"{root}: no PNG files there; expected them in images_001/images, in images, or in this folder"
+            + book.hint()
+        )
+    book.count_images(len(images))
+    name_of, table = _read_labels(root, images, book)
+    boxes = _read_box_table(root, images.keys(), name_of.keys(), book)
+    splits = _read_splits(root, images, book)
     records = []
-    for image_id, path in sorted(images.items()):
-        name = _IMAGE_NAME.fullmatch(image_id)
+    for key, image in images.items():
+        name = _IMAGE_NAME.fullmatch(image.name)
+        image_id = name_of.get(key, f"{image.name}.png")
         entry = table.get(image_id) or Entry(patient=name[1] if name else image_id)
         records.append(
             ImageRecord(
                 image_id=image_id,
                 source=NAME,
-                path=path,
+                path=image.path,
                 patient=entry.patient,
                 findings=entry.findings,
-                split=splits.get(image_id),
+                split=splits.get(key),
                 view=entry.view,
                 sex=entry.sex,
                 age=entry.age,
                 # NIH resized every scan to the same shape, whatever its own: rows and columns have their own ratios.
-                spacing_mm=(entry.scan_mm[0] / height, entry.scan_mm[1] / width) if entry.scan_mm else None,
-                boxes=boxes.get(image_id, ()),
+                spacing_mm=_published_spacing(entry.scan_mm),
+                boxes=boxes.get(key, ()),
+                tables_HW=PUBLISHED_HW,
             )
         )
-    return records
+    return SourceContent(sorted(records, key=lambda record: record.image_id), book)
 
 
 def read_table(path: str) -> dict[str, Entry]:
-    """The label table: file name of an image -> its row.
+    """The label table: published file name of an image -> its row.
 
     Args:
-        path: Data_Entry_2017.csv or Data_Entry_2017_v2020.csv, a local path or an fsspec address.
+        path: one of the files of EDITIONS, a local path or an fsspec address.
 
     Raises:
         UserError: the file is missing, is not a CSV table, or lacks a column; or a row has more or fewer values than
@@ -108,10 +126,12 @@ def read_table(path: str) -> dict[str, Entry]:
     """
     needed = ("Image Index", "Finding Labels", "Patient ID")
     # Some copies of the table have Patient Sex instead of Patient Gender.
-    optional = ("View Position", "Patient Gender", "Patient Sex", "Patient Age", *_SCAN_COLUMNS)
+    optional = ("View Position", "Patient Gender", "Patient Sex", "Patient Age")
+    columns = (*optional, *_SCAN_COLUMNS, *_SCAN_COLUMNS_OF_SAMPLE)
     states: dict[str, dict[str, int]] = {}
     entries: dict[str, Entry] = {}
-    for line, (image_id, labels, patient, view, gender, sex, age, *scan) in _rows(path, needed, optional):
+    for line, (image, labels, patient, view, gender, sex, age, *scan) in table_rows(path, needed, columns):
+        image_id = f"{image_name(image)}.png"
         if image_id in entries:
             raise UserError(f"{path}, line {line}: second row for {image_id!r:.80}; keep the correct one")
         if not _PATIENT.fullmatch(patient):
@@ -127,13 +147,13 @@ def read_table(path: str) -> dict[str, Entry]:
             view=view if view in ("PA", "AP") else None,
             sex=(gender or sex) if (gender or sex) in ("F", "M") else None,
             age=_age(age),
-            scan_mm=_scan_mm(*scan),
+            scan_mm=_scan_mm(*(of_2017 or of_sample for of_2017, of_sample in zip(scan[:4], scan[4:], strict=True))),
         )
     return entries
 
 
 def read_boxes(path: str) -> dict[str, tuple[Box, ...]]:
-    """The boxes of each image that has some, in pixels of the published 1024 x 1024 image.
+    """Published file name of each image that has boxes -> the boxes, in pixels of the published 1024 x 1024 image.
 
     Args:
         path: BBox_List_2017.csv, a local path or an fsspec address.
@@ -143,7 +163,8 @@ def read_boxes(path: str) -> dict[str, tuple[Box, ...]]:
             the header, an unknown finding, or a box that is not four numbers.
     """
     boxes: dict[str, tuple[Box, ...]] = {}
-    for line, (image_id, label, *values) in _rows(path, ("Image Index", "Finding Label", *_BOX_COLUMNS)):
+    for line, (image, label, *values) in table_rows(path, ("Image Index", "Finding Label", *_BOX_COLUMNS)):
+        image_id = f"{image_name(image)}.png"
         finding = _BOX_FINDINGS.get(label, label)
         if finding not in NIH14:
             raise UserError(
@@ -159,80 +180,68 @@ def read_boxes(path: str) -> dict[str, tuple[Box, ...]]:
     return boxes
 
 
-def _image_paths(root: str) -> dict[str, str]:
-    """Image name -> path, from all folders in which the published editions keep their images."""
-    folders = [root]
-    for name in storage.listing(root):
-        if _FOLDER.fullmatch(name):
-            folders += [storage.join(root, name), storage.join(root, name, "images")]
-    images: dict[str, str] = {}
-    for folder in folders:
-        for name in storage.listing(folder, ".png"):
-            path = storage.join(folder, name)
-            if name in images:
-                raise UserError(f"{name} is in two folders, {images[name]} and {path}; remove one of them")
-            images[name] = path
-    if not images:
-        raise UserError(f"{root}: no PNG files there; expected them in images_001/images, in images, or in this folder")
-    return images
+def _accept(folders: tuple[str, ...]) -> str:
+    return "" if not folders or _FOLDER.fullmatch(folders[0]) else "outside of images, images_001, images_002, ..."
 
 
-def _label_table(root: str) -> str:
-    for name in LABEL_TABLES:
-        if storage.exists(address := storage.join(root, name)):
-            return address
-    raise UserError(f"{root}: no {' or '.join(LABEL_TABLES)}; put the label table beside the image folders")
+def _read_labels(root: str, images: Collection[str], book: LedgerBook) -> tuple[dict[str, str], dict[str, Entry]]:
+    """(key of an image -> its name in the label table, name -> row)."""
+    found = [name for name in EDITIONS if storage.exists(storage.join(root, name))]
+    if not found:
+        raise UserError(f"{root}: no {' or '.join(EDITIONS)}; put the label table beside the image folders")
+    path = storage.join(root, found[0])
+    table = read_table(path)
+    name_of = {image_key(name): name for name in table}
+    if len(name_of) < len(table):
+        twice = next(name for name in table if name_of[image_key(name)] != name)
+        raise UserError(f"{path}: {twice!r:.80} has two rows, in upper and lower case; keep the correct one")
+    book.match(path, len(table), name_of.keys(), images, edition=EDITIONS[found[0]])
+    for other in found[1:]:
+        book.note(f"{other} is another edition of the labels and is not read, because {found[0]} is there")
+    return name_of, table
 
 
-def _splits(root: str) -> dict[str, str]:
-    """Image name -> train_val or test; images that are in neither list are left out."""
+def _read_box_table(
+    root: str, images: Collection[str], known: Collection[str], book: LedgerBook
+) -> dict[str, tuple[Box, ...]]:
+    """Key of an image -> its boxes; none where there is no table."""
+    if not storage.exists(path := storage.join(root, BOX_TABLE)):
+        return {}
+    boxes: dict[str, tuple[Box, ...]] = {}
+    for name, own in read_boxes(path).items():
+        boxes[image_key(name)] = (*boxes.get(image_key(name), ()), *own)
+    # Only 880 images have boxes: a partial copy may have none of them, but its label table does.
+    book.match(path, sum(map(len, boxes.values())), boxes.keys(), images, known=known, names_every_image=False)
+    return boxes
+
+
+def _read_splits(root: str, images: Mapping[str, object], book: LedgerBook) -> dict[str, str]:
+    """Key of an image -> train_val or test, from the lists that are there."""
     splits: dict[str, str] = {}
-    for split, file in SPLIT_LISTS.items():
-        if not storage.exists(address := storage.join(root, file)):
-            continue
-        names = set(storage.read(address).decode("utf-8", errors="replace").split())
-        if both := names & splits.keys():
-            raise UserError(f"{address}: {min(both)} is also in {SPLIT_LISTS[splits[min(both)]]}; keep it in one list")
-        splits.update(dict.fromkeys(names, split))
+    paths = {split: storage.join(root, file) for split, file in SPLIT_LISTS.items()}
+    there = {split: path for split, path in paths.items() if storage.exists(path)}
+    if "test" not in there and there:
+        raise UserError(
+            f"{paths['test']} is missing, and without it no image is a test image; put it beside "
+            f"{SPLIT_LISTS['train_val']}, or remove that list and set pack.split=random"
+        )
+    for split, path in there.items():
+        names = read_names(path)
+        keys = {image_key(name): name for name in names}
+        if both := keys.keys() & splits.keys():
+            name, other = keys[min(both)], SPLIT_LISTS[splits[min(both)]]
+            raise UserError(f"{path}: {name!r:.80} is also in {other}; keep it in one list")
+        book.match(path, len(names), keys.keys(), images.keys(), names_every_image=False)
+        splits.update(dict.fromkeys(keys, split))
+    unlisted = len(images.keys() - splits.keys())
+    if there and unlisted:
+        lists = " or ".join(SPLIT_LISTS[split] for split in there)
+        book.note(f"{unlisted} images are not in {lists} and count as train_val")
     return splits
 
 
-def _png_size(path: str) -> tuple[int, int]:
-    """(height, width) of an image; all images have the same size, and a damaged file must not stop reading."""
-    head = storage.read(path, listed=True)[:24]
-    if head[:8] != b"\x89PNG\r\n\x1a\n" or len(head) < 24:
-        return _PUBLISHED_SIDE, _PUBLISHED_SIDE
-    width, height = (int.from_bytes(head[at : at + 4], "big") for at in (16, 20))
-    return (height, width) if width and height else (_PUBLISHED_SIDE, _PUBLISHED_SIDE)
-
-
-def _rows(path: str, needed: tuple[str, ...], optional: tuple[str, ...] = ()) -> Iterator[tuple[int, list[str]]]:
-    """(line number, values of the needed and optional columns) of every row; '' for missing optional columns."""
-    rows = read_rows(path)
-    if (top := next(rows, None)) is None:
-        raise UserError(f"{path} is not a readable CSV table (it is empty); copy it again")
-    header = top[1]
-    if missing := [name for name in needed if name not in header]:
-        raise UserError(f"{path}: no column {missing[0]!r}; use the table with the published header")
-    # The headers of the box table and of the older label table end with commas that some rows do not repeat.
-    named = max(at for at, name in enumerate(header, 1) if name)
-    # Missing optional columns have index -1: an empty string that is appended to each row.
-    chosen = itemgetter(*(header.index(name) if name in header else -1 for name in (*needed, *optional)))
-    for line, row in rows:
-        # One value too many or too few moves the values after it to other columns, where they mean something else.
-        # Trailing commas can hide a missing value, but then the last column is empty.
-        ends_early = len(row) < named or (len(row) < len(header) and not row[named - 1])
-        if ends_early or len(row) > len(header) or any(row[named:]):
-            raise UserError(
-                f"{path}, line {line}: the row of {row[0]!r:.80} needs {named} values, as many as the header; "
-                "use the table as published"
-            )
-        values = list(chosen([*row, ""]))
-        if not values[0] or not values[0].isprintable():  # an unclosed quote swallows line ends
-            raise UserError(
-                f"{path}, line {line}: {needed[0]} {values[0]!r:.80} is not a file name; use the table as published"
-            )
-        yield line, values
+def _published_spacing(scan_mm: tuple[float, float] | None) -> tuple[float, float] | None:
+    return (scan_mm[0] / PUBLISHED_HW[0], scan_mm[1] / PUBLISHED_HW[1]) if scan_mm else None
 
 
 def _states(path: str, line: int, text: str) -> dict[str, int]:
@@ -248,7 +257,7 @@ def _states(path: str, line: int, text: str) -> dict[str, int]:
 
 @lru_cache(maxsize=1024)
 def _age(text: str) -> int | None:
-    """Years; the first edition of the table has 058Y, 013M (months) or 009D (days)."""
+    """Years; the first edition and Kaggle's sample have 058Y, 013M (months) or 009D (days)."""
     parts = _AGE.fullmatch(text)
     if parts is None:
         return None
@@ -265,4 +274,4 @@ def _scan_mm(width: str, height: str, x_mm: str, y_mm: str) -> tuple[float, floa
     return (height_mm, width_mm) if 0 < height_mm < math.inf and 0 < width_mm < math.inf else None
 
 
-SOURCE = Source(NAME, read)
+SOURCE = Source(NAME, read, publishes_split=True)

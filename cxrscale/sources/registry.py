@@ -7,11 +7,22 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from cxrscale.sources.ledger import LedgerBook
 from cxrscale.types import ImageRecord, UserError
 
 PACKAGE = "cxrscale.sources"
-NOT_SOURCES = frozenset({"csv_rows", "registry", "synthetic"})
+NOT_SOURCES = frozenset({"csv_rows", "image_files", "ledger", "registry", "synthetic"})
 """Modules of the package that hold no source; every other one does."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceContent:
+    """What a source holds."""
+
+    records: list[ImageRecord]
+    """All images, in the order of their IDs."""
+    book: LedgerBook
+    """What was matched with the tables, and what was left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,13 +31,16 @@ class Source:
 
     name: str
     """The name of its module, and its name at the command line."""
-    read: Callable[[str], list[ImageRecord]]
-    """All images under a root (a local path or an fsspec address), in the order of their IDs; no pixel is read."""
+    read: Callable[[str], SourceContent]
+    """All images under a root (a local path or an fsspec address) with their ledger; no pixel is read."""
     pack_defaults: Mapping[str, object] = field(default_factory=dict)
     """Fields of the `pack` section that `cxrscale shard` sets where the user does not: {"masks": True}."""
     reliable_patient_ids: bool = True
     """False where each file has a patient ID of its own although patients have several images: nothing can be said
     about patients that splits share until the IDs are taken from another dataset (`--patients-from`)."""
+    publishes_split: bool = False
+    """Whether it has a test list of its own. pack.split=official means that list, and random where none is published;
+    it is an error where the list is missing."""
 
 
 def names() -> list[str]:
@@ -49,8 +63,8 @@ def get(name: str) -> Source:
     return source
 
 
-def read(name: str, root: str) -> list[ImageRecord]:
-    """All images of a source, in the order of their IDs; no pixel is read.
+def read(name: str, root: str) -> SourceContent:
+    """All images of a source, and what was left out; no pixel is read.
 
     Args:
         name: one of `names()`.

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from cxrscale.config import ABSENT, PRESENT
 from cxrscale.io import storage
-from cxrscale.sources.registry import Source
+from cxrscale.sources.csv_rows import table_rows
+from cxrscale.sources.image_files import DICOM, absolute_root, by_name, find_images, image_key, image_name
+from cxrscale.sources.ledger import LedgerBook
+from cxrscale.sources.registry import Source, SourceContent
 from cxrscale.types import Box, ImageRecord, UserError
 
 NAME = "rsna"
@@ -17,15 +18,19 @@ FINDING = "Pneumonia"
 FOLDERS = ("stage_2_train_images", "stage_2_test_images")
 LABEL_TABLE = "stage_2_train_labels.csv"
 CLASS_TABLE = "stage_2_detailed_class_info.csv"
+PUBLISHED_HW = (1024, 1024)
+"""Size of the images as published: what the label table counts its pixels in, whatever the size of a copy."""
 CLASSES = {"Lung Opacity": PRESENT, "No Lung Opacity / Not Normal": ABSENT, "Normal": ABSENT}
 """The values of the class table, each with the state of pneumonia that it means."""
 
+_COLUMNS = ("patientId", "x", "y", "width", "height", "Target")
 
-def read(root: str) -> list[ImageRecord]:
-    """All DICOM files of a complete or partial copy, in the order of their IDs; none is opened.
 
-    The ID of an image is its patientId, which is its file name without `.dcm`. A file without a row (all of
-    `stage_2_test_images`) is unlabeled; a row without a file is left out. View, sex, age and spacing are only in the
+def read(root: str) -> SourceContent:
+    """All DICOM files of a complete or partial copy, in the order of their IDs, and their ledger.
+
+    The ID of an image is its patientId in lower case, which is its file name without `.dcm`. A file without a row (all
+    of `stage_2_test_images`) is unlabeled; a row without a file is left out. View, sex, age and spacing are only in the
     DICOM headers and are None here. No split is published.
 
     patientId does not identify patients: every image has its own, although the images are 30,000 of those of
@@ -36,29 +41,31 @@ def read(root: str) -> list[ImageRecord]:
         root: a local folder or an fsspec address. Local paths in the records are absolute.
 
     Raises:
-        UserError: there is no DICOM file or no label table, a table is damaged or lacks a column, the rows of a
-            patient contradict each other, or two folders have a file of the same name.
+        UserError: there is no DICOM file or no label table, a table is damaged, lacks a column or names none of the
+            images, the rows of a patient contradict each other, or two folders have a file of the same name.
     """
-    if not storage.is_remote(root):
-        root = str(storage.local_path(root).absolute())
-    images = _image_paths(root)
-    table = storage.join(root, LABEL_TABLE)
-    if not storage.exists(table):
-        raise UserError(f"{root}: no {LABEL_TABLE}; put the label table beside the image folders")
-    boxes = read_table(table)
-    if storage.exists(classes := storage.join(root, CLASS_TABLE)):
-        _check_classes(classes, read_classes(classes), boxes)
-    return [
-        ImageRecord(
-            image_id=image_id,
-            source=NAME,
-            path=path,
-            patient=image_id,
-            findings=_findings(boxes, image_id),
-            boxes=boxes.get(image_id, ()),
+    root, book = absolute_root(root), LedgerBook(NAME)
+    images = by_name(find_images(root, (DICOM,), _accept, book), book)
+    if not images:
+        raise UserError(
+            f"{root}: no .dcm file in {' or '.join(FOLDERS)}; give the folder that contains them" + book.hint()
         )
-        for image_id, path in sorted(images.items())
-    ]
+    book.count_images(len(images))
+    boxes = _read_labels(root, images, book)
+    records = []
+    for key, image in images.items():
+        records.append(
+            ImageRecord(
+                image_id=key,
+                source=NAME,
+                path=image.path,
+                patient=key,
+                findings={} if key not in boxes else {FINDING: PRESENT if boxes[key] else ABSENT},
+                boxes=boxes.get(key, ()),
+                tables_HW=PUBLISHED_HW,
+            )
+        )
+    return SourceContent(sorted(records, key=lambda record: record.image_id), book)
 
 
 def read_table(path: str) -> dict[str, tuple[Box, ...]]:
@@ -74,17 +81,21 @@ def read_table(path: str) -> dict[str, tuple[Box, ...]]:
         UserError: the file is missing, is not a CSV table, or lacks a column; or a Target is neither 0 nor 1, a box
             is not four numbers with an area, or a patient has two Targets.
     """
+    return _boxes(path, table_rows(path, _COLUMNS))
+
+
+def _boxes(path: str, rows: Iterable[tuple[int, tuple[str, ...]]]) -> dict[str, tuple[Box, ...]]:
     boxes: dict[str, tuple[Box, ...]] = {}
-    for line, row in _rows(path, ("patientId", "x", "y", "width", "height", "Target")):
-        patient, target = row["patientId"], row["Target"]
+    for line, (name, *numbers, target) in rows:
+        patient = image_name(name)
         if target not in ("0", "1"):
             raise UserError(f"{path}, line {line}: Target of {patient} is {target!r}, not 0 or 1; correct the row")
         if patient in boxes and bool(boxes[patient]) != (target == "1"):
             raise UserError(f"{path}, line {line}: patient {patient} has Target 0 and Target 1; keep one of them")
         boxes[patient] = boxes.get(patient, ())
         if target == "1":
-            boxes[patient] += (_box(path, line, row),)
-        elif any(row[name] for name in ("x", "y", "width", "height")):
+            boxes[patient] += (_box(path, line, patient, numbers),)
+        elif any(numbers):
             raise UserError(f"{path}, line {line}: patient {patient} has Target 0 and a box; remove one of them")
     return boxes
 
@@ -99,9 +110,13 @@ def read_classes(path: str) -> dict[str, str]:
         UserError: the file is missing, is not a CSV table, or lacks a column; or a patient has an unknown class or
             two classes.
     """
+    return _classes(path, table_rows(path, ("patientId", "class")))
+
+
+def _classes(path: str, rows: Iterable[tuple[int, tuple[str, ...]]]) -> dict[str, str]:
     classes: dict[str, str] = {}
-    for line, row in _rows(path, ("patientId", "class")):
-        patient, name = row["patientId"], row["class"]
+    for line, (patient_id, name) in rows:
+        patient = image_name(patient_id)
         if name not in CLASSES:
             raise UserError(f"{path}, line {line}: class {name!r} of {patient} is not one of {', '.join(CLASSES)}")
         if classes.setdefault(patient, name) != name:
@@ -111,68 +126,55 @@ def read_classes(path: str) -> dict[str, str]:
     return classes
 
 
-def _findings(boxes: Mapping[str, tuple[Box, ...]], image_id: str) -> dict[str, int]:
-    if image_id not in boxes:
-        return {}
-    return {FINDING: PRESENT if boxes[image_id] else ABSENT}
+def _accept(folders: tuple[str, ...]) -> str:
+    inside = folders and folders[0].casefold() in FOLDERS
+    return "" if inside else f"outside of {' and '.join(FOLDERS)}"
+
+
+def _read_labels(root: str, images: Mapping[str, object], book: LedgerBook) -> dict[str, tuple[Box, ...]]:
+    """Key of an image -> its boxes; () without pneumonia."""
+    path = storage.join(root, LABEL_TABLE)
+    if not storage.exists(path):
+        raise UserError(f"{root}: no {LABEL_TABLE}; put the label table beside the image folders")
+    rows = list(table_rows(path, _COLUMNS))
+    table = _boxes(path, rows)
+    boxes = {image_key(name): own for name, own in table.items()}
+    if len(boxes) < len(table):
+        names = [image_key(name) for name in table]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{path}: {twice!r:.80} is there in upper and in lower case; keep one of them")
+    book.match(path, len(rows), boxes.keys(), images.keys())
+    if storage.exists(classes := storage.join(root, CLASS_TABLE)):
+        class_rows = list(table_rows(classes, ("patientId", "class")))
+        named = _classes(classes, class_rows)
+        keys = {image_key(name) for name in named}
+        book.match(classes, len(class_rows), keys, images.keys(), known=boxes.keys(), names_every_image=False)
+        _check_classes(classes, named, boxes)
+    return boxes
 
 
 def _check_classes(path: str, classes: Mapping[str, str], boxes: Mapping[str, tuple[Box, ...]]) -> None:
     """Check that the two tables agree on pneumonia; if they do not, they are from different editions."""
     for patient, name in classes.items():
-        if patient in boxes and bool(boxes[patient]) != (CLASSES[name] == PRESENT):
-            target = int(bool(boxes[patient]))
+        own = boxes.get(image_key(patient))
+        if own is not None and bool(own) != (CLASSES[name] == PRESENT):
+            target = int(bool(own))
             raise UserError(
                 f"{path}: patient {patient} is {name!r}, but has Target {target} in {LABEL_TABLE}; "
                 "use both tables as published"
             )
 
 
-def _box(path: str, line: int, row: Mapping[str, str]) -> Box:
+def _box(path: str, line: int, patient: str, numbers: Iterable[str]) -> Box:
     try:
-        x, y, width, height = (float(row[name]) for name in ("x", "y", "width", "height"))
+        x, y, width, height = map(float, numbers)
     except ValueError:
         width = height = math.nan
     if not (width > 0 and height > 0 and math.isfinite(x + y + width + height)):
         raise UserError(
-            f"{path}, line {line}: the box of patient {row['patientId']} is not four numbers with an area; "
-            "correct the row"
+            f"{path}, line {line}: the box of patient {patient} is not four numbers with an area; correct the row"
         )
     return Box(FINDING, x, y, width, height)
-
-
-def _rows(path: str, needed: tuple[str, ...]) -> list[tuple[int, dict[str, str]]]:
-    """(line number, column -> value without surrounding spaces) of every row; each has a patientId."""
-    try:
-        table = csv.DictReader(io.StringIO(storage.read(path).decode("utf-8-sig")), strict=True, skipinitialspace=True)
-        header = [name.strip() for name in table.fieldnames or ()]
-        if missing := [name for name in needed if name not in header]:
-            raise UserError(f"{path}: no column {missing[0]!r}; use the table with the published header")
-        table.fieldnames = header
-        rows = [(table.line_num, row) for row in table]
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a readable CSV table ({error}); copy it again") from None
-    for line, row in rows:
-        # DictReader fills missing values with None and puts surplus values under the key None.
-        if None in row or None in row.values() or not row["patientId"].strip():
-            raise UserError(f"{path}, line {line}: a row needs {len(header)} values, patientId among them; correct it")
-        if not row["patientId"].isprintable():  # an unclosed quote swallows line ends
-            raise UserError(f"{path}, line {line}: patientId {row['patientId'][:80]!r} is damaged; correct the row")
-    return [(line, {name: text.strip() for name, text in row.items()}) for line, row in rows]
-
-
-def _image_paths(root: str) -> dict[str, str]:
-    """patientId -> path of every DICOM file of both folders."""
-    images: dict[str, str] = {}
-    for folder in FOLDERS:
-        for name in storage.listing(storage.join(root, folder), ".dcm"):
-            image_id, path = name.removesuffix(".dcm"), storage.join(root, folder, name)
-            if image_id in images:
-                raise UserError(f"{name} is in two folders, {images[image_id]} and {path}; remove one of them")
-            images[image_id] = path
-    if not images:
-        raise UserError(f"{root}: no .dcm file in {' or '.join(FOLDERS)}; give the folder that contains them")
-    return images
 
 
 SOURCE = Source(NAME, read, reliable_patient_ids=False)

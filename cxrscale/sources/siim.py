@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from pathlib import PurePosixPath
-
-import fsspec
+from collections.abc import Collection, Iterable
 
 from cxrscale.config import ABSENT, PRESENT
 from cxrscale.io import storage
-from cxrscale.sources.csv_rows import read_rows
-from cxrscale.sources.registry import Source
+from cxrscale.sources.csv_rows import table_rows
+from cxrscale.sources.image_files import DICOM, absolute_root, by_name, find_images, image_key, image_name
+from cxrscale.sources.ledger import LedgerBook
+from cxrscale.sources.registry import Source, SourceContent
 from cxrscale.types import ImageRecord, UserError
 
 NAME = "siim"
@@ -22,8 +20,8 @@ NO_MASK = "-1"
 """The table's value for images without pneumothorax."""
 
 
-def read(root: str) -> list[ImageRecord]:
-    """All DICOM files of a complete or partial copy, in the order of their IDs; none is opened.
+def read(root: str) -> SourceContent:
+    """All DICOM files of a complete or partial copy, in the order of their IDs, and their ledger.
 
     Files may lie anywhere under the root: in study/series folders, or flat as `ID_xxx.dcm`. The ID of an image is its
     file name without `.dcm`. `rles` holds the masks of all rows of an image, or () if the table says that there is no
@@ -34,21 +32,23 @@ def read(root: str) -> list[ImageRecord]:
         root: a local folder or an fsspec address. Local paths in the records are absolute.
 
     Raises:
-        UserError: there is no DICOM file or no table, the table lacks a column or a value, or two files have the same
-            name.
+        UserError: there is no DICOM file or no table, the table lacks a column or a value or names none of the images,
+            or two files have the same name.
     """
-    if not storage.is_remote(root):
-        root = str(storage.local_path(root).absolute())
-    images = _image_paths(root)
-    masks = read_table(_mask_table(root))
+    root, book = absolute_root(root), LedgerBook(NAME)
+    images = by_name(find_images(root, (DICOM,), lambda _: "", book), book)
+    if not images:
+        raise UserError(f"{root}: no .dcm file there; expected dicom-images-train with the DICOM files" + book.hint())
+    book.count_images(len(images))
+    masks, name_of = _read_masks(root, images, book)
     records = []
-    for image_id, path in sorted(images.items()):
-        rles = masks.get(image_id)
+    for key, image in images.items():
+        image_id, rles = name_of.get(key, image.name), masks.get(key)
         records.append(
             ImageRecord(
                 image_id=image_id,
                 source=NAME,
-                path=path,
+                path=image.path,
                 # The DICOM PatientID is different in every file and so identifies nobody. The true patient can be
                 # taken from the NIH duplicate later; until then every image counts as a patient.
                 patient=image_id,
@@ -56,7 +56,7 @@ def read(root: str) -> list[ImageRecord]:
                 rles=rles,
             )
         )
-    return records
+    return SourceContent(sorted(records, key=lambda record: record.image_id), book)
 
 
 def read_table(path: str) -> dict[str, tuple[str, ...]]:
@@ -73,11 +73,13 @@ def read_table(path: str) -> dict[str, tuple[str, ...]]:
         UserError: the file is missing, is not a CSV table, or lacks a column; or a row has more or fewer values than
             the header, or one that is empty or damaged.
     """
+    return _masks(path, table_rows(path, ("ImageId", "EncodedPixels")))
+
+
+def _masks(path: str, rows: Iterable[tuple[int, tuple[str, ...]]]) -> dict[str, tuple[str, ...]]:
     masks: dict[str, tuple[str, ...]] = {}
-    for line, image_id, rle in _rows(path):
-        # An unclosed quote swallows line ends, and with them the rows of other images.
-        if not image_id or not image_id.isprintable():
-            raise UserError(f"{path}, line {line}: ImageId {image_id!r:.80} is not an image name; correct the row")
+    for line, (image, rle) in rows:
+        image_id = image_name(image)
         if not rle:
             raise UserError(
                 f"{path}, line {line}: EncodedPixels of {image_id!r:.80} is empty; write {NO_MASK} for no pneumothorax"
@@ -90,53 +92,24 @@ def read_table(path: str) -> dict[str, tuple[str, ...]]:
     return masks
 
 
-def _rows(path: str) -> Iterator[tuple[int, str, str]]:
-    """(line number, ImageId, EncodedPixels) of every row, without surrounding spaces."""
-    rows = read_rows(path)
-    if (top := next(rows, None)) is None:
-        raise UserError(f"{path} is not a readable CSV table (it is empty); copy it again")
-    header = [name.strip() for name in top[1]]
-    for name in ("ImageId", "EncodedPixels"):
-        if name not in header:
-            raise UserError(f"{path}: no column {name!r}; expected the header 'ImageId, EncodedPixels'")
-    for line, row in rows:
-        # One value too many or too few moves the values after it to other columns, where they mean something else.
-        if len(row) != len(header):
-            raise UserError(
-                f"{path}, line {line}: the row of {row[0]!r:.80} needs {len(header)} values, as many as the header; "
-                "correct the row"
-            )
-        yield line, row[header.index("ImageId")].strip(), row[header.index("EncodedPixels")].strip()
-
-
-def _image_paths(root: str) -> dict[str, str]:
-    """Image -> path of every .dcm file at any depth."""
-    images: dict[str, str] = {}
-    for path in sorted(_files(root)):
-        if (name := PurePosixPath(path)).suffix.lower() != ".dcm":
-            continue
-        if name.stem in images:
-            raise UserError(f"{name.name} is in two folders, {images[name.stem]} and {path}; remove one of them")
-        images[name.stem] = path
-    if not images:
-        raise UserError(f"{root}: no .dcm file there; expected dicom-images-train with the DICOM files")
-    return images
-
-
-def _files(root: str) -> list[str]:
-    if not storage.exists(root):
-        return []
-    if not storage.is_remote(root):
-        return [f"{folder}/{name}" for folder, _, names in os.walk(root) for name in names]
-    files, path = fsspec.core.url_to_fs(root)
-    return [files.unstrip_protocol(name) for name in files.find(path)]
-
-
-def _mask_table(root: str) -> str:
-    for name in MASK_TABLES:
-        if storage.exists(address := storage.join(root, name)):
-            return address
-    raise UserError(f"{root}: no {' or '.join(MASK_TABLES)}; put the mask table beside the DICOM folder")
+def _read_masks(
+    root: str, images: Collection[str], book: LedgerBook
+) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+    """(key of an image -> the masks of all of its rows, key -> the image's name in the table)."""
+    found = [name for name in MASK_TABLES if storage.exists(storage.join(root, name))]
+    if not found:
+        raise UserError(f"{root}: no {' or '.join(MASK_TABLES)}; put the mask table beside the DICOM folder")
+    path = storage.join(root, found[0])
+    rows = list(table_rows(path, ("ImageId", "EncodedPixels")))
+    masks: dict[str, tuple[str, ...]] = {}
+    name_of: dict[str, str] = {}
+    for name, rles in _masks(path, rows).items():
+        masks[image_key(name)] = (*masks.get(image_key(name), ()), *rles)
+        name_of.setdefault(image_key(name), name)
+    book.match(path, len(rows), masks.keys(), images)
+    for other in found[1:]:
+        book.note(f"{other} is not read, because {found[0]} is there")
+    return masks, name_of
 
 
 SOURCE = Source(NAME, read, pack_defaults={"masks": True}, reliable_patient_ids=False)

@@ -280,7 +280,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     cv2.setNumThreads(1)
-    records = sorted(sources.read("nih", given.nih), key=lambda record: record.image_id)[: given.count]
+    records = sorted(sources.read("nih", given.nih).records, key=lambda record: record.image_id)[: given.count]
     contenders: dict[str, Work] = {
         "bare OpenCV": lambda out: bare(records, out),
         "ours, in-process": lambda out: ours(records, out),
@@ -295,7 +295,7 @@ def main() -> None:
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "nih": table("NIH PNG -> 512 JPEG", interleaved(contenders, given.rounds), len(records), "bare OpenCV"),
     }
-    images = [record for record in sources.read("siim", given.siim) if record.rles is not None]
+    images = [record for record in sources.read("siim", given.siim).records if record.rles is not None]
     found["siim"] = table(
         "SIIM DICOM", interleaved(siim_contenders(images), given.rounds), len(images), "pixel_array + PNG"
     )

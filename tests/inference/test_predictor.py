@@ -36,7 +36,7 @@ def predictor(classifier_run: str) -> Predictor:
 @pytest.fixture(scope="module")
 def paths(drawn: SyntheticPaths) -> list[str]:
     """The files of the test split."""
-    return [record.path for record in sources.read("nih", str(drawn.nih)) if record.split == "test"]
+    return [record.path for record in sources.read("nih", str(drawn.nih)).records if record.split == "test"]
 
 
 def assert_close(ours: Sequence[Prediction], theirs: Sequence[Prediction]) -> None:
@@ -122,7 +122,7 @@ def test_the_provenance_names_weights_datasets_and_recipe(predictor: Predictor, 
 def test_a_mask_is_that_of_the_shards_at_the_size_of_the_file(
     segmenter_run: str, siim_shards: str, drawn: SyntheticPaths
 ) -> None:
-    paths = {record.image_id: record.path for record in sources.read("siim", str(drawn.siim))}
+    paths = {record.image_id: record.path for record in sources.read("siim", str(drawn.siim)).records}
     data = manifest.load(siim_shards)
     predictor = Predictor(segmenter_run, "cpu")
     for row, score_HW, _ in predictions.score_maps(segmenter_run, data, range(4)):

@@ -296,7 +296,7 @@ CHANGES: dict[str, Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]]] = {
 @pytest.fixture(scope="module")
 def real_images(real: Path, quoted: dict[str, str]) -> list[npt.NDArray[np.uint8]]:
     """The 37 SIIM images in the order of `quoted`."""
-    path = {keyed("siim", record.image_id): record.path for record in sources.read("siim", str(real / "siim"))}
+    path = {keyed("siim", record.image_id): record.path for record in sources.read("siim", str(real / "siim")).records}
     return [load_image(Path(path[name]).read_bytes(), name=path[name]).image_HW for name in quoted]
 
 

@@ -16,7 +16,7 @@ from cxrscale.types import ImageRecord, UserError
 
 @pytest.fixture(scope="module")
 def records(drawn: SyntheticPaths) -> list[ImageRecord]:
-    return sources.read("nih", str(drawn.nih))
+    return sources.read("nih", str(drawn.nih)).records
 
 
 @pytest.mark.parametrize("policy", ["official", "random", "chexnet", "kfold"])
@@ -44,7 +44,7 @@ def test_the_user_can_give_lists(records: list[ImageRecord], tmp_path: Path) -> 
 
 
 def test_images_without_a_label_get_a_split_of_their_own(drawn: SyntheticPaths) -> None:
-    siim = sources.read("siim", str(drawn.siim))
+    siim = sources.read("siim", str(drawn.siim)).records
     split = build.assign(siim, Pack(masks=True))
     assert [name == build.UNLABELED for name in split] == [record.rles is None for record in siim]
     assert build.UNLABELED in split
@@ -85,7 +85,7 @@ def test_patients_who_share_an_image_are_merged(drawn: SyntheticPaths, tmp_path:
     nih = Path(shutil.copytree(drawn.nih, tmp_path / "nih"))
     first, *_, last = sorted(nih.rglob("*.png"))
     shutil.copy(first, last)
-    records = sources.read("nih", str(nih))
+    records = sources.read("nih", str(nih)).records
     merged = build.merge_duplicates(records, Pack(), local=True)
     after = {record.image_id: record.patient for record in merged}
     assert after[first.name] == after[last.name]

@@ -147,7 +147,7 @@ def test_webdataset_can_read_the_shards(siim_shards: str) -> None:
 
 
 def test_the_source_codec_keeps_the_original_bytes(drawn: SyntheticPaths, tmp_path: Path) -> None:
-    records = {keyed("nih", record.image_id): record for record in sources.read("nih", str(drawn.nih))}
+    records = {keyed("nih", record.image_id): record for record in sources.read("nih", str(drawn.nih)).records}
     build.build_shards("nih", str(drawn.nih), Pack(codec="source", limit=5), str(tmp_path / "out"), local=True)
     for path in (tmp_path / "out").glob("*.tar"):
         with tarfile.open(path) as tar:

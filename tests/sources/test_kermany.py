@@ -67,7 +67,7 @@ def test_every_image_of_a_patient_names_only_that_patient(number: int, image: in
 
 
 def test_folders_give_finding_and_split(root: Path) -> None:
-    records = sources.read("kermany", str(root))
+    records = sources.read("kermany", str(root)).records
     assert [record.image_id for record in records] == sorted(
         name.removesuffix(".jpeg").replace("/", "-") for name in NAMES
     )
@@ -91,14 +91,14 @@ def test_the_source_becomes_a_dataset_with_the_published_test_split(root: Path, 
 def test_files_that_are_not_images_are_skipped(root: Path) -> None:
     for name in (".DS_Store", "train/.DS_Store", "train/NORMAL/._IM-0115-0001.jpeg", "train/NORMAL/Thumbs.db"):
         (root / name).write_bytes(b"")
-    assert len(kermany.read(str(root))) == len(NAMES)
+    assert len(kermany.read(str(root)).records) == len(NAMES)
 
 
 def test_upper_case_suffixes_count_and_file_addresses_are_local(root: Path) -> None:
     (root / "test/NORMAL/IM-0003-0001.JPG").write_bytes(b"")
-    records = kermany.read(f"file://{root}")
+    records = kermany.read(f"file://{root}").records
     assert "test-NORMAL-IM-0003-0001" in {record.image_id for record in records}
-    assert records == kermany.read(str(root))
+    assert records == kermany.read(str(root)).records
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_published_names(real: Path) -> None:
-    records = kermany.read(str(real / "kermany"))
+    records = kermany.read(str(real / "kermany")).records
     assert Counter((r.split, r.findings["Pneumonia"]) for r in records) == {
         ("train_val", PRESENT): 3875,
         ("train_val", ABSENT): 1341,
@@ -139,7 +139,7 @@ def test_the_published_names(real: Path) -> None:
 
 @pytest.mark.slow
 def test_the_published_duplicates_stay_within_a_part(real: Path) -> None:
-    records = kermany.read(str(real / "kermany"))
+    records = kermany.read(str(real / "kermany")).records
     pairs = duplicates.find_within(*prints([load_image(Path(r.path).read_bytes()).image_HW for r in records]))
     patients, part = [r.patient for r in records], [str(r.split) for r in records]
     assert len({b for _, b in pairs.tolist()}) == 32

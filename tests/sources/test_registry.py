@@ -19,15 +19,18 @@ NEW_SOURCE = '''
 
 from pathlib import Path
 
-from cxrscale.sources import Source
+from cxrscale.sources import LedgerBook, Source, SourceContent
 from cxrscale.types import ImageRecord
 
 
-def read(root: str) -> list[ImageRecord]:
-    return [
+def read(root: str) -> SourceContent:
+    book = LedgerBook("village")
+    records = [
         ImageRecord(path.name, "village", str(path), path.stem, findings={"Effusion": number % 2})
         for number, path in enumerate(sorted(Path(root).glob("*.png")))
     ]
+    book.count_images(len(records))
+    return SourceContent(records, book)
 
 
 SOURCE = Source("village", read, pack_defaults={"size": 16})
@@ -92,4 +95,4 @@ def test_listing_the_sources_imports_none_of_them() -> None:
         "print([name for name in sys.modules if name.startswith('cxrscale.sources.')], 'cv2' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "['cxrscale.sources.registry'] False"
+    assert done.stdout.strip() == "['cxrscale.sources.ledger', 'cxrscale.sources.registry'] False"

@@ -49,7 +49,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_images_have_their_boxes_and_labels(root: Path) -> None:
-    records = sources.read("rsna", str(root))
+    records = sources.read("rsna", str(root)).records
     assert [record.image_id for record in records] == sorted([SICK, HEALTHY, OTHER, UNSEEN])
     by_id = {record.image_id: record for record in records}
     assert by_id[SICK].boxes == (Box("Pneumonia", 264, 152, 213, 379), Box("Pneumonia", 562, 152, 256, 453))
@@ -77,11 +77,11 @@ def test_the_source_becomes_a_dataset(root: Path, tmp_path: Path) -> None:
 
 def test_the_class_table_may_be_absent(root: Path) -> None:
     (root / rsna.CLASS_TABLE).unlink()
-    assert len(rsna.read(str(root))) == 4
+    assert len(rsna.read(str(root)).records) == 4
 
 
 def test_a_file_address_is_a_local_path(root: Path) -> None:
-    assert rsna.read(f"file://{root}") == rsna.read(str(root))
+    assert rsna.read(f"file://{root}").records == rsna.read(str(root)).records
 
 
 @pytest.mark.parametrize(
@@ -96,10 +96,10 @@ def test_a_file_address_is_a_local_path(root: Path) -> None:
         ("new,1,2,0,4,1", "line 7: the box of patient new is not four numbers with an area"),
         ("new,nan,2,3,4,1", "line 7: the box of patient new is not four numbers"),
         ("new,1,2,inf,4,1", "line 7: the box of patient new is not four numbers"),
-        ("new,,,,0", "line 7: a row needs 6 values"),
-        ("new,,,,,0,0", "line 7: a row needs 6 values"),
-        (",1,2,3,4,1", "line 7: a row needs 6 values, patientId among them"),
-        ('"new\nnext",,,,,0', r"line 8: patientId 'new\\nnext' is damaged"),
+        ("new,,,,0", "line 7: the row of 'new' needs 6 values"),
+        ("new,,,,,0,0", "line 7: the row of 'new' needs 6 values"),
+        (",1,2,3,4,1", "line 7: patientId '' is not the name of an image"),
+        ('"new\nnext",,,,,0', r"line 8: patientId 'new\\nnext' is not the name of an image"),
     ],
 )
 def test_an_impossible_row_is_named(root: Path, row: str, message: str) -> None:
@@ -112,7 +112,7 @@ def test_an_impossible_row_is_named(root: Path, row: str, message: str) -> None:
     ("text", "message"),
     [
         (b"patientId,x,y,width,height\n", "no column 'Target'"),
-        (b"", "no column 'patientId'"),
+        (b"", "not a readable CSV table"),
         (b'patientId,x,y,width,height,Target\n"a', "not a readable CSV table"),
         (b"patientId,x,y,width,height,Target\n\xff\xfe", "not a readable CSV table"),
     ],

@@ -40,7 +40,7 @@ def table(root: Path, *rows: str, header: str = "ImageId, EncodedPixels", name: 
 
 
 def test_records_hold_masks_and_labels(root: Path) -> None:
-    absent, one, two, unlabeled = sources.read("siim", str(root))
+    absent, one, two, unlabeled = sources.read("siim", str(root)).records
     assert (absent.image_id, absent.source, absent.patient) == ("1.2.3", "siim", "1.2.3")
     assert absent.path == str(root / "dicom-images-train" / "9.1.2.3" / "8.1.2.3" / "1.2.3.dcm")
     assert (dict(absent.findings), absent.rles) == ({"Pneumothorax": ABSENT}, ())
@@ -51,14 +51,14 @@ def test_records_hold_masks_and_labels(root: Path) -> None:
 
 
 def test_headers_and_values_may_have_a_space(root: Path) -> None:
-    expected = siim.read(str(root))
+    expected = siim.read(str(root)).records
     table(root, *(row.replace(", ", ",") for row in ROWS), header="ImageId,EncodedPixels")
-    assert siim.read(str(root)) == expected
+    assert siim.read(str(root)).records == expected
 
 
 def test_the_second_stage_table_is_preferred(root: Path) -> None:
     table(root, "1.2.3, 4 4", name="stage_2_train.csv")
-    first, *others = siim.read(str(root))
+    first, *others = siim.read(str(root)).records
     assert first.rles == ("4 4",)
     assert all(record.rles is None for record in others)
 
@@ -72,20 +72,20 @@ def test_files_may_lie_flat_under_kaggles_names(tmp_path: Path) -> None:
     dicom(tmp_path / "dicom-images-train" / "ID_00a.dcm")
     dicom(tmp_path / "ID_00b.DCM")
     table(tmp_path, "ID_00a, -1", "ID_00b, 1 1")
-    first, second = siim.read(str(tmp_path))
+    first, second = siim.read(str(tmp_path)).records
     assert (first.image_id, first.rles) == ("ID_00a", ())
     assert (second.image_id, second.rles) == ("ID_00b", ("1 1",))
 
 
 def test_roots_of_all_kinds(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = siim.read(str(root))
-    assert siim.read(f"file://{root}") == expected
+    expected = siim.read(str(root)).records
+    assert siim.read(f"file://{root}").records == expected
     monkeypatch.chdir(root.parent)
-    assert siim.read(root.name) == expected
+    assert siim.read(root.name).records == expected
     memory = fsspec.filesystem("memory")
     memory.put(str(root), "/siim-copy", recursive=True)
     try:
-        remote = siim.read("memory://siim-copy")
+        remote = siim.read("memory://siim-copy").records
         assert storage.read(remote[0].path) == b""
     finally:
         memory.rm("/siim-copy", recursive=True)
@@ -99,15 +99,15 @@ def test_roots_of_all_kinds(root: Path, monkeypatch: pytest.MonkeyPatch) -> None
         ("ImageId, Pixels\na, -1\n", "no column 'EncodedPixels'"),
         ("Id, EncodedPixels\na, -1\n", "no column 'ImageId'"),
         ("ImageId, EncodedPixels\na,\n", "line 2: EncodedPixels of 'a' is empty; write -1 for"),
-        ("ImageId, EncodedPixels\na,-1\n , 1 2\n", "line 3: ImageId '' is not an image name; correct the row"),
-        ('ImageId, EncodedPixels\n"a\nb",\n', r"line 3: ImageId 'a\\nb' is not an image name"),
+        ("ImageId, EncodedPixels\na,-1\n , 1 2\n", "line 3: ImageId '' is not the name of an image; correct the row"),
+        ('ImageId, EncodedPixels\n"a\nb",\n', r"line 3: ImageId 'a\\nb' is not the name of an image"),
         (
             'ImageId, EncodedPixels\na,"1 2\nb,-1\nc,3"\n',
             r"line 4: EncodedPixels of 'a' is damaged: '1 2\\nb,-1\\nc,3'",
         ),
         (
             "ImageId, EncodedPixels\na, 1 2, 3 4\nb,-1\n",
-            "line 2: the row of 'a' needs 2 values, as many as the header; correct",
+            "line 2: the row of 'a' needs 2 values, as many as the header; use the",
         ),
         ("ImageId, EncodedPixels\na,-1\nb, 1 2, 3 4\n", "line 3: the row of 'b' needs 2 values"),
         ("ImageId, EncodedPixels\n0,a,-1\n", "line 2: the row of '0' needs 2 values"),
@@ -167,7 +167,7 @@ def test_the_real_mask_table() -> None:
 
 @real
 def test_the_real_images() -> None:
-    records = [record for record in siim.read(str(REAL)) if "dicom-images-train" in record.path]
+    records = [record for record in siim.read(str(REAL)).records if "dicom-images-train" in record.path]
     assert len(records) == 37
     assert sorted(len(record.rles or ()) for record in records if record.rles) == [1, 1, 1, 2]
     assert all(record.rles is not None for record in records)

@@ -28,12 +28,12 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> SyntheticPaths:
 
 @pytest.fixture(scope="module")
 def nih(paths: SyntheticPaths) -> list[ImageRecord]:
-    return sources.read("nih", str(paths.nih))
+    return sources.read("nih", str(paths.nih)).records
 
 
 @pytest.fixture(scope="module")
 def siim(paths: SyntheticPaths) -> list[ImageRecord]:
-    return sources.read("siim", str(paths.siim))
+    return sources.read("siim", str(paths.siim)).records
 
 
 def pixels(source: str | bytes, flag: int = cv2.IMREAD_UNCHANGED) -> GrayImage:
@@ -95,8 +95,8 @@ def test_boxes_are_of_planted_findings_on_test_images(nih: list[ImageRecord]) ->
         present = {name for name, state in record.findings.items() if state}
         assert {box.finding for box in record.boxes} == (present if record.split == "test" else set())
         for box in record.boxes:
-            assert 0 <= box.x < box.x + box.width <= SIZE
-            assert 0 <= box.y < box.y + box.height <= SIZE
+            assert 0 <= box.x < box.x + box.width <= 1024
+            assert 0 <= box.y < box.y + box.height <= 1024
 
 
 def test_siim_images_are_nih_images_with_the_same_label(nih: list[ImageRecord], siim: list[ImageRecord]) -> None:

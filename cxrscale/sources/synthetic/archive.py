@@ -24,10 +24,11 @@ from pydicom.uid import JPEGBaseline8Bit, SecondaryCaptureImageStorage
 from cxrscale.io import rle_masks, storage
 from cxrscale.sources.synthetic.anatomy import Anatomy, Mask, sample_anatomy
 from cxrscale.sources.synthetic.lesions import FINDINGS, DrawnImage, draw
-from cxrscale.types import GrayImage, UserError
+from cxrscale.types import Box, GrayImage, UserError
 
 _MARKER = "synthetic.json"
-_DRAWING = 1  # Raise it when the images change, so that older synthetic data is not taken for new.
+_DRAWING = 2  # Raise it when the images change, so that older synthetic data is not taken for new.
+_PUBLISHED_SIDE = 1024
 _HEALTHY = 0.38
 _PREVALENCE = 0.36  # of each finding among those who are not healthy
 _TEST_SHARE = 0.25
@@ -157,7 +158,7 @@ def _draw_archives(draft: Path, images: int, size: int, seed: int, progress: Cal
         # NIH has a few hundred RGBA images among the gray ones; here there are two.
         (image_folder / plan.name).write_bytes(_png(drawn.image, color=number in (2, 7)))
         if plan.patient in test:
-            boxes += [f"{plan.name},{b.finding},{b.x},{b.y},{b.width},{b.height}" for b in drawn.boxes]
+            boxes += [_box_row(plan.name, box, size) for box in drawn.boxes]
         if plan.name in in_siim:
             uid = _uid(seed, plan.name, "image")
             _write_dicom(draft / "siim" / "dicom-images-train", uid, plan, drawn.image, seed)
@@ -238,6 +239,13 @@ def _label_row(plan: _ImagePlan) -> str:
         f"{plan.name},{findings},{plan.follow_up},{plan.patient},{plan.age},{plan.anatomy.sex},{plan.view},"
         f"{width},{height},{mm},{mm}"
     )
+
+
+def _box_row(name: str, box: Box, size: int) -> str:
+    """A row of the box table, which counts pixels of an image of 1024 x 1024, as NIH's does."""
+    scale = _PUBLISHED_SIDE / size
+    values = (box.x * scale, box.y * scale, box.width * scale, box.height * scale)
+    return ",".join((name, box.finding, *map(str, values)))
 
 
 def _png(image: GrayImage, color: bool) -> bytes:
