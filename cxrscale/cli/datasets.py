@@ -63,7 +63,7 @@ def shard_command(
     _show_quarantined(packed, {record.image_id: record.path for record in prepared.records})
     if packed.burned_in:
         print(f"{packed.burned_in} images have text burned in, they say; pack.burned_in=quarantine leaves them out")
-    for line in prepared.book.lines() if prepared.book else ():
+    for line in prepared.book.lines(names=sys.stdout.isatty()) if prepared.book else ():
         print(terminal.printable(line))
     note = "" if packed.fresh else ", all from an earlier run"
     print(f"{packed.images} images, {packed.quarantined} quarantined{note}")

@@ -133,18 +133,23 @@ class LedgerBook:
         reasons = [f"{len(files)} left out as {reason}" for reason, files in sorted(self._left_out.items())]
         return f" ({', '.join(reasons)})" if reasons else ""
 
-    def lines(self) -> list[str]:
-        """The counts so far for a person who looks for what is missing: with a few names, one line per table."""
+    def lines(self, names: bool = False) -> list[str]:
+        """The counts so far, one line per table and reason.
+
+        Args:
+            names: with a few names of files, for a person at a terminal; they may name patients, so logs have none.
+        """
         lines = [f"{self._source}: {self._images} images found"]
         for table in self._tables:
             named = f"{table.names} images" if table.names != table.rows else "images"
             line = f"{table.table}: {table.rows} rows name {named}, {table.matched} of them found"
             if missing := table.names - table.matched:
-                line += f"; {missing} rows without an image, such as {', '.join(self._missing[table.table])}"
+                line += f"; {missing} rows without an image"
+                line += f", such as {', '.join(self._missing[table.table])}" if names else ""
             if table.images_without_row:
                 line += f"; {table.images_without_row} images without a row"
             lines.append(line)
         for reason, files in sorted(self._left_out.items()):
-            more = f" and {len(files) - _EXAMPLES} more" if len(files) > _EXAMPLES else ""
-            lines.append(f"left out: {', '.join(sorted(files)[:_EXAMPLES])}{more}: {reason}")
+            examples = f" ({', '.join(sorted(files)[:_EXAMPLES])})" if names else ""
+            lines.append(f"left out: {len(files)} files{examples}: {reason}")
         return [*lines, *(f"note: {sentence}" for sentence in self._notes)]

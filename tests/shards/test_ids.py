@@ -131,7 +131,7 @@ def test_original_ids_need_no_key(drawn: SyntheticPaths, without_key: Path, tmp_
     chosen = SETTINGS.model_copy(update={"patient_ids": "original", "limit": 8})
     build.build_shards("nih", str(drawn.nih), chosen, str(tmp_path / "out"), local=True)
     data = manifest.load(str(tmp_path / "out"))
-    records = {record.image_id: record for record in sources.read("nih", str(drawn.nih))}
+    records = {record.image_id: record for record in sources.read("nih", str(drawn.nih)).records}
     assert set(data.image_id) < set(records)
     assert all(records[name].patient == patient for name, patient in zip(data.image_id, data.patient, strict=True))
     assert data.metadata[0]["key_fingerprint"] is None
@@ -226,7 +226,7 @@ def test_the_map_leads_from_our_ids_to_the_sources_own(drawn: SyntheticPaths, ni
     finally:
         os.umask(before)
     assert stat.S_IMODE(private.stat().st_mode) == 0o600
-    records = {record.image_id: record for record in sources.read("siim", str(drawn.siim))}
+    records = {record.image_id: record for record in sources.read("siim", str(drawn.siim)).records}
     with private.open() as file:
         rows = list(csv.DictReader(file))
     assert {row["source_image_id"] for row in rows} == set(records)
@@ -311,7 +311,7 @@ def reidentified(root: Path, records: list[ImageRecord]) -> int:
 def test_nobody_without_the_key_is_identified(
     source: str, drawn: SyntheticPaths, nih_shards: str, siim_shards: str, tmp_path: Path
 ) -> None:
-    records = sources.read(source, str(getattr(drawn, source)))
+    records = sources.read(source, str(getattr(drawn, source))).records
     assert reidentified(Path({"nih": nih_shards, "siim": siim_shards}[source]), records) == 0
     own_ids = SETTINGS.model_copy(update={"patient_ids": "original"})
     build.build_shards(source, str(getattr(drawn, source)), own_ids, str(tmp_path / "original"), local=True)
@@ -328,7 +328,7 @@ def test_kermany_names_are_hashed(tmp_path: Path) -> None:
     for number in range(3):
         cv2.imwrite(str(folder / f"person{number}_virus_6.jpeg"), rng.integers(0, 255, (64, 64), dtype=np.uint8))
     build.build_shards("kermany", str(tmp_path / "kermany"), SETTINGS, str(tmp_path / "out"), local=True)
-    assert reidentified(tmp_path / "out", sources.read("kermany", str(tmp_path / "kermany"))) == 0
+    assert reidentified(tmp_path / "out", sources.read("kermany", str(tmp_path / "kermany")).records) == 0
     assert b"person" not in b"".join(path.read_bytes() for path in (tmp_path / "out").iterdir())
 
 
@@ -387,6 +387,6 @@ def test_real_twins_have_the_patient_the_split_and_the_boxes_of_their_image(
         assert (split, patient) == expected, twins[name]
     assert present == {"siim": 37, "siim_more": 14, "rsna": 100}[folder], "of these the NIH image is here"
     assert audit.audit(real_nih, out).leaks.patients_in_two_splits == ()
-    boxes = {keyed(source, record.image_id): len(record.boxes) for record in sources.read(source, str(archive))}
+    boxes = {keyed(source, record.image_id): len(record.boxes) for record in sources.read(source, str(archive)).records}
     assert {sample["image_id"]: len(sample["boxes"]) for sample in samples(Path(out))} == boxes
     assert sum(count > 0 for count in boxes.values()) == (61 if source == "rsna" else 0)

@@ -4,6 +4,7 @@ import json
 import shutil
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -37,9 +38,9 @@ def nih(tmp_path: Path) -> Path:
     return root
 
 
-def members(root: str) -> dict[str, dict[str, object]]:
+def members(root: str) -> dict[str, dict[str, Any]]:
     """Image ID -> its JSON."""
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for path in Path(root).glob("*.tar"):
         with tarfile.open(path) as tar:
             for member in tar:
@@ -72,7 +73,7 @@ def test_a_dataset_stores_its_ledger_without_names(nih: Path, tmp_path: Path) ->
 def test_boxes_and_spacing_follow_the_size_of_each_image(nih: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     build.build_shards("nih", str(nih), Pack(size=32, patient_ids="original"), out, local=True)
-    boxes = {name[:8]: sample["boxes"] for name, sample in members(out).items()}
+    boxes = {str(sample["patient"]): sample["boxes"] for sample in members(out).values()}
     assert boxes == {
         "00000001": [["Mass", 512, 256, 100, 64]],
         "00000002": [["Mass", 128, 64, 25, 16]],
@@ -132,10 +133,10 @@ def test_the_users_lists_may_name_images_as_tables_do(tmp_path: Path) -> None:
     for split, name in lists.items():
         (tmp_path / f"{split}.txt").write_bytes(f"{name}\r\n".encode("utf-16"))
     settings = Pack(split="lists", split_lists={split: str(tmp_path / f"{split}.txt") for split in lists})
-    split = dict(zip([record.image_id for record in records], build.assign(records, settings), strict=True))
-    assert split["train-NORMAL-IM-0115-0001"] == "train"
-    assert split["test-PNEUMONIA-person1_virus_6"] == "val"
-    assert split["test-NORMAL-IM-0001-0001"] == "test"
+    split_of = dict(zip([record.image_id for record in records], build.assign(records, settings), strict=True))
+    assert split_of["train-NORMAL-IM-0115-0001"] == "train"
+    assert split_of["test-PNEUMONIA-person1_virus_6"] == "val"
+    assert split_of["test-NORMAL-IM-0001-0001"] == "test"
 
 
 def test_a_name_of_two_images_in_a_list_is_refused(tmp_path: Path) -> None:
@@ -155,5 +156,5 @@ def test_the_command_ends_with_the_ledger(nih: Path, tmp_path: Path, capsys: pyt
     assert code == 0
     assert "nih: 3 images found" in lines
     assert "Data_Entry_2017_v2020.csv: 2 rows name images, 2 of them found; 1 images without a row" in lines
-    assert "left out: images/00000005_000.jpg: JPEG, where the source has PNG" in lines
+    assert "left out: 1 files: JPEG, where the source has PNG" in lines
     assert lines[-2:] == ["3 images, 0 quarantined", str((tmp_path / "out").resolve())]

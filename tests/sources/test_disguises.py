@@ -243,6 +243,8 @@ def test_the_ledger_counts_what_looks_like_an_image_with_the_reason(name: str, t
     lines = book.lines()
     assert lines[0] == f"{name}: {count} images found"
     assert all(any(reason in line for line in lines) for reason in left_out)
+    assert any("._" in line for line in book.lines(names=True))
+    assert not any("._" in line for line in lines)
     assert not any("00000001" in line or "person1" in line for line in ledger.model_dump_json().splitlines())
 
 
