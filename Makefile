@@ -9,20 +9,23 @@ PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
 unexport PYTHONDONTWRITEBYTECODE
 export UV_COMPILE_BYTECODE := 1
 
-.PHONY: setup interpreter demo test test-slow test-pythons smoke smoke-pythons lint types clean
+.PHONY: setup packages demo test test-slow test-pythons smoke smoke-tests smoke-pythons lint types clean
 
-setup: $(VENV)/ready
-
-# A venv that is broken, of another Python than PYTHON, or of one out of the range is remade.
-interpreter:
+# A venv that is broken, of a checkout that has moved, of another Python than PYTHON, or of one out of the range is remade.
+# In a second make: this one may have looked at the removed files already.
+setup:
 	@.ci/check-venv $(VENV)
+	@$(MAKE) --no-print-directory packages
 
-$(VENV)/ready: pyproject.toml constraints.txt | interpreter
-	test -x $(BIN)/python || "$$(.ci/find-python)" -m venv $(VENV)
+packages: $(VENV)/ready
+	@:
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || { python=$$(.ci/find-python) && "$$python" -m venv $(VENV); }
 	$(BIN)/python -m pip install -q uv || echo "uv cannot be installed here: pip does it, more slowly"
 	if [ -x $(BIN)/uv ]; then $(BIN)/uv pip install -q -p $(BIN)/python -c constraints.txt -e '.[dev]'; \
 	else $(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'; fi
-	touch $@
+	pwd -P >$@
 
 demo: setup
 	$(BIN)/cxrscale demo
@@ -40,9 +43,13 @@ test: setup lint
 test-slow: setup
 	$(PYTEST) -m "not gpu"
 
-# What differs between Pythons: the DALI graph, Ray, signals, the command line.
-smoke: setup types
-	$(PYTEST) -m "smoke and not gpu and not slow"
+# What differs between Pythons: types, the DALI graph, Ray, signals, the command line. mypy and the tests at once: each is
+# one process.
+smoke: setup
+	$(MAKE) --output-sync --jobs 2 types smoke-tests
+
+smoke-tests: setup
+	$(BIN)/pytest -m "smoke and not gpu and not slow"
 
 test-pythons:
 	.ci/each-python test

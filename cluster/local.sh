@@ -46,7 +46,9 @@ fail() {
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 find_ray() {
-    ray=$here/.venv/bin/ray
+    # The active environment first: drivers have to run the same Python as the nodes.
+    ray=${VIRTUAL_ENV:-$here/.venv}/bin/ray
+    [[ -x $ray ]] || ray=$here/.venv/bin/ray
     [[ -x $ray ]] || ray=$(command -v ray) || fail "no ray in $here/.venv or on PATH; run make setup"
     # A job that says `python` means the one with cxrscale.
     PATH=$(dirname "$ray"):$PATH

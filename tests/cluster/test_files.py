@@ -413,7 +413,7 @@ def local() -> Iterator[dict[str, str]]:
     """The environment of a local cluster on separate ports, which is stopped afterwards."""
     port = free_port()
     given = {"CXR_PORT": str(port), "CXR_DASHBOARD_PORT": str(free_port()), "CXR_OBJECT_STORE_MB": "128"}
-    env = {**os.environ, **given, "CXR_DIR": f"/tmp/cxrscale-test-{port}"}
+    env = {**os.environ, **given, "CXR_DIR": f"/tmp/cxrscale-test-{port}", "VIRTUAL_ENV": sys.prefix}
     yield env
     subprocess.run([CLUSTER / "local.sh", "down"], env=env, timeout=60, check=True, capture_output=True)
     shutil.rmtree(env["CXR_DIR"])

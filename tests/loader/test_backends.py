@@ -27,6 +27,8 @@ from cxrscale.loader.spec import LoaderSpec
 from cxrscale.shards.manifest import Manifest
 from cxrscale.types import Batch
 
+pytestmark = pytest.mark.smoke
+
 SIZE = 48
 OPERATIONS: dict[str, dict[str, Any]] = {
     "resize": {},

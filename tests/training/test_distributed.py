@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing as mp
@@ -48,6 +49,7 @@ def _rank(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.smoke
 def test_two_ranks_gather_in_rank_order_and_agree(tmp_path: Path) -> None:
     mp.spawn(_rank, args=(str(tmp_path),), nprocs=2)  # type: ignore[attr-defined,no-untyped-call]
     both = [np.load(tmp_path / f"{rank}.npz") for rank in range(2)]
