@@ -4,12 +4,13 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 # In two processes; tests/conftest.py says which test goes where.
-PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
+IN_TWO := -n 2 --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/pytest $(IN_TWO)
 # Without bytecode every Ray worker recompiles torch: 11 s per import instead of 5.
 unexport PYTHONDONTWRITEBYTECODE
 export UV_COMPILE_BYTECODE := 1
 
-.PHONY: setup packages demo test test-slow test-pythons smoke smoke-tests smoke-pythons lint types clean
+.PHONY: setup packages demo test test-slow test-pythons test-lowest smoke smoke-tests smoke-pythons lint types clean
 
 # A venv that is broken, of a checkout that has moved, of another Python than PYTHON, or of one out of the range is remade.
 # In a second make: this one may have looked at the removed files already.
@@ -56,6 +57,12 @@ test-pythons:
 
 smoke-pythons:
 	.ci/each-python smoke
+
+# The tests with the oldest versions that pyproject.toml allows, on the oldest Python: by hand, after a change of bounds.
+test-lowest: setup
+	"$$(.ci/find-python 3.11)" -m venv --clear .venv-lowest
+	$(BIN)/uv pip install -q -p .venv-lowest/bin/python --resolution lowest-direct -e '.[dev]'
+	.venv-lowest/bin/pytest $(IN_TWO) -m "not gpu and not slow"
 
 clean:
 	rm -rf .venv .venv-* runs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -255,8 +255,8 @@ def test_the_base_install_resolves_to_wheels_for_python_3_14(tmp_path: Path) -> 
     # Not pyproject.toml itself, whose `requires-python` ends before 3.14.
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     (tmp_path / "base.in").write_text("\n".join(project["dependencies"]))
-    command = [uv, "pip", "compile", "--no-annotate", "--only-binary", ":all:", "--python-version", "3.14"]
-    command += ["--python-platform", "x86_64-manylinux_2_28", "-c", ROOT / "constraints.txt", tmp_path / "base.in"]
+    command = [str(uv), "pip", "compile", "--no-annotate", "--only-binary", ":all:", "--python-version", "3.14"]
+    command += ["--python-platform", "x86_64-manylinux_2_28", "-c", f"{ROOT}/constraints.txt", f"{tmp_path}/base.in"]
     environment = os.environ | {"UV_HTTP_RETRIES": "0"}
     resolved = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=200)
     if resolved.returncode and any(word in resolved.stderr.lower() for word in ("fetch", "connect", "dns", "network")):
