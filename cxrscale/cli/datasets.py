@@ -61,6 +61,10 @@ def shard_command(
     if keep_map is not None:
         print(f"private map of the ids: {Path(keep_map).resolve()}")
     _show_quarantined(packed, {record.image_id: record.path for record in prepared.records})
+    if packed.tiny_masks:
+        print(
+            f"{packed.tiny_masks} masks cover no stored pixel by half and keep one pixel; a larger pack.size shows them"
+        )
     if packed.burned_in:
         print(f"{packed.burned_in} images have text burned in, they say; pack.burned_in=quarantine leaves them out")
     for line in prepared.book.lines(names=sys.stdout.isatty()) if prepared.book else ():

@@ -16,6 +16,7 @@ from .images import encode_jpeg as encode_jpeg
 from .images import encode_mask as encode_mask
 from .images import encode_png as encode_png
 from .images import load_image as load_image
+from .images import mask_is_too_small as mask_is_too_small
 from .images import resize_image as resize_image
 from .images import resize_mask as resize_mask
 from .metadata import strip_metadata as strip_metadata

@@ -38,6 +38,8 @@ _FIRST_TAGS = tuple(
 )
 """How a DICOM file without preamble starts: with one of the first tags that there are."""
 
+_TIE = 1e-5
+"""Shares of a pixel that differ from one half by less are one half: sums of thirds can be an ulp away from it."""
 MAX_SCANS = 500
 """Scans of a JPEG; a progressive one has about 10, and each takes the time of a complete image."""
 
@@ -207,7 +209,11 @@ def resize_image(image_HW: GrayImage, size: int) -> GrayImage:
 
 
 def resize_mask(mask_HW: npt.NDArray[np.bool_], size: int) -> npt.NDArray[np.bool_]:
-    """Resize a mask as `resize_image` resizes its image; a pixel is inside if at least half of it is covered.
+    """Resize a mask as `resize_image` resizes its image; a pixel is inside if more than half of it is covered.
+
+    Pixels that are covered by exactly half are inside as long as the mask does not become larger than it was, evenly
+    spread: with all of them, SIIM's 74 masks below 1,000 pixels gain 7.7% at 512 pixels, without them they lose 8.7%.
+    A mask that has a pixel keeps at least one, the one that it covers most.
 
     Args:
         mask_HW: (H, W) bool.
@@ -219,11 +225,32 @@ def resize_mask(mask_HW: npt.NDArray[np.bool_], size: int) -> npt.NDArray[np.boo
     Raises:
         ValueError: not bool (H, W), or a size below 1.
     """
+    cover_HW = _cover(mask_HW, size)
+    inside_HW: npt.NDArray[np.bool_] = cover_HW > 0.5 + _TIE
+    half_P = np.flatnonzero((cover_HW >= 0.5 - _TIE) & ~inside_HW)
+    count = min(len(half_P), round(float(cover_HW.sum(dtype=np.float64))) - int(inside_HW.sum()))
+    if count > 0:
+        inside_HW.flat[half_P[np.arange(count) * len(half_P) // count]] = True
+    if not inside_HW.any() and mask_HW.any():
+        inside_HW.flat[int(cover_HW.argmax())] = True
+    return inside_HW
+
+
+def mask_is_too_small(mask_HW: npt.NDArray[np.bool_], size: int) -> bool:
+    """Whether a mask covers no pixel by half at this size, so that `resize_mask` keeps only the pixel nearest to it.
+
+    Args:
+        mask_HW, size: as for `resize_mask`.
+    """
+    return bool(mask_HW.any()) and float(_cover(mask_HW, size).max()) < 0.5 - _TIE
+
+
+def _cover(mask_HW: npt.NDArray[np.bool_], size: int) -> npt.NDArray[np.float32]:
+    """(size, size) share of each pixel that the mask covers."""
     if mask_HW.dtype != np.bool_ or mask_HW.ndim != 2 or mask_HW.size == 0:
         raise ValueError(f"mask is {mask_HW.dtype} of shape {mask_HW.shape}, not bool (H, W): threshold it first")
-    cover_HW = _resized(mask_HW.astype(np.float32), size)
-    inside: npt.NDArray[np.bool_] = cover_HW >= 0.5 - 1e-5  # sums of thirds can be an ulp below one half
-    return inside
+    cover_HW: npt.NDArray[np.float32] = _resized(mask_HW.astype(np.float32), size)
+    return cover_HW
 
 
 def _resized(array_HW: npt.NDArray[Any], size: int) -> npt.NDArray[Any]:

@@ -18,6 +18,7 @@ from cxrscale.io import (
     encode_mask,
     encode_png,
     load_image,
+    mask_is_too_small,
     resize_image,
     resize_mask,
     rle_masks,
@@ -69,9 +70,14 @@ def encode_sample(record: ImageRecord, split: str, pack: Pack, findings: tuple[s
     members = {suffix: image}
     measured = _measure(record, loaded.image_HW, stored_HW)
     if pack.masks and record.rles is not None:
-        mask_HW = _draw_mask(record.rles, loaded.image_HW, stored_HW)
-        members["mask.png"] = encode_mask(mask_HW)
-        measured["mask_pixels"] = int(mask_HW.sum())
+        mask_HW = _draw_mask(record.rles, loaded.image_HW.shape)
+        stored_mask_HW = mask_HW
+        if stored_HW.shape != mask_HW.shape:
+            stored_mask_HW = resize_mask(mask_HW, pack.size)
+            measured["tiny_mask"] = mask_is_too_small(mask_HW, pack.size)
+        members["mask.png"] = encode_mask(stored_mask_HW)
+        measured["mask_pixels"] = int(stored_mask_HW.sum())
+        measured["mask_rle"] = rle_masks.encode(mask_HW) if mask_HW.any() else None
     members["json"] = json.dumps(_sample_json(record, split, measured, findings), sort_keys=True).encode()
     crcs = {name: zlib.crc32(value) for name, value in members.items()}
     return EncodedSample(members, crcs, suffix, measured, loaded.burned_in)
@@ -116,13 +122,12 @@ def _without_metadata(data: bytes, image_HW: GrayImage) -> bytes | None:
     return bare if same else None
 
 
-def _draw_mask(rles: tuple[str, ...], image_HW: GrayImage, stored_HW: GrayImage) -> npt.NDArray[np.bool_]:
-    """The union of the runs, drawn at the original size of the image and resized like the image."""
+def _draw_mask(rles: tuple[str, ...], shape: tuple[int, int]) -> npt.NDArray[np.bool_]:
+    """The union of the runs at the original size of the image."""
     try:
-        mask_HW = rle_masks.union(rles, image_HW.shape)
+        return rle_masks.union(rles, shape)
     except ValueError as error:
         raise UnreadableImageError(f"mask: {error}") from None
-    return mask_HW if stored_HW.shape == mask_HW.shape else resize_mask(mask_HW, stored_HW.shape[0])
 
 
 def _at_own_size(record: ImageRecord, shape: tuple[int, int]) -> ImageRecord:
@@ -163,6 +168,8 @@ def _measure(record: ImageRecord, image_HW: GrayImage, stored_HW: GrayImage) -> 
         "spacing_row_mm": spacing[0],
         "spacing_column_mm": spacing[1],
         "mask_pixels": None,
+        "mask_rle": None,
+        "tiny_mask": False,
         "dhash": fingerprint.dhash,
         "thumbnail": fingerprint.thumbnail,
         "pixel_sum": float(levels @ np.arange(256)),

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cxrscale.io import storage
+from cxrscale.io import rle_masks, storage
 from cxrscale.shards import ids
 from cxrscale.types import UserError
 
@@ -52,9 +52,12 @@ FIELDS: tuple[tuple[str, pa.DataType], ...] = (
     ("json_length", pa.int64()),
     ("json_crc", pa.uint32()),
     ("mask_pixels", pa.int64()),
+    ("mask_rle", pa.string()),
 )
 """Columns before the labels. Lengths are in bytes, CRCs are the CRC-32 of a member's bytes, offsets count from the
-start of the tar. Mask columns are null for images without a mask; mask_pixels is the mask's area at the stored size."""
+start of the tar. Mask columns are null for images without a mask; mask_pixels is the mask's area at the stored size.
+mask_rle is the mask at the image's own size (`width` x `height`), run-length encoded as in SIIM-ACR; null where it is
+empty. Datasets of versions before 0.3 lack that column."""
 
 
 def image_key(image_id: str) -> int:
@@ -105,6 +108,21 @@ class Manifest:
         """A column as numpy; null becomes NaN in columns of numbers and None in columns of strings."""
         values: npt.NDArray[Any] = self.table[name].to_numpy(zero_copy_only=False)
         return values
+
+    @cached_property
+    def has_own_masks(self) -> bool:
+        """Whether the masks are known at the images' own sizes; not in datasets of versions before 0.3."""
+        if "mask_rle" not in self.table.column_names:
+            return False
+        filled_N = np.nan_to_num(self.column("mask_pixels").astype(float)) > 0
+        encoded_N = np.asarray(self.table["mask_rle"].is_valid().to_numpy(zero_copy_only=False))
+        return bool(filled_N.any() and encoded_N[filled_N].all())
+
+    def own_mask(self, row: int) -> rle_masks.Mask:
+        """(H, W) mask of a row at the image's own size, for datasets with `has_own_masks`; empty without one."""
+        shape = self.table["height"][row].as_py(), self.table["width"][row].as_py()
+        encoding = self.table["mask_rle"][row].as_py()
+        return rle_masks.union((encoding,) if encoding else (), shape)
 
     def rows(self, *splits: str) -> npt.NDArray[np.int64]:
         """The rows of one or more splits, ascending.

@@ -76,6 +76,8 @@ class PackResult:
     """False if an earlier run had finished everything."""
     burned_in: int = 0
     """How many of the packed images say that text which identifies the patient is burned into their pixels."""
+    tiny_masks: int = 0
+    """How many masks cover no stored pixel by half and keep the one that they cover most."""
 
 
 Progress = Callable[[int, int, int], None]
@@ -255,6 +257,8 @@ def _input_digest(plans: Sequence[ShardPlan], settings: Pack) -> str:
         options["burned_in"] = settings.burned_in
     if settings.codec == "source":
         options["metadata"] = "removed"
+    if settings.masks:
+        options["masks_keep"] = "area"
     rows = [
         (
             plan.name,
@@ -280,19 +284,22 @@ def _published_result(out: str, digest: str, key_fingerprint: str | None) -> Pac
         return None
     metadata = manifest.load(out).metadata[0]
     if metadata["input"] != digest:
-        other = "another source or other settings"
+        other = "another source, other settings or another version"
         if metadata.get("key_fingerprint") != key_fingerprint:
             other = "ids of another key, or the source's own"
         raise UserError(f"{out} holds shards of {other}; give another --out or remove it")
-    burned_in = metadata.get("burned_in", 0)
-    return PackResult(out, metadata["images"], len(metadata["quarantined"]), fresh=False, burned_in=burned_in)
+    counts = {name: metadata.get(name, 0) for name in ("burned_in", "tiny_masks")}
+    return PackResult(out, metadata["images"], len(metadata["quarantined"]), fresh=False, **counts)
 
 
 def _finished_part(address: str, digest: str, tar: str) -> dict[str, int] | None:
     """The counts of a shard that an earlier run finished; None if it is missing, different or damaged."""
     if not storage.exists(address) or not storage.exists(tar):
         return None
-    metadata = json.loads(pq.read_schema(pa.BufferReader(storage.read(address))).metadata[b"part"])
+    schema = pq.read_schema(pa.BufferReader(storage.read(address)))
+    metadata = json.loads(schema.metadata[b"part"])
+    if not set(_part_schema(()).names) <= set(schema.names):
+        return None  # written by an earlier version
     if metadata["input"] != digest or storage.digest(storage.read(tar)) != metadata["tar"]["blake3"]:
         return None
     return _counts(metadata)
@@ -344,8 +351,9 @@ def _rows(
 
 
 def _part_schema(findings: tuple[str, ...]) -> pa.Schema:
-    extra = [("dhash", pa.binary(32)), ("thumbnail", pa.binary(1024)), ("pixel_sum", pa.float64())]
-    return pa.schema([*manifest.schema(findings), *extra, ("pixel_squares", pa.float64()), ("pixels", pa.int64())])
+    extra = [("dhash", pa.binary(32)), ("thumbnail", pa.binary(1024)), ("tiny_mask", pa.bool_())]
+    sums = [("pixel_sum", pa.float64()), ("pixel_squares", pa.float64()), ("pixels", pa.int64())]
+    return pa.schema([*manifest.schema(findings), *extra, *sums])
 
 
 def _publish(
@@ -378,6 +386,7 @@ def _publish(
     fingerprints = rows.select(["image_id", "patient", "split", "dhash", "thumbnail"])
     with storage.publishing(storage.join(out, manifest.FINGERPRINTS)) as path:
         pq.write_table(fingerprints, path, compression="zstd")
+    tiny_masks = int(np.sum(rows["tiny_mask"].to_numpy(zero_copy_only=False)))
     total = float(np.sum(rows["pixels"].to_numpy()))
     mean = float(np.sum(rows["pixel_sum"].to_numpy())) / total
     square = float(np.sum(rows["pixel_squares"].to_numpy())) / total
@@ -391,6 +400,7 @@ def _publish(
         "images": len(rows),
         "quarantined": quarantined,
         "burned_in": burned_in,
+        "tiny_masks": tiny_masks,
         "pixel_mean": mean / 255,
         "pixel_std": float(np.sqrt(max(0.0, square - mean * mean))) / 255,
     }
@@ -399,4 +409,4 @@ def _publish(
     for plan in plans:
         storage.remove(storage.join(out, PARTS, plan.name + ".parquet"))
     storage.remove_empty_folder(storage.join(out, PARTS))
-    return PackResult(out, len(rows), len(quarantined), fresh=True, burned_in=burned_in)
+    return PackResult(out, len(rows), len(quarantined), fresh=True, burned_in=burned_in, tiny_masks=tiny_masks)

@@ -18,7 +18,16 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image, ImageOps
 
-from cxrscale.io.images import decode_mask, encode_jpeg, encode_mask, encode_png, load_image, resize_image, resize_mask
+from cxrscale.io.images import (
+    decode_mask,
+    encode_jpeg,
+    encode_mask,
+    encode_png,
+    load_image,
+    mask_is_too_small,
+    resize_image,
+    resize_mask,
+)
 from cxrscale.types import GrayImage, UnreadableImageError
 from tests.dicom_files import dicom_file, encoded, gray_image
 
@@ -376,16 +385,31 @@ def test_a_smaller_mask_has_pixels_covered_by_half(mask: np.ndarray[Any, np.dtyp
     sure = np.abs(cover - 0.5) > 1e-4
     resized = resize_mask(mask, size)
     assert resized.dtype == np.bool_
-    assert np.array_equal(resized[sure], (cover >= 0.5)[sure])
+    assert resized.any() == mask.any()
+    assert mask_is_too_small(mask, size) == (mask.any() and bool((cover < 0.5 - 1e-4).all()))
+    if not mask_is_too_small(mask, size):
+        assert np.array_equal(resized[sure], (cover > 0.5)[sure])
+        # Of the pixels that are covered by half, as many are inside as the mask's area asks for.
+        assert resized.sum() == max((cover > 0.5 + 1e-4).sum(), min(round(cover.sum()), (cover > 0.5 - 1e-4).sum()))
 
 
-def test_a_half_covered_pixel_is_inside() -> None:
+def test_half_covered_pixels_neither_enlarge_nor_shrink_a_mask() -> None:
     mask = np.zeros((8, 8), dtype=np.bool_)
     mask[:, :4] = mask[0, 4] = True
     assert np.array_equal(resize_mask(mask, 1), [[True]])
-    checks = np.indices((6, 6)).sum(axis=0) % 2 == 0
-    assert resize_mask(checks, 3).all()
+    checks = np.indices((8, 8)).sum(axis=0) % 2 == 0  # every pixel of 4 x 4 is half covered
+    assert resize_mask(checks, 4).sum(axis=1).tolist() == [2, 2, 2, 2]
     assert np.array_equal(resize_mask(np.eye(2, dtype=np.bool_), 4)[[0, 0, 3], [0, 3, 3]], [True, False, True])
+
+
+def test_the_smallest_mask_keeps_the_pixel_that_it_covers_most() -> None:
+    mask = np.zeros((64, 64), dtype=np.bool_)
+    mask[20:22, 31] = mask[20, 32] = True
+    resized = resize_mask(mask, 8)
+    assert mask_is_too_small(mask, 8)
+    assert np.argwhere(resized).tolist() == [[2, 3]]
+    assert not mask_is_too_small(np.zeros((64, 64), dtype=np.bool_), 8)
+    assert not mask_is_too_small(mask, 64)
 
 
 # Real images
