@@ -59,7 +59,7 @@ def test_ray_tasks_write_the_same_bytes(drawn: SyntheticPaths, nih_shards: str, 
 
 
 def test_other_settings_do_not_overwrite(drawn: SyntheticPaths, nih_shards: str) -> None:
-    with pytest.raises(UserError, match="holds shards of another source or other settings"):
+    with pytest.raises(UserError, match="holds shards of another source, other settings or another version"):
         build.build_shards("nih", str(drawn.nih), Pack(size=48, samples_per_shard=20), nih_shards, local=True)
 
 
