@@ -84,7 +84,10 @@ def predict_command(
     ] = None,
     out: Annotated[Path, typer.Option(help="The file of predictions.")] = Path("predictions.json"),
 ) -> None:
-    """Probabilities for image files (predict a.dcm b.png --run runs/NAME) or of a split (--split train)."""
+    """Probabilities for image files (predict a.dcm b.png --run runs/NAME) or of a split (--split train).
+
+    Files whose gray values are certain are read even where `shard` would refuse them, with a warning in the result.
+    """
     from cxrscale.inference import Predictor, predictions
 
     if (split is None) == (not files):
@@ -101,6 +104,8 @@ def predict_command(
             print(f"  {name:<20} {value:.4f}")
         if prediction.error:
             print(f"  not read: {prediction.error}")
+        for warning in prediction.warnings:
+            print(f"  warning: {warning}")
     listed = [{key: value for key, value in asdict(prediction).items() if value} for prediction in results]
     content = {"predictions": listed, **predictor.provenance.model_dump(mode="json")}
     storage.write(str(out), json.dumps(content, indent=2) + "\n")

@@ -20,6 +20,8 @@ from cxrscale.evaluation import DEFAULT_MASK_RULE, MaskRule, Thresholds, artifac
 from cxrscale.evaluation.metrics import bin_of
 from cxrscale.io import (
     ArtifactPart,
+    LoadedImage,
+    Strictness,
     encode_jpeg,
     encode_png,
     load_image,
@@ -49,6 +51,8 @@ class Prediction:
     """For segmentation: the mask at the image's own size, run-length encoded as in SIIM-ACR; '-1' is empty."""
     error: str = ""
     """Why there are no probabilities; empty where there are."""
+    warnings: tuple[str, ...] = ()
+    """Faults of the file, one line each, for which a dataset would refuse it; its gray values are certain."""
 
 
 class Provenance(ArtifactPart):
@@ -133,6 +137,7 @@ class Predictor:
         """The predictions for many images, in order; an unreadable one gives its `Prediction.error`.
 
         An image is processed as the training images were: upright gray, stored size and encoding, same operations.
+        Files are read leniently: `cxrscale.io.strictness` lists what then becomes a warning instead of an error.
 
         Args:
             batch_size: images per forward pass; None: the recipe's sampler.eval_batch_size. This many are in memory.
@@ -146,7 +151,8 @@ class Predictor:
 
     def _predict_batch(self, items: Sequence[Source]) -> Iterator[Prediction]:
         images = [self._load(item) for item in items]
-        stored = [encode_as_stored(image, self._trained.pixels) for image in images if not isinstance(image, str)]
+        read = [image for image in images if not isinstance(image, str)]
+        stored = [encode_as_stored(image.image_HW, self._trained.pixels) for image in read]
         outputs = iter(self._probabilities(stored))
         for item, image in zip(items, images, strict=True):
             path = str(item) if isinstance(item, str | Path) else ""
@@ -155,24 +161,25 @@ class Predictor:
                 continue
             output = next(outputs)
             if output is None:
-                yield Prediction(path, error="the image cannot be decoded")
+                yield Prediction(path, error="the image cannot be decoded", warnings=image.warnings)
             elif output.ndim == 1:
-                yield Prediction(path, dict(zip(self.findings, output.tolist(), strict=True)))
+                probability = dict(zip(self.findings, output.tolist(), strict=True))
+                yield Prediction(path, probability, warnings=image.warnings)
             else:
-                mask_rle = self._mask_rle(output[0], image)
-                yield Prediction(path, {self.findings[0]: float(output.max())}, mask_rle)
+                mask_rle = self._mask_rle(output[0], image.image_HW)
+                yield Prediction(path, {self.findings[0]: float(output.max())}, mask_rle, warnings=image.warnings)
 
     @staticmethod
-    def _load(source: Source) -> GrayImage | str:
+    def _load(source: Source) -> LoadedImage | str:
         """The upright gray image, or the reason why there is none."""
         try:
             if isinstance(source, np.ndarray):
                 if source.dtype != np.uint8 or source.ndim != 2:
                     raise UserError(f"an array of {source.dtype} {source.shape} is not an image; give uint8 (H, W)")
-                return source
+                return LoadedImage(source)
             if isinstance(source, bytes):
-                return load_image(source).image_HW
-            return load_image(storage.read(str(source)), name=str(source)).image_HW
+                return load_image(source, strictness=Strictness.LENIENT)
+            return load_image(storage.read(str(source)), name=str(source), strictness=Strictness.LENIENT)
         except (UnreadableImageError, UserError) as error:
             return str(error)
 

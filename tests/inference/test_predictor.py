@@ -20,6 +20,7 @@ from cxrscale.shards import manifest
 from cxrscale.sources.synthetic.archive import SyntheticPaths
 from cxrscale.training import checkpoint
 from cxrscale.types import UserError
+from tests.dicom_files import dicom_file, gray_image
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +109,19 @@ def test_an_unreadable_image_gets_the_reason_and_the_others_their_scores(
     assert "missing.dcm" in found[2].error
     assert "float32" in found[4].error
     assert all("\n" not in prediction.error for prediction in found)
+
+
+def test_a_file_that_a_dataset_refuses_is_predicted_with_a_warning(predictor: Predictor, tmp_path: Path) -> None:
+    gray = gray_image(96, 96)
+    bare, nameless = tmp_path / "chest", tmp_path / "nameless.dcm"
+    bare.write_bytes(dicom_file(gray)[132:])
+    nameless.write_bytes(dicom_file(gray, SOPInstanceUID=None))
+    found = predictor.predict([bare, nameless, nameless.read_bytes(), gray])
+    assert [len(prediction.warnings) for prediction in found] == [1, 1, 1, 0]
+    assert "neither preamble nor suffix" in found[0].warnings[0]
+    assert "SOPInstanceUID (0008,0018) is missing" in found[1].warnings[0]
+    assert not any(prediction.error for prediction in found)
+    assert_close(found[:3], [found[3]] * 3)
 
 
 def test_the_provenance_names_weights_datasets_and_recipe(predictor: Predictor, classifier_run: str) -> None:

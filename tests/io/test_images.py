@@ -86,14 +86,6 @@ def test_a_png_with_fewer_bits_is_scaled_to_255(bits: int) -> None:
     assert np.array_equal(gray[0], codes * (255 // ((1 << bits) - 1)))
 
 
-def test_a_16_bit_png_is_divided_by_257() -> None:
-    stored = np.arange(65536, dtype=np.uint16).reshape(256, 256)
-    gray = gray_of(saved(stored, "PNG"))
-    assert np.array_equal(gray, np.rint(stored / 257))
-    data = cv2.imencode(".png", np.stack([stored] * 3 + [np.full_like(stored, 65535)], axis=-1))[1].tobytes()
-    assert np.array_equal(gray_of(data), gray)
-
-
 def test_color_files_of_gray_images_are_gray() -> None:
     stored = gray_image(41, 33)
     three = np.stack([stored] * 3, axis=-1)

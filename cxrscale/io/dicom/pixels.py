@@ -51,8 +51,11 @@ ENCODED: dict[str, tuple[int, ...]] = {
 LOSSY = (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit, uid.JPEGLSNearLossless, uid.JPEG2000, uid.HTJ2K)
 """Transfer syntaxes that may change values, so that some come out above the range of BitsStored."""
 
+OVERSHOOT = 1 / 8
+"""How far lossy compression carries values out of a range, as a share of it; at sharp edges a few go further."""
+
 OVERSHOOT_SHARE = 0.01
-"""A larger share of values above BitsStored than this is no overshoot of lossy compression: BitsStored is wrong."""
+"""If more values than this share are further out, BitsStored is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +183,8 @@ def _frame(pixels: bytes, syntax: Any, faults: FormalFaults) -> bytes:
     end = joined.rfind(b"\xff\xd9") + 2
     if end < 2:
         raise tags.unreadable("PixelData", f"is truncated: its {syntax.name} frame lacks the end marker FFD9")
-    if len(joined) - end > 1:  # a pad byte of any value makes the length even
-        extra = f"{len(joined) - end} bytes behind the end marker of its {syntax.name} frame, or the frame is truncated"
+    if len(frame) - end > 1:  # a pad byte can have any value
+        extra = f"{len(frame) - end} bytes behind the end marker of its {syntax.name} frame, or the frame is truncated"
         faults.add(tags.unreadable("PixelData", f"holds {extra}"))
     return joined[:end]
 
@@ -276,10 +279,12 @@ def _of_stored_bits(value_HW: npt.NDArray[Any], header: FrameHeader, lossy: bool
 
 def _clipped(value_HW: npt.NDArray[Any], low: int, high: int, layout: Layout) -> npt.NDArray[Any]:
     """Values in the range of BitsStored, which lossy compression has overshot a little."""
-    outside = np.count_nonzero((value_HW < low) | (value_HW > high)) / layout.values
-    if outside > OVERSHOOT_SHARE:
-        raise tags.unreadable("BitsStored", f"is {layout.bits_stored}, but {outside:.1%} of the values need more bits")
-    return np.clip(value_HW, low, high) if outside else value_HW
+    margin = int((high - low) * OVERSHOOT)
+    far = np.count_nonzero((value_HW < low - margin) | (value_HW > high + margin)) / layout.values
+    if far > OVERSHOOT_SHARE:
+        raise tags.unreadable("BitsStored", f"is {layout.bits_stored}, but {far:.1%} of the values need more bits")
+    clipped_HW: npt.NDArray[Any] = np.clip(value_HW, low, high)
+    return clipped_HW
 
 
 def _masked(code_HW: npt.NDArray[Any], layout: Layout) -> npt.NDArray[Any]:
