@@ -82,7 +82,15 @@ def predict_command(
     split: Annotated[
         str | None, typer.Option(help="train, val or test: the run's own images, into RUN/predictions-SPLIT.parquet.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="The file of predictions.")] = Path("predictions.json"),
+    id_map: Annotated[
+        str | None,
+        typer.Option(
+            help="With --split: the map of `shard --keep-map`; --out is then a CSV under the source's own ids."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The file of predictions: predictions.json, or predictions-SPLIT.csv.")
+    ] = None,
 ) -> None:
     """Probabilities for image files (predict a.dcm b.png --run runs/NAME) or of a split (--split train).
 
@@ -92,10 +100,17 @@ def predict_command(
 
     if (split is None) == (not files):
         raise UserError("predict takes either files or --split train|val|test")
+    if id_map is not None and split is None:
+        raise UserError("--id-map goes with --split; predictions of files have the files' own names")
     if split is not None:
-        predictions.predict_split(run, split)
+        scores = predictions.predict_split(run, split)
         print(storage.absolute(predictions.predictions_path(run, split)))
+        if id_map is not None:
+            table = out or Path(f"predictions-{split}.csv")
+            predictions.write_under_source_ids(str(table), scores, id_map)
+            print(table.resolve())
         return
+    out = out or Path("predictions.json")
     predictor = Predictor(run)
     results = predictor.predict(files or [])
     for prediction in results:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -19,7 +21,7 @@ from cxrscale.inference.predictor import load_model
 from cxrscale.io import Artifact, storage
 from cxrscale.loader import evaluation_batches
 from cxrscale.models import forward, probabilities
-from cxrscale.shards import Manifest, manifest
+from cxrscale.shards import Manifest, ids, manifest
 from cxrscale.training import LocalWorker, scoring
 from cxrscale.types import Batch, ScoreHistograms, Scores, UserError
 
@@ -132,6 +134,30 @@ def write_predictions(path: str | Path, scores: Scores, info: PredictionsInfo) -
     table = pa.table(columns).replace_schema_metadata({INFO: info.model_dump_json().encode()})
     with storage.publishing(str(path)) as temporary:
         pq.write_table(table, temporary, compression="zstd")
+
+
+def write_under_source_ids(address: str, scores: Scores, id_map: str) -> None:
+    """Write scores as CSV under the images' IDs in their source; only the owner can read the file.
+
+    Args:
+        address: a local path.
+        id_map: the private map that `cxrscale shard --keep-map` wrote for the datasets of the run.
+
+    Raises:
+        UserError: the map lacks an image, or a file cannot be read or written.
+    """
+    source_id = ids.read_map(id_map)
+    missing = [name for name in scores.image_id.tolist() if name not in source_id]
+    if missing:
+        raise UserError(
+            f"{id_map} lacks {len(missing)} of the {len(scores.image_id)} images; give the map of the run's dataset"
+        )
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["image_id", *scores.findings])
+    for name, score_F in zip(scores.image_id.tolist(), scores.score_NF.tolist(), strict=True):
+        table.writerow([source_id[name], *score_F])
+    storage.write(address, text.getvalue(), private=True)
 
 
 def read_info(path: str | Path) -> PredictionsInfo:

@@ -215,6 +215,8 @@ def inherit_patients(
     other = pq.read_table(pa.BufferReader(storage.read(storage.join(patients_from_dataset, manifest.FINGERPRINTS))))
     prints = fingerprints(records, settings, local=local)
     readable = list(prints)
+    if not readable:
+        raise UserError(f"--patients-from {patients_from_dataset}: none of the {len(records)} images can be read")
     pairs = duplicates.find_between(
         _matrix([prints[name].dhash for name in readable]),
         _matrix([prints[name].thumbnail for name in readable]),
