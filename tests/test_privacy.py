@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import shutil
+import stat
 import struct
+import sys
 import tarfile
 import tempfile
 import warnings
@@ -236,6 +239,8 @@ def go_all_the_way(marked: Path, out: Path, capsys: pytest.CaptureFixture[str], 
     command("threshold", trained, "--resamples", "20")
     command("evaluate", trained, "--resamples", "20")
     command("predict", "--split", "train", "--run", trained)
+    table = str(out.parent / "private-scores.csv")
+    command("predict", "--split", "test", "--run", trained, "--id-map", private, "--out", table)
     (out / "commands.log").write_text("\n".join(said))
     checkout = out / "checkout"
     shutil.copytree(Path(job_package.__file__).parents[1], checkout / "cxrscale", ignore=lambda *_: ["__pycache__"])
@@ -256,7 +261,9 @@ def check(out: Path) -> None:
     log = (out / "commands.log").read_text()
     assert log.count("2 quarantined") >= 3
     assert "1 images have text burned in" in log
-    assert WORD in (out.parent / "private.csv").read_text()
+    for name in ("private.csv", "private-scores.csv"):
+        assert WORD in (out.parent / name).read_text()
+        assert stat.S_IMODE((out.parent / name).stat().st_mode) == 0o600
     for name in ("nih", "siim"):
         assert len((out / name / "quarantine.jsonl").read_text().splitlines()) == 2
 
@@ -267,9 +274,16 @@ def test_no_mark_of_the_archive_is_left_anywhere(
     out = tmp_path / "out"
     out.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(out / "temporary"))
-    (out / "temporary").mkdir()
-    go_all_the_way(marked, out, capsys, "--local")
+    (out / "temporary").mkdir(mode=0o750)
+    before = os.umask(0o027)
+    try:
+        go_all_the_way(marked, out, capsys, "--local")
+    finally:
+        os.umask(before)
     check(out)
+    modes = {str(path.relative_to(out)): stat.S_IMODE(path.stat().st_mode) for path in out.rglob("*")}
+    assert {name: oct(mode) for name, mode in modes.items() if mode & 0o027} == {}, "the umask is 027"
+    assert modes["nih/manifest.parquet"] == modes["runs/tiny/best.pt"] == 0o640
 
 
 @pytest.mark.slow
@@ -281,6 +295,18 @@ def test_no_mark_is_left_on_ray_either(
     go_all_the_way(marked, out, capsys)
     check(out)
     assert marks_in(Path(ray_cluster.head_node.get_logs_dir_path())) == []
+
+
+def test_files_are_named_to_a_person_at_a_terminal_only(
+    marked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["shard", "nih", str(marked / "nih"), "pack.size=64", "pack.limit=5", "--out", str(tmp_path), "--local"]
+    _, _, errors = run(capsys, *words)
+    assert WORD not in errors
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    _, _, errors = run(capsys, *words)
+    assert errors.count("quarantined /") == 2
+    assert f"{WORD}-00000001_000.png: PNG is damaged: the CRC of the chunk '...' at byte" in errors
 
 
 def test_the_search_finds_what_is_there(marked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

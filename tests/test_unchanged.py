@@ -65,7 +65,7 @@ def digest(*parts: Any) -> str:
 
 
 def pack(source: str, folder: Path, out: Path, patients_from: str | None = None) -> str:
-    """A dataset as versions before 0.3 wrote it: the source's own image ids beside hashed patients."""
+    """A dataset as older versions wrote it: the source's own image ids beside hashed patients."""
     settings = Pack(size=64, samples_per_shard=10, masks=source == "siim")
     records = sources.read(source, str(folder)).records
     patients: list[str | None] = [None] * len(records)

@@ -75,6 +75,10 @@ def relative_to_package(command_line: Sequence[str], root: Path, installed: bool
         else:
             _refuse_local_files(argument)
             result.append(argument)
+    if (private := _option(command_line, "--keep-map")) and not _is_permanent(private):
+        raise UserError(
+            f"--keep-map {private} is relative, and a job's folder is deleted with the job; give /shared/..."
+        )
     writes_to_run = command == "predict" and _option(command_line, "--split") is not None
     if command in OUTPUT_COMMANDS and not writes_to_run and not _is_permanent(out := _option(command_line, "--out")):
         reason = f"--out {out} is relative" if out else "--out is missing"

@@ -59,7 +59,7 @@ def audit(*roots: str) -> Audit:
         pixels=_pixel_statistics(joined),
         masks=_mask_statistics(joined),
         quarantined=tuple(
-            # Datasets of versions before 0.3 have the file's path too, which can name the patient.
+            # Datasets of older versions have the file's path too, which can name the patient.
             QuarantinedImage(dataset=root, image_id=image["image_id"], reason=image["reason"])
             for root, metadata in zip(roots, data.metadata, strict=True)
             for image in metadata["quarantined"]

@@ -29,7 +29,7 @@ MAP_COLUMNS = ("image_id", "source_image_id", "patient", "source_patient")
 
 _LONGEST_KEY = hashlib.blake2b.MAX_KEY_SIZE
 _OLD_DEFAULT = b"cxrscale"
-"""The key of versions before 0.3 where the user gave none."""
+"""The key of older versions where the user gave none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ def user_key_file() -> Path:
 
 
 def old_patient_hash(source: str, patient: str) -> str:
-    """A patient's ID in a hashed dataset of a version before 0.3, which did not record its key."""
+    """A patient's ID in a hashed dataset of an older version, which did not record its key."""
     key = os.environ.get(PATIENT_KEY, "").encode(errors="surrogateescape") or _OLD_DEFAULT
     return Key(key[:_LONGEST_KEY]).hash(source, patient)
 
@@ -129,7 +129,7 @@ def _make_key_file(path: Path) -> None:
 
 
 def scheme(metadata: Mapping[str, Any]) -> str | None:
-    """ORIGINAL, or the fingerprint of the key; None for a dataset of a version before 0.3, which did not record it."""
+    """ORIGINAL, or the fingerprint of the key; None for a dataset of an older version, which did not record it."""
     fingerprint = metadata.get("key_fingerprint")
     return ORIGINAL if _choice(metadata) == "original" else None if fingerprint is None else str(fingerprint)
 

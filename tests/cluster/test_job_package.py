@@ -183,6 +183,7 @@ def test_recipes_become_relative_to_the_package(tmp_path: Path, monkeypatch: pyt
         (["predict", "s3://raw/a.dcm", "--run", "s3://runs/a"], "--out is missing"),
         (["shard", "nih", "s3://raw/nih"], "--out is missing"),
         (["shard", "nih", "s3://raw/nih", "--out", "shards"], "--out shards is relative"),
+        (["shard", "nih", "/raw", "--out", "/shards", "--keep-map", "map.csv"], "--keep-map map.csv is relative"),
         (["audit", "s3://a", "--out=audit.html"], "--out audit.html is relative"),
     ],
 )

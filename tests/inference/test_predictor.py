@@ -20,6 +20,7 @@ from cxrscale.shards import manifest
 from cxrscale.sources.synthetic.archive import SyntheticPaths
 from cxrscale.training import checkpoint
 from cxrscale.types import UserError
+from tests.conftest import keyed
 from tests.dicom_files import dicom_file, gray_image
 
 
@@ -56,7 +57,7 @@ def test_raw_files_get_the_scores_that_their_shards_got(
     assert len(paths) == len(expected)
     for path, prediction in zip(paths, predictor.predict(paths), strict=True):
         assert (prediction.path, prediction.error, prediction.mask_rle) == (path, "", None)
-        assert prediction.probabilities == pytest.approx(expected[Path(path).name], abs=1e-5)
+        assert prediction.probabilities == pytest.approx(expected[keyed("nih", Path(path).name)], abs=1e-5)
 
 
 def test_paths_bytes_and_arrays_are_the_same_image(predictor: Predictor, paths: list[str]) -> None:
@@ -136,7 +137,7 @@ def test_the_provenance_names_weights_datasets_and_recipe(predictor: Predictor, 
 def test_a_mask_is_that_of_the_shards_at_the_size_of_the_file(
     segmenter_run: str, siim_shards: str, drawn: SyntheticPaths
 ) -> None:
-    paths = {record.image_id: record.path for record in sources.read("siim", str(drawn.siim)).records}
+    paths = {keyed("siim", record.image_id): record.path for record in sources.read("siim", str(drawn.siim)).records}
     data = manifest.load(siim_shards)
     predictor = Predictor(segmenter_run, "cpu")
     for row, score_HW, _ in predictions.score_maps(segmenter_run, data, range(4)):
