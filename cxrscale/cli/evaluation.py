@@ -88,9 +88,7 @@ def predict_command(
             help="With --split: the map of `shard --keep-map`; --out is then a CSV under the source's own ids."
         ),
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="The file of predictions: predictions.json, or predictions-SPLIT.csv.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The file of predictions; a CSV with an id map.")] = None,
 ) -> None:
     """Probabilities for image files (predict a.dcm b.png --run runs/NAME) or of a split (--split train).
 
