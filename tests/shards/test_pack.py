@@ -22,7 +22,7 @@ from cxrscale.config import Pack
 from cxrscale.shards import build, manifest, pack
 from cxrscale.shards.verify import verify
 from cxrscale.sources.synthetic.archive import SyntheticPaths
-from cxrscale.types import ImageRecord, UserError
+from cxrscale.types import ImageRecord, UnreadableImageError, UserError
 from tests.conftest import keyed
 
 SETTINGS = Pack(size=64, samples_per_shard=20)
@@ -222,11 +222,10 @@ def test_a_full_disk_is_one_line_and_the_same_command_resumes(
     assert contents(out) == contents(nih_shards)
 
 
-def test_a_reason_does_not_name_the_file(drawn: SyntheticPaths, tmp_path: Path) -> None:
-    shutil.copytree(drawn.nih, tmp_path / "nih")
-    image = sorted((tmp_path / "nih").rglob("*.png"))[3]
-    image.unlink()
-    image.mkdir()
-    build.build_shards("nih", str(tmp_path / "nih"), SETTINGS, str(tmp_path / "out"), local=True)
-    (line,) = [json.loads(line) for line in (tmp_path / "out" / pack.QUARANTINE).read_text().splitlines()]
-    assert line == {"image_id": keyed("nih", image.name), "reason": "the file is a folder; give a file"}
+@pytest.mark.parametrize("path", ["/data/Jane/Doe.png", "s3://data/Jane/Doe.png"])
+@pytest.mark.parametrize("named", ["{path} is a folder", "Doe.png: the header says 'Jane Doe'", "b'{path}' is odd"])
+def test_a_stored_reason_does_not_name_the_file(path: str, named: str) -> None:
+    record = ImageRecord(image_id="0123456789abcdef", source="nih", path=path, patient="p")
+    reason = pack._stored_reason(UnreadableImageError(named.format(path=path)), record)
+    assert not any(name in reason for name in ("Jane", "Doe", "data"))
+    assert reason
