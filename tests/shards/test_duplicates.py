@@ -60,8 +60,8 @@ def test_blocks_give_the_same_pairs_as_one_by_one_comparison(seed: int, block: i
     (hashes_A, thumbs_A), (hashes_B, thumbs_B) = prints(first), prints(second)
 
     def correlation(one: np.ndarray, other: np.ndarray) -> float:
-        cells = [p.reshape(16, 2, 16, 2).mean(axis=(1, 3)).ravel() for p in (one, other)]
-        return float(np.corrcoef(np.stack(cells))[0, 1])
+        first, second = (p.reshape(16, 2, 16, 2).mean(axis=(1, 3)).ravel() for p in (one, other))
+        return float(np.corrcoef(first, second)[0, 1])
 
     def unexplained(by: np.ndarray, target: np.ndarray) -> float:
         order = sorted(range(1024), key=lambda pixel: by[pixel])
