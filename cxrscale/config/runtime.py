@@ -114,5 +114,7 @@ class Tune(Section):
     """asha, tpe: epochs of each trial before it can be stopped."""
     reduction_factor: int = Field(3, ge=2)
     """asha, tpe: one of this many trials continues after each rung."""
+    retry_failed: bool = False
+    """Run a trial that failed once more, from its last checkpoint; also for a finished search, with --resume."""
     baseline_seeds: int = Field(3, ge=0)
     """How many runs of the unchanged recipe with different seeds are trained besides the trials, to measure noise."""

@@ -2,6 +2,8 @@ from . import checkpoint as checkpoint
 from . import launch as launch
 from . import loop as loop
 from . import overfit as overfit
+from . import preflight as preflight
+from . import resume as resume
 from . import run_info as run_info
 from . import scoring as scoring
 from . import tracking as tracking

@@ -78,7 +78,7 @@ def save_checkpoint(folder: str, step: int, state: Mapping[str, Any], keep: int)
 def resume(folder: str, state: TrainState, manifest_digest: str) -> bool:
     """Load the newest intact checkpoint into the state; False where there is none.
 
-    A damaged one is skipped with a warning, and the one before it is used.
+    One that is damaged, or whose weights are not finite, is skipped with a warning, and the one before it is used.
 
     Raises:
         UserError: the checkpoint was trained on other shards.
@@ -91,6 +91,11 @@ def resume(folder: str, state: TrainState, manifest_digest: str) -> bool:
             LOG.warning("%s is damaged; falling back to the checkpoint before it", storage.join(folder, name))
             continue
         stored = read(content, name)
+        if not all(value.isfinite().all() for value in stored["model"].values()):
+            LOG.warning(
+                "%s holds infinite or NaN weights; falling back to the one before it", storage.join(folder, name)
+            )
+            continue
         if stored["manifest"] != manifest_digest:
             raise UserError(f"{folder}: this run was trained on other shards; give tracking.name another name")
         state.load_state_dict(stored)

@@ -5,11 +5,11 @@ The loop does not know Ray: a worker is either this very process (`LocalWorker`)
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from types import FrameType
 from typing import Any, Protocol
 
@@ -22,6 +22,8 @@ from torch import nn
 from cxrscale.io import storage
 from cxrscale.types import DistContext
 
+LOG = logging.getLogger("cxrscale")
+
 
 class Worker(Protocol):
     """What the loop needs of the process that it runs in."""
@@ -32,10 +34,10 @@ class Worker(Protocol):
         """Called by every rank at the end of an epoch."""
 
     def should_stop(self) -> bool:
-        """Whether this rank has been asked to write a checkpoint and stop."""
+        """Whether this rank has been asked to write a checkpoint and stop; asked in every step, so it must be cheap."""
 
     def should_save(self) -> bool:
-        """Whether this rank has been asked to write a checkpoint and go on; every rank asks equally often."""
+        """Whether this rank has been asked to write a checkpoint and go on; cheap, and true once per request."""
 
 
 class LocalWorker:
@@ -50,36 +52,38 @@ class LocalWorker:
         """Nothing to do: there is no driver to report to."""
 
     def should_stop(self) -> bool:
-        """Whether SIGTERM arrived inside `stop_on_sigterm`."""
+        """Whether a signal arrived inside `stop_on_signals`."""
         return self._stop.is_set()
 
     def should_save(self) -> bool:
         """Never: nothing can ask for it."""
         return False
 
-    @contextmanager
-    def stop_on_sigterm(self) -> Iterator[None]:
-        """Inside, SIGTERM (preemption) asks for a checkpoint instead of killing at once; main thread only."""
-        with handle_sigterm(self._stop.set):
-            yield
+    def stop_on_signals(self) -> AbstractContextManager[list[int]]:
+        """Inside, a signal to end asks for a checkpoint instead (see `handle_stop_signals`)."""
+        return handle_stop_signals(self._stop.set)
 
 
 class RayWorker:
     """A worker of Ray Train, whose process group Ray has set up."""
 
-    STOP_SECONDS = 0.5
-    """How often rank 0 looks for the file that asks the run to stop; on an object store each look is a request."""
+    LOOK_SECONDS = 0.5
+    """How often a thread looks for requests: never the training itself, which would wait for an object store."""
 
     def __init__(self, stop_file: str) -> None:
         """`stop_file` is the address of the file whose existence asks the run to stop."""
         import ray.train
         import ray.train.torch
+        from ray.train.v2._internal.execution.context import get_train_context
 
         context = ray.train.get_context()
         self.dist = DistContext(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
         self._report: Any = ray.train.report
-        self._preemption: Any = ray.train.get_preemption_info
-        self._stop_file, self._checked_at, self._saved = stop_file, 0.0, False
+        # ray.train.get_preemption_info is a barrier over all ranks, too slow for every step; this is what it reads.
+        self._preemption: Any = get_train_context().preemption_context
+        self._saved, self._stop = False, threading.Event()
+        if self.dist.rank == 0:
+            threading.Thread(target=self._look_for, args=(stop_file,), daemon=True, name="requests").start()
 
     def report(self, metrics: Mapping[str, float]) -> None:
         """Hand the metrics to Ray; checkpoints are our own files."""
@@ -87,34 +91,106 @@ class RayWorker:
 
     def should_stop(self) -> bool:
         """Whether the driver, which gets the signals, has written the file that asks for it."""
-        if self.dist.rank or time.monotonic() - self._checked_at < self.STOP_SECONDS:
-            return False
-        self._checked_at = time.monotonic()
-        return storage.exists(self._stop_file)
+        return self._stop.is_set()
 
     def should_save(self) -> bool:
         """Whether a node of this run is about to be taken away: true once, for Ray then restarts the group."""
-        if self._saved or self._preemption() is None:
+        if self._saved or self._preemption.preemption_info is None:
             return False
         self._saved = True
         return True
 
+    def _look_for(self, stop_file: str) -> None:
+        while not self._stop.wait(self.LOOK_SECONDS):
+            # A store that is away for a moment is asked again.
+            with suppress(Exception):
+                if storage.exists(stop_file):
+                    self._stop.set()
+
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
 
 @contextmanager
-def handle_sigterm(react: Callable[[], object]) -> Iterator[None]:
-    """Call `react` on SIGTERM instead of dying; outside of the main thread, where no signal arrives, do nothing."""
+def handle_stop_signals(react: Callable[[], object]) -> Iterator[list[int]]:
+    """Call `react` on SIGTERM (preemption), SIGINT (Ctrl-C) and SIGHUP (a closed terminal) instead of dying.
+
+    Gives the list of the signals that have arrived. A second SIGINT is a KeyboardInterrupt at once. A signal that the
+    process ignores, as SIGHUP under nohup, stays ignored. Outside of the main thread, where no signal arrives, nothing
+    is done.
+    """
+    received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield received
         return
 
-    def handler(_number: int, _frame: FrameType | None) -> None:
+    def handler(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        if received.count(signal.SIGINT) > 1:
+            raise KeyboardInterrupt
+        LOG.warning("stopping with a checkpoint at the next step")
         react()
 
-    previous = signal.signal(signal.SIGTERM, handler)
+    previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number, before in previous.items():
+        if before != signal.SIG_IGN:
+            signal.signal(number, handler)
     try:
-        yield
+        yield received
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+
+class Requests:
+    """Whether any rank was asked to stop or to save: the same answer on every rank after the same step.
+
+    The flags travel with the counts that every step adds up over the ranks anyway. On a GPU they are read a step late,
+    when they have long arrived, so that nothing waits for them.
+    """
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._pending: tuple[torch.Tensor, torch.cuda.Event] | None = None
+        self.stop = self.save = False
+        """The answer of the last exchange."""
+
+    def flags(self) -> torch.Tensor:
+        """(2,) this rank's flags, to be added up over all ranks with something else."""
+        own = torch.tensor((self._worker.should_stop(), self._worker.should_save()), dtype=torch.float32)
+        device = self._worker.dist.device
+        if device.type == "cuda":
+            return own.pin_memory().to(device, non_blocking=True)
+        return own
+
+    def received(self, total: torch.Tensor) -> None:
+        """Take note of the (2,) sums over all ranks."""
+        if total.device.type != "cuda":
+            self._set(total)
+            return
+        host = torch.empty(2, pin_memory=True)
+        host.copy_(total, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        before, self._pending = self._pending, (host, event)
+        if before is not None:
+            before[1].synchronize()
+            self._set(before[0])
+
+    def ask(self) -> None:
+        """Without a step: one collective of two numbers."""
+        if self._worker.dist.world == 1:
+            self.local()
+        else:
+            self._set(all_reduce_sum(self.flags(), self._worker.dist))
+
+    def local(self) -> None:
+        """The answer of the only rank: nothing is sent."""
+        self.stop, self.save = self._worker.should_stop(), self._worker.should_save()
+
+    def _set(self, total: torch.Tensor) -> None:
+        stop, save = total.tolist()
+        self.stop, self.save = stop > 0, save > 0
 
 
 def wrap_ddp(model: nn.Module, dist: DistContext) -> nn.Module:
@@ -160,13 +236,3 @@ def broadcast_buffers(model: nn.Module, dist: DistContext) -> None:
     if dist.world > 1:
         for buffer in model.buffers():
             torch.distributed.broadcast(buffer, src=0)
-
-
-def sync_signals(worker: Worker) -> tuple[bool, bool]:
-    """(stop, save): whether any rank was asked to; the same answer on every rank."""
-    own = worker.should_stop(), worker.should_save()
-    if worker.dist.world == 1:
-        return own
-    flags = torch.tensor(own, dtype=torch.float32, device=worker.dist.device)
-    stop, save = all_reduce_sum(flags, worker.dist).tolist()
-    return stop > 0, save > 0

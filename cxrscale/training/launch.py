@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -20,20 +21,17 @@ from cxrscale.loader import evaluation_batches, training_batches
 from cxrscale.models import build_model
 from cxrscale.shards import Manifest, leakage, manifest, refuse_leaks
 from cxrscale.training import preflight as preflight_checks
-from cxrscale.training import run_info
-from cxrscale.training.distributed import LocalWorker, RayWorker, Worker, handle_sigterm
+from cxrscale.training import resume, run_info
+from cxrscale.training.distributed import LocalWorker, RayWorker, Worker, handle_stop_signals
 from cxrscale.training.loop import train
 from cxrscale.training.run_info import Outcome, RunInputs
-from cxrscale.types import AccessError, UserError, last_line, one_line
+from cxrscale.types import AccessError, NonFiniteError, UserError, last_line, one_line
 
 LOG = logging.getLogger("cxrscale")
-RECIPE = "recipe.yaml"
 ERROR_FILE = "error.txt"
-"""The message of a UserError on a worker, for the driver to raise."""
+"""Kind and message of a UserError on a worker, for the driver to raise."""
 STOP_FILE = "stop"
 """Written by the driver, which gets the signals, to ask the workers to stop with a checkpoint."""
-FREE_TO_CHANGE = frozenset({"scaling", "tracking", "pack", "threshold", "tune", "reference"})
-"""Sections that may differ when an unfinished run is resumed: they do not change what is learned."""
 
 MALLOC_ENV = {
     "MALLOC_ARENA_MAX": "1",
@@ -61,6 +59,8 @@ def launch(recipe: Recipe, stem: str, watch: Watcher, *, local: bool = False) ->
 
     Raises:
         UserError: shards, weights, the cluster or an earlier run of that name do not fit the recipe.
+        NonFiniteError: training has diverged; the last checkpoint is from before.
+        KeyboardInterrupt: Ctrl-C; a checkpoint is written.
     """
     local = local or recipe.scaling.workers[1] == 0
     recipe = absolute_paths(recipe)
@@ -72,12 +72,16 @@ def launch(recipe: Recipe, stem: str, watch: Watcher, *, local: bool = False) ->
     run = run_address(recipe, inputs)
     workers = 1 if local else recipe.scaling.workers[1]
     with lease.held(run, f"run {run.rsplit('/', 1)[-1]}") as owned:
-        prepare(recipe, inputs, run)
-        with run_info.record_session(run, inputs, workers, recipe.tracking.gpu_hour_price), watch(run):
+        changed = resume.prepare(recipe, inputs, run)
+        for leftover in (ERROR_FILE, STOP_FILE, run_info.OUTCOME):
+            storage.remove(storage.join(run, leftover))
+        with run_info.record_session(run, inputs, workers, recipe.tracking.gpu_hour_price, changed), watch(run):
             if local:
-                _in_process(recipe, run)
+                received = _in_process(recipe, run)
             else:
-                fit(recipe, run, nodes.gpus_per_worker(recipe.scaling) > 0, owner=owned.owner)
+                received = fit(recipe, run, nodes.gpus_per_worker(recipe.scaling) > 0, owner=owned.owner)
+    if signal.SIGINT in received and not run_info.read_run_info(run).finished:
+        raise KeyboardInterrupt
     return run
 
 
@@ -128,44 +132,11 @@ def check_inputs(recipe: Recipe, stem: str = "") -> tuple[RunInputs, Manifest]:
     return inputs, data
 
 
-def prepare(recipe: Recipe, inputs: RunInputs, run: str) -> None:
-    """Create the run's folder, or check that the recipe continues the unfinished run that is there.
-
-    Raises:
-        UserError: the name is that of a finished run, or of one with another recipe or other inputs.
-    """
-    name, address = run.rsplit("/", 1)[-1], storage.join(run, RECIPE)
-    # run.json comes first: a kill between the two leaves nothing that looks like a run.
-    if not storage.exists(storage.join(run, run_info.RUN_INFO)):
-        run_info.write_new(run, inputs)
-    elif storage.exists(address):
-        changed = changed_sections(recipe, config.read_yaml(storage.read(address), address), FREE_TO_CHANGE)
-        old = run_info.read_run_info(run)
-        if changed:
-            raise UserError(
-                f"run {name} exists with other settings in {', '.join(changed)}; give another tracking.name"
-            )
-        if old.manifest != inputs.manifest:
-            raise UserError(f"run {name} was trained on other shards; give another tracking.name")
-        if old.files != inputs.files:
-            raise UserError(f"run {name} was begun with other files in {', '.join(inputs.files)}; rename the run")
-        if old.finished:
-            raise UserError(f"run {name} is finished; give another tracking.name, or `cxrscale evaluate {run}`")
-    storage.write(address, config.to_yaml(recipe))
-    for leftover in (ERROR_FILE, STOP_FILE, run_info.OUTCOME):
-        storage.remove(storage.join(run, leftover))
-
-
-def changed_sections(recipe: Recipe, stored: Mapping[str, Any], free: frozenset[str]) -> list[str]:
-    """Sections of the recipe that differ from those of a stored one, but for those that are `free` to change."""
-    current = recipe.model_dump(mode="json")
-    return [name for name in current if name not in free and current[name] != stored.get(name)]
-
-
-def _in_process(recipe: Recipe, run: str) -> None:
+def _in_process(recipe: Recipe, run: str) -> list[int]:
     worker = LocalWorker()
-    with worker.stop_on_sigterm():
+    with worker.stop_on_signals() as received:
         train_here(recipe, run, worker)
+    return received
 
 
 def train_here(recipe: Recipe, run: str, worker: Worker) -> None:
@@ -183,18 +154,25 @@ def train_here(recipe: Recipe, run: str, worker: Worker) -> None:
             best=result.progress.best,
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
             workers=worker.dist.world,
+            bad_rows=run_info.bad_rows(result.progress.history),
         )
         write_artifact(storage.join(run, run_info.OUTCOME), outcome)
 
 
-def fit(recipe: Recipe, run: str, use_gpu: bool, callbacks: Sequence[Any] = (), *, owner: str | None = None) -> None:
+def fit(
+    recipe: Recipe, run: str, use_gpu: bool, callbacks: Sequence[Any] = (), *, owner: str | None = None
+) -> list[int]:
     """Train a run on `scaling.num_workers` workers of Ray Train; also from inside a trial of Ray Tune.
 
     Args:
         callbacks: callbacks of Ray Train, called after every epoch.
         owner: of the run's lease; the workers publish under it.
 
+    Returns:
+        The signals that arrived.
+
     Raises:
+        NonFiniteError: training has diverged.
         UserError: training failed; the message is the reason.
     """
     import ray.train
@@ -221,14 +199,26 @@ def fit(recipe: Recipe, run: str, use_gpu: bool, callbacks: Sequence[Any] = (), 
             worker_runtime_env={} if use_gpu else {"env_vars": MALLOC_ENV},
         ),
     )
+    # Ray's own handler of Ctrl-C ends the workers where they are; ours asks them for a checkpoint.
+    setattr(trainer, "_register_sigint_handler", lambda _controller: None)  # noqa: B010 - not in its declared type
     try:
-        with handle_sigterm(lambda: storage.write(storage.join(run, STOP_FILE), "")):
+        with handle_stop_signals(lambda: storage.write(storage.join(run, STOP_FILE), "")) as received:
             trainer.fit()
     except ray.train.TrainingFailedError as error:
-        raise UserError(_reason(error)) from error
-    error_file = storage.join(run, ERROR_FILE)
-    if storage.exists(error_file):
-        raise UserError(storage.read(error_file).decode())
+        raise _worker_error(run) or UserError(_reason(error)) from error
+    if (written := _worker_error(run)) is not None:
+        raise written
+    return received
+
+
+def _worker_error(run: str) -> UserError | None:
+    """The user error that a worker has written down."""
+    address = storage.join(run, ERROR_FILE)
+    if not storage.exists(address):
+        return None
+    kind, _, message = storage.read(address).decode().partition(": ")
+    kinds = {one.__name__: one for one in (NonFiniteError, lease.BusyError)}
+    return kinds.get(kind, UserError)(message)
 
 
 def _ray_loop(settings: dict[str, Any]) -> None:
@@ -243,7 +233,7 @@ def _ray_loop(settings: dict[str, Any]) -> None:
     except AccessError:
         raise  # a worker whose bucket is away for a while is to fail and be started again
     except UserError as error:
-        storage.write(error_file, str(error))
+        storage.write(error_file, f"{type(error).__name__}: {error}")
         raise
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,17 +19,19 @@ from cxrscale.models import ClassWeights, build_model, forward, losses, train_mo
 from cxrscale.shards import Manifest, manifest, splits
 from cxrscale.training import checkpoint, optim, scoring
 from cxrscale.training.checkpoint import CheckpointWriter
-from cxrscale.training.distributed import Worker, all_gather, all_reduce_sum, no_sync, sync_signals, wrap_ddp
+from cxrscale.training.distributed import Requests, Worker, all_gather, all_reduce_sum, no_sync, wrap_ddp
+from cxrscale.training.health import Window, bad_rows_error, check_weights
 from cxrscale.training.state import Progress, TrainState, to_host
 from cxrscale.training.tracking import Tracker
 from cxrscale.types import Batch, UserError
 
+LOG = logging.getLogger("cxrscale")
 SAMPLES = 16
 """Images of the first batch that are kept to look at."""
 
 
-class DivergedError(UserError):
-    """The loss is infinite or NaN."""
+class StopRequested(Exception):
+    """Raised in a validation that was asked to stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,13 @@ class TrainContext:
     """Steps per epoch."""
     tracker: Tracker | None
     """Rank 0's; None on other ranks."""
+    requests: Requests
+    """To stop, or to save."""
+
+    def saves_after(self, step: int) -> bool:
+        """Whether a checkpoint follows the step: it is time for one, or somebody has asked."""
+        every = self.recipe.train.checkpoint_steps
+        return self.requests.stop or self.requests.save or bool(every and step % every == 0)
 
 
 def train(recipe: Recipe, run: str, worker: Worker) -> TrainResult:
@@ -66,7 +75,9 @@ def train(recipe: Recipe, run: str, worker: Worker) -> TrainResult:
     weights with the best `train.monitor` on the validation split).
 
     Raises:
-        UserError: shards, labels or splits do not fit the recipe, or the workers do not see the same run folder.
+        NonFiniteError: a loss, a weight or a score is infinite or NaN; the last checkpoint is from before.
+        UserError: shards, labels or splits do not fit the recipe, the workers do not see the same run folder, or too
+            many images cannot be read.
     """
     data = manifest.load(*recipe.data.shards)
     splits.refuse_leaks(data.split, data.patient.tolist(), recipe.data)
@@ -92,16 +103,28 @@ def train(recipe: Recipe, run: str, worker: Worker) -> TrainResult:
             tracker.flush()
             writer.save(step, {**state.state_dict(), **metadata})
 
+    def save_before_validation() -> None:
+        # The epoch's last step is done and its validation is not: a resume begins with it.
+        progress.epoch, progress.step = progress.epoch - 1, steps
+        save((progress.epoch + 1) * steps)
+        progress.epoch, progress.step = progress.epoch + 1, 0
+
     try:
         while progress.epoch < recipe.train.epochs and not _out_of_patience(progress, recipe):
             for step in train_epoch(context, state, batches):
-                stop, must_save = sync_signals(worker) if step % recipe.tracking.log_steps == 0 else (False, False)
-                scheduled = recipe.train.checkpoint_steps and step % recipe.train.checkpoint_steps == 0
-                if stop or must_save or scheduled:
+                if context.saves_after(step):
+                    check_weights(state, step, dist)
                     save(step)
-                if stop:
+                if context.requests.stop:
                     return TrainResult(False, progress)
-            metrics = validate(state.eval_model, context)
+            check_weights(state, progress.epoch * steps, dist)
+            try:
+                metrics = validate(state.eval_model, context, save_before_validation)
+            except StopRequested:
+                return TrainResult(False, progress)
+            metrics["bad_rows_train"], progress.bad_rows = float(progress.bad_rows), 0
+            if not math.isfinite(metrics[recipe.train.monitor]) and dist.rank == 0:
+                LOG.warning("%s is undefined after epoch %d: no improvement", recipe.train.monitor, progress.epoch)
             if update_progress(progress, metrics, recipe) and dist.rank == 0:
                 best = {"model": state.eval_model.state_dict(), "metrics": metrics, "epoch": progress.epoch, **metadata}
                 writer.write(storage.join(run, checkpoint.BEST), to_host(best))
@@ -148,65 +171,53 @@ def make_context(
     if _keeps_gradient_memory(recipe):
         for parameter in state.model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    return TrainContext(recipe, worker, data, ddp_model, compiled_model, weights, steps, tracker)
+    return TrainContext(recipe, worker, data, ddp_model, compiled_model, weights, steps, tracker, Requests(worker))
 
 
 def train_epoch(context: TrainContext, state: TrainState, batches: Iterator[Batch]) -> Iterator[int]:
     """Run the rest of the epoch; yields the number of optimizer steps done so far, after each of them.
 
-    Between two log lines nothing waits for the GPU.
+    Between two log lines nothing waits for the GPU. After each step `context.requests` says whether any rank was asked
+    to stop or to save.
 
     Raises:
-        DivergedError: the mean loss since the last log line is not finite.
+        NonFiniteError: the loss of a step since the last log line is not finite.
+        UserError: more rows than data.max_bad_rows could not be read, or none could.
     """
     recipe, dist, progress = context.recipe, context.worker.dist, state.progress
     train_mode(state.model)
-    window = torch.zeros(2, device=dist.device)
-    window_start, waited, done = time.perf_counter(), 0.0, 0
+    window = Window(progress, recipe, context.steps, dist)
     while progress.step < context.steps:
         step = progress.epoch * context.steps + progress.step
         logs = (step + 1) % recipe.tracking.log_steps == 0 or progress.step + 1 == context.steps
-        wait_start = time.perf_counter()
-        batch = next(batches)
-        waited += time.perf_counter() - wait_start
+        batch = window.timed(batches)
         if step == 0 and context.tracker:
             context.tracker.samples(batch.image_BCHW[:SAMPLES].float().cpu().numpy())
-        loss, norm = _step(context, state, batch, step, logs)
+        loss, norm, bad = _step(context, state, batch, step, logs)
         progress.step += 1
-        done += 1
-        window += torch.stack([loss, torch.ones_like(loss)])
+        window.add(loss, bad)
+        if logs or context.saves_after(step + 1):
+            window.settle(step + 1)
         if logs:
-            # DDP averages gradients of world x (rank's share): the mean over ranks is the loss of the global batch.
-            total = all_reduce_sum(window, dist)
-            mean_loss = float(total[0] / total[1])
-            if not math.isfinite(mean_loss):
-                raise DivergedError(
-                    f"the loss is {mean_loss} at step {step + 1}: lower optim.lr or set optim.max_grad_norm=1"
-                )
-            seconds = time.perf_counter() - window_start
+            line = window.line(state.optimizer.param_groups[0]["lr"], float(norm))
             if context.tracker:
-                speed = {"images_per_second": done * recipe.sampler.batch_size / seconds, "data_wait": waited / seconds}
-                lr = state.optimizer.param_groups[0]["lr"]
-                line = {"epoch": progress.epoch, "loss": mean_loss, "lr": lr, "gradient_norm": float(norm), **speed}
-                line["steps"] = context.steps * recipe.train.epochs
                 context.tracker.log("train", step + 1, line | _gpu_memory(dist.device))
-            window = torch.zeros_like(window)
-            window_start, waited, done = time.perf_counter(), 0.0, 0
         yield step + 1
     progress.epoch, progress.step = progress.epoch + 1, 0
 
 
 def _step(
     context: TrainContext, state: TrainState, batch: Batch, step: int, logs: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One optimizer step: (loss of this rank, norm of the gradient, 0 where neither clipping nor the log needs it)."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One optimizer step: (loss of this rank, norm of the gradient, 0 where neither clipping nor the log needs it, rows
+    of the global batch that were left out)."""
     recipe, dist = context.recipe, context.worker.dist
     torch.manual_seed(_mix(recipe.sampler.seed, step, dist.rank))
     lr = optim.learning_rate(recipe.optim, step, context.steps * recipe.train.epochs) * state.progress.lr_scale
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     # The loss is divided by the counts of the global batch, so that neither world size nor microbatches change it.
-    global_counts = all_reduce_sum(losses.counts(batch, recipe.loss), dist).clamp_min(1)
+    global_counts, bad = _exchange(context, batch)
     parts = microbatches(batch, recipe.optim.grad_accum_steps)
     total = torch.zeros((), device=dist.device)
     for number, part in enumerate(parts, 1):
@@ -224,7 +235,20 @@ def _step(
     state.optimizer.zero_grad(set_to_none=not _keeps_gradient_memory(recipe))
     if state.ema is not None:
         state.ema.update_parameters(state.model)
-    return total, norm
+    return total, norm, bad
+
+
+def _exchange(context: TrainContext, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a step adds up over all ranks in one collective, requests too: ((T,) counts of the loss, bad rows)."""
+    recipe, dist, requests = context.recipe, context.worker.dist, context.requests
+    counts = torch.cat([losses.counts(batch, recipe.loss), batch.valid_B.sum().float()[None]])
+    if dist.world == 1:
+        requests.local()
+    else:
+        counts = all_reduce_sum(torch.cat([counts, requests.flags()]), dist)
+        requests.received(counts[-2:])
+        counts = counts[:-2]
+    return counts[:-1].clamp_min(1), recipe.sampler.batch_size - counts[-1]
 
 
 def microbatches(batch: Batch, count: int) -> list[Batch]:
@@ -241,17 +265,41 @@ def microbatches(batch: Batch, count: int) -> list[Batch]:
     return [Batch(image, label, mask, row, valid) for image, label, row, valid, mask in zip(*parts, masks, strict=True)]
 
 
-def validate(model: nn.Module, context: TrainContext) -> dict[str, float]:
-    """The loss and `scoring.summary` of the validation split, each image once whatever the world size."""
+def validate(model: nn.Module, context: TrainContext, save: Callable[[], None] = lambda: None) -> dict[str, float]:
+    """The loss and `scoring.summary` of the validation split, each image once whatever the world size.
+
+    Args:
+        save: called where any rank is asked to save or to stop.
+
+    Raises:
+        StopRequested: any rank was asked to stop.
+        NonFiniteError: a score or the loss is not finite.
+        UserError: too many images could not be read.
+    """
     recipe, dist = context.recipe, context.worker.dist
     batches = evaluation_batches(context.data, recipe.data.val_split, recipe, dist)
-    rows = scoring.score(model, batches, recipe, dist, context.weights)
+    rows = scoring.score(model, _interruptible(batches, context, save), recipe, dist, context.weights)
+    total, limit = len(rows.row_N) + rows.unreadable, recipe.data.max_bad_rows
+    if (limit is not None and rows.unreadable > limit) or not len(rows.row_N):
+        raise bad_rows_error(rows.unreadable, total, "validation", recipe)
     label_NF = context.data.labels(recipe.data.findings)[rows.row_N]
-    return {"loss": rows.loss, **scoring.summary(rows, label_NF, recipe.data.findings)}
+    summary = scoring.summary(rows, label_NF, recipe.data.findings)
+    return {"loss": rows.loss, **summary, "bad_rows_val": float(rows.unreadable)}
+
+
+def _interruptible(batches: Iterable[Batch], context: TrainContext, save: Callable[[], None]) -> Iterator[Batch]:
+    """The batches, until any rank is asked to stop."""
+    for batch in batches:
+        context.requests.ask()
+        if context.requests.stop or context.requests.save:
+            save()
+        if context.requests.stop:
+            raise StopRequested
+        yield batch
 
 
 def update_progress(progress: Progress, metrics: dict[str, float], recipe: Recipe) -> bool:
-    """Add an epoch's metrics to the progress; returns whether they are the best so far. NaN never is."""
+    """Add an epoch's metrics to the progress; returns whether they are the best so far. NaN is worse than a number."""
     progress.history.append(metrics)
     value = metrics[recipe.train.monitor]
     sign = -1.0 if recipe.train.monitor in LOWER_IS_BETTER else 1.0

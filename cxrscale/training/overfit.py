@@ -34,7 +34,7 @@ from cxrscale.training import loop, scoring, tracking
 from cxrscale.training.distributed import LocalWorker
 from cxrscale.training.state import TrainState
 from cxrscale.training.tracking import Tracker
-from cxrscale.types import UserError
+from cxrscale.types import NonFiniteError, UserError
 
 RESULT, PLOT, FOLDER = "overfit.json", "overfit.png", "overfit"
 LOSS_SHARE = 0.8
@@ -285,7 +285,7 @@ def _train(recipe: Recipe, data: Manifest, folder: str, on_step: OnStep | None) 
             curve = LearningCurve(losses=_logged(folder, "loss"), metric=name, scores=tuple(scores), steps=steps)
             if curve.passed:
                 break
-    except loop.DivergedError:
+    except NonFiniteError:
         diverged = True
     finally:
         batches.close()

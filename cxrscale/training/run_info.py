@@ -15,6 +15,7 @@ from typing import Any
 from cxrscale import __version__
 from cxrscale.io import Artifact, ArtifactPart, read_artifact, storage, write_artifact
 from cxrscale.training import tracking
+from cxrscale.types import NonFiniteError, UserError
 
 RUN_INFO = "run.json"
 OUTCOME = "outcome.json"
@@ -64,6 +65,20 @@ class Environment(ArtifactPart):
     """The checkout's commit; None outside of one."""
 
 
+class Change(ArtifactPart):
+    """A field's value in the session before, and now."""
+
+    old: Any
+    new: Any
+
+
+class BadRows(ArtifactPart):
+    """Rows that an epoch left out of loss and metrics, since their image could not be read."""
+
+    train: int
+    val: int
+
+
 class Session(ArtifactPart):
     """One launch of a run; times are Unix seconds."""
 
@@ -73,6 +88,10 @@ class Session(ArtifactPart):
     workers: int
     device: str | None = None
     """The name of the GPU, or CPU; None until the session ends normally."""
+    changed: Mapping[str, Change] = {}
+    """The recipe's fields that differ from the session before."""
+    error: str | None = None
+    """What ended it; None where nothing was wrong, or after a kill."""
 
 
 class Usage(ArtifactPart):
@@ -96,6 +115,7 @@ class Outcome(Artifact):
     """The best value of train.monitor."""
     device: str
     workers: int
+    bad_rows: tuple[BadRows, ...] = ()
 
 
 class RunInfo(Usage, Environment, RunInputs, Artifact):
@@ -108,6 +128,12 @@ class RunInfo(Usage, Environment, RunInputs, Artifact):
     """Epochs done; None where no session has ended normally."""
     best: float | None = None
     """The best value of train.monitor."""
+    error: str | None = None
+    """What ended the last session; None where nothing was wrong, or after a kill."""
+    diverged: bool = False
+    """Whether that was a loss, a weight or a score that is not finite: a resume may then lower optim.lr."""
+    bad_rows: tuple[BadRows, ...] = ()
+    """Of each epoch done."""
     sessions: tuple[Session, ...] = ()
 
 
@@ -126,31 +152,45 @@ def write_new(run: str, inputs: RunInputs) -> None:
 
 
 @contextmanager
-def record_session(run: str, inputs: RunInputs, workers: int, price: float | None) -> Iterator[None]:
+def record_session(
+    run: str, inputs: RunInputs, workers: int, price: float | None, changed: Mapping[str, Change] | None = None
+) -> Iterator[None]:
     """Keep run.json while a run is trained: each launch is a session of it, and time lost to kills is counted too.
 
     Args:
         inputs: what the run is made from.
         workers: the maximum of workers of this session.
         price: of an hour of a GPU, or of a worker where there is none.
+        changed: the recipe's fields that differ from the session before.
     """
     address = storage.join(run, RUN_INFO)
     earlier = _earlier_sessions(run)
-    session = Session(began=round(time.time(), 1), workers=workers)
-    base = {**dict(inputs), **dict(environment())}
+    session = Session(began=round(time.time(), 1), workers=workers, changed=changed or {})
+    base: dict[str, Any] = {**dict(inputs), **dict(environment())}
     sessions = (*earlier, session)
     write_artifact(address, RunInfo(**base, **dict(sum_usage(sessions, price)), sessions=sessions))
     try:
         yield
+    except UserError as error:
+        base |= {"error": str(error), "diverged": isinstance(error, NonFiniteError)}
+        raise
     finally:
-        session = session.model_copy(update={"ended": round(time.time(), 1)})
+        session = session.model_copy(update={"ended": round(time.time(), 1), "error": base.get("error")})
         if storage.exists(storage.join(run, OUTCOME)):
             outcome = read_artifact(Outcome, storage.join(run, OUTCOME), "remove it")
             session = session.model_copy(update={"device": outcome.device, "workers": outcome.workers})
-            base |= {"finished": outcome.finished, "epochs": outcome.epochs, "best": outcome.best}
+            base |= {name: getattr(outcome, name) for name in ("finished", "epochs", "best", "bad_rows")}
         sessions = (*earlier, session)
         write_artifact(address, RunInfo(**base, **dict(sum_usage(sessions, price)), sessions=sessions))
         storage.remove(storage.join(run, OUTCOME))
+
+
+def bad_rows(history: Sequence[Mapping[str, float]]) -> tuple[BadRows, ...]:
+    """What each epoch's metrics say of rows that were left out; epochs of earlier versions count none."""
+    return tuple(
+        BadRows(train=int(metrics.get("bad_rows_train", 0)), val=int(metrics.get("bad_rows_val", 0)))
+        for metrics in history
+    )
 
 
 def sum_usage(sessions: Sequence[Session], price: float | None) -> Usage:

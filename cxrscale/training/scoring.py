@@ -14,7 +14,7 @@ from cxrscale.config import Recipe
 from cxrscale.evaluation import metrics
 from cxrscale.models import ClassWeights, forward, losses, probabilities
 from cxrscale.training.distributed import all_gather, all_reduce_sum, broadcast_buffers
-from cxrscale.types import Batch, DistContext, ScoreHistograms
+from cxrscale.types import Batch, DistContext, NonFiniteError, ScoreHistograms
 
 BINS = 256
 """Bins of the score histograms: thresholds on maps come in steps of 1/256."""
@@ -30,7 +30,7 @@ class ScoredRows:
     maps: ScoreHistograms | None
     """For segmentation."""
     loss: float
-    """The recipe's loss over all of them; NaN where no class weights were given."""
+    """The recipe's loss over all of them; NaN where no class weights were given, or nothing is labeled."""
     unreadable: int
     """Images that could not be read and are not among the N."""
 
@@ -48,6 +48,9 @@ def score(
     Args:
         model: (B, 1, H, W) -> logits (B, F) or (B, 1, H, W); its training mode is restored afterwards.
         weights: the class weights of the recipe's loss, which is then computed too.
+
+    Raises:
+        NonFiniteError: a score is not finite.
     """
     was_training = model.training
     model.eval()
@@ -77,9 +80,17 @@ def score(
     if all_pixels:
         maps = ScoreHistograms(*(all_gather(np.concatenate(part), dist)[order] for part in (all_pixels, mask_pixels)))
     total = all_reduce_sum(sums.to(dist.device), dist).cpu()
-    loss = float((total[:, 0] / total[:, 1].clamp_min(1)).sum()) if len(total) else float("nan")
+    # Over no label at all a loss is undefined, not 0.
+    loss = float((total[:, 0] / total[:, 1]).sum()) if len(total) else float("nan")
     unreadable = len(np.unique(row_N)) - len(order)
-    return ScoredRows(row_N[order], all_gather(np.concatenate(scores), dist)[order], maps, loss, unreadable)
+    score_NF = all_gather(np.concatenate(scores), dist)[order]
+    undefined = int((~np.isfinite(score_NF)).any(axis=1).sum())
+    if undefined:
+        raise NonFiniteError(
+            f"the model's scores of {undefined} of {len(order)} images are not finite: its weights are damaged, or its "
+            "training has diverged"
+        )
+    return ScoredRows(row_N[order], score_NF, maps, loss, unreadable)
 
 
 def summary(rows: ScoredRows, label_NF: npt.NDArray[np.float32], findings: Sequence[str]) -> dict[str, float]:

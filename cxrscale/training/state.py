@@ -31,6 +31,11 @@ class Progress:
     """Factor on the learning rate: the product of all plateaus so far."""
     history: list[dict[str, float]] = field(default_factory=list)
     """The validation metrics of each finished epoch."""
+    bad_rows: int = 0
+    """Rows of the epoch so far that were left out: their image could not be read."""
+    window_loss: float = 0.0
+    window_steps: int = 0
+    """Sum of the losses of the steps since the last log line, and their number: the line after a resume is complete."""
 
     def state_dict(self) -> dict[str, Any]:
         """The fields under the names that checkpoint files have for them."""
@@ -38,8 +43,9 @@ class Progress:
 
     @classmethod
     def from_state_dict(cls, stored: Mapping[str, Any]) -> Progress:
-        """Restore what `state_dict` returned."""
-        return cls(**{item.name: stored[_STORED_NAMES.get(item.name, item.name)] for item in fields(cls)})
+        """Restore what `state_dict` returned; what earlier versions did not store has its default."""
+        names = {item.name: _STORED_NAMES.get(item.name, item.name) for item in fields(cls)}
+        return cls(**{name: stored[key] for name, key in names.items() if key in stored})
 
 
 @dataclass(slots=True)

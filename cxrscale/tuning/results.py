@@ -19,10 +19,10 @@ from scipy.stats import norm
 from cxrscale import config
 from cxrscale.config import LOWER_IS_BETTER, Recipe
 from cxrscale.io import storage
-from cxrscale.training import checkpoint, launch, run_info, tracking
+from cxrscale.training import checkpoint, resume, run_info, tracking
 from cxrscale.tuning.search_info import SearchTotals
 from cxrscale.tuning.search_space import Point, Space, apply_point, differences
-from cxrscale.tuning.trial import FAILED, TRIALS, Study
+from cxrscale.tuning.trial import FAILED, RETRIED, TRIALS, Study
 from cxrscale.types import UserError
 
 PARQUET = "trials.parquet"
@@ -100,6 +100,8 @@ def _read_trial(study: Study, space: Space, name: str, own: float) -> TrialRow:
     curve = tuple(math.nan if line[metric] is None else line[metric] for line in lines if line["kind"] == "val")
     failure = storage.join(run, FAILED)
     reason = storage.read(failure).decode() if storage.exists(failure) else ""
+    if reason and storage.exists(storage.join(run, RETRIED)):
+        reason += " (also when it was run once more)"
     point: Point = dict.fromkeys(space)
     usage, finished = run_info.Usage(), False
     if storage.exists(storage.join(run, run_info.RUN_INFO)):
@@ -112,7 +114,7 @@ def _read_trial(study: Study, space: Space, name: str, own: float) -> TrialRow:
             for session in run_info.close_sessions(info.sessions, lines)
         ]
         usage = run_info.sum_usage(sessions, study.recipe["tracking"]["gpu_hour_price"])
-        address = storage.join(run, launch.RECIPE)
+        address = storage.join(run, resume.RECIPE)
         tree = config.read_yaml(storage.read(address), address)
         point = {field: _value_at(tree, field) for field in space}
     status = BROKEN if reason else FINISHED if finished else STOPPED
@@ -133,17 +135,43 @@ def judge(rows: Sequence[TrialRow], recipe: Recipe) -> Verdict:
     """
     sign, metric = direction(recipe), recipe.train.monitor
     trials = [row for row in rows if not row.seed]
-    valid = [row for row in trials if math.isfinite(row.best(sign))]
+    # A trial that failed is never chosen, however well it began.
+    valid = [row for row in trials if row.status != BROKEN and math.isfinite(row.best(sign))]
     if not valid:
         reason = next((row.reason for row in trials if row.reason), f"{metric} is undefined on the validation split")
         raise UserError(f"no trial has a {metric}: {reason}")
     best = max(valid, key=lambda row: sign * row.best(sign))
     value = best.best(sign)
-    seeds = [row.best(sign) for row in rows if row.seed and math.isfinite(row.best(sign))]
+    seeds = [row.best(sign) for row in rows if row.seed and row.status != BROKEN and math.isfinite(row.best(sign))]
     mean = float(np.mean(seeds)) if seeds else math.nan
     sd = float(np.std(seeds, ddof=1)) if len(seeds) > 1 else math.nan
     verdict = Verdict(best, value, mean, sd, gain=sign * (value - mean), sentence="")
+    if sentence := _no_effect(valid, best, rows):
+        return replace(verdict, gain=0.0, sentence=sentence)
     return replace(verdict, sentence=_sentence(verdict, metric, len(valid), len(seeds)))
+
+
+def _no_effect(valid: Sequence[TrialRow], best: TrialRow, rows: Sequence[TrialRow]) -> str:
+    """The sentence for a search whose fields change nothing; empty where they change something."""
+    if len(valid) > 1 and all(_same_curve(row, best) for row in valid):
+        return (
+            f"no effect: the {len(valid)} trials are the same in every epoch to the last digit; "
+            f"{', '.join(best.point)} changed nothing. Keep the recipe."
+        )
+    # The trials have the seed of the first training of the unchanged recipe.
+    unchanged = next((row for row in rows if row.name == "seed-0"), None)
+    if unchanged is not None and len(unchanged.curve) == len(best.curve) and _same_curve(unchanged, best):
+        return (
+            f"no effect: {best.name}, the best trial, is the same in every epoch to the last digit as the unchanged "
+            "recipe with the same seed. Keep the recipe."
+        )
+    return ""
+
+
+def _same_curve(one: TrialRow, other: TrialRow) -> bool:
+    """Whether two trials had the same metric in each epoch that both did."""
+    epochs = min(len(one.curve), len(other.curve))
+    return epochs > 0 and np.array_equal(one.curve[:epochs], other.curve[:epochs], equal_nan=True)
 
 
 def _sentence(verdict: Verdict, metric: str, trials: int, seeds: int) -> str:

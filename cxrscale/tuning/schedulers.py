@@ -25,11 +25,14 @@ class BaselineMixin:
 
     seeds: int
     epochs: int
+    grace: int
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Continue a seed, or a trial at its end; else ask the scheduler."""
+        """Continue a seed, or a trial at its end; stop one whose metric is undefined; else ask the scheduler."""
         if trial.config[NUMBER] < self.seeds or result["epoch"] >= self.epochs:
             return TrialScheduler.CONTINUE
+        if not math.isfinite(result["best"]):  # NaN is below no threshold: ASHA would let it go on
+            return TrialScheduler.STOP if result["epoch"] >= self.grace else TrialScheduler.CONTINUE
         return str(super().on_trial_result(controller, trial, result))  # type: ignore[misc]
 
     def on_trial_complete(self, controller: Any, trial: Any, result: dict[str, Any]) -> None:
@@ -53,7 +56,7 @@ def scheduler(recipe: Recipe) -> TrialScheduler:
         grace_period=settings.grace_epochs,
         reduction_factor=settings.reduction_factor,
     )
-    asha.seeds, asha.epochs = settings.baseline_seeds, recipe.train.epochs
+    asha.seeds, asha.epochs, asha.grace = settings.baseline_seeds, recipe.train.epochs, settings.grace_epochs
     return asha
 
 

@@ -18,7 +18,8 @@ from cxrscale.types import UserError
 
 FORMS = "uniform(a, b), loguniform(a, b), quniform(a, b, step), randint(a, b) or a list of choices"
 DIGITS = 4
-"""Significant digits of a sampled number: readable in a recipe, and exactly what was trained."""
+"""Significant digits of a sampled number, and at least as many of its domain's width: readable in a recipe, and exactly
+what was trained."""
 SEARCHED = frozenset({"data", "sampler", "augment", "model", "loss", "optim", "train"})
 """Sections that change what is learned."""
 FIXED = {
@@ -75,7 +76,12 @@ class Domain:
             return round(bounded)
         if self.kind == "quniform":
             bounded = self.low + min(round((bounded - self.low) / self.step), self._steps) * self.step
-        return min(max(float(f"{bounded:.{DIGITS}g}"), self.low), self.high)
+        return min(max(round(bounded, self._decimals(bounded)), self.low), self.high)
+
+    def _decimals(self, value: float) -> int:
+        """Decimal places that keep `DIGITS` significant digits of the value, and of the width of the domain."""
+        sizes = [size for size in (abs(value), self.high - self.low) if size > 0]
+        return DIGITS - 1 - math.floor(math.log10(min(sizes)))
 
     def unit(self, value: Any) -> float:
         """Position of a value between the bounds, 0..1; choices at equal distances in their order."""
@@ -152,14 +158,15 @@ def check_space(space: Space, recipe: Recipe) -> list[Recipe]:
     """
     recipes = []
     for name, domain in space.items():
-        if domain.kind == "choice" and any(isinstance(choice, Mapping) for choice in domain.choices):
-            raise UserError(f"tune.space: {name}: choices are numbers, words or lists; search the fields one by one")
+        if domain.kind == "choice":
+            _check_choices(name, domain)
         for value in domain.probes:
             try:
                 recipes.append(apply_point(recipe, {name: value}))
             except UserError as error:
                 raise UserError(f"{error}{_integer_remedy(name, domain, recipe)}") from None
         _check_searchable(name, domain, recipe)
+    _check_effects(space, recipe)
     if recipe.train.monitor == "loss" and any(name.startswith("loss.") for name in space):
         searched = ", ".join(name for name in space if name.startswith("loss."))
         raise UserError(
@@ -167,6 +174,42 @@ def check_space(space: Space, recipe: Recipe) -> list[Recipe]:
             "or another that does not"
         )
     return recipes
+
+
+def _check_choices(name: str, domain: Domain) -> None:
+    if any(isinstance(choice, Mapping) for choice in domain.choices):
+        raise UserError(f"tune.space: {name}: choices are numbers, words or lists; search the fields one by one")
+    twice = [choice for n, choice in enumerate(domain.choices) if choice in domain.choices[:n]]
+    if twice:
+        raise UserError(f"tune.space: {name}: {twice[0]!r} is there twice; name each choice once")
+
+
+def _check_effects(space: Space, recipe: Recipe) -> None:
+    """Each dimension must change something, in the recipe itself or together with another dimension.
+
+    Raises:
+        UserError: one does not.
+    """
+    for name, domain in space.items():
+        if len({repr(apply_point(recipe, {name: value})) for value in domain.probes}) == 1:
+            value = domain.probes[0]
+            raise UserError(f"tune.space: {name} has one value, {value!r}; set it in the recipe, or give more of them")
+        others = [
+            apply_point(recipe, {other: value})
+            for other, searched in space.items()
+            if other != name
+            for value in searched.probes
+        ]
+        needs = [
+            config.unused(apply_point(base, {name: value}), name)
+            for base in (recipe, *others)
+            for value in domain.probes
+        ]
+        if all(needs):
+            raise UserError(
+                f"tune.space: {name} changes nothing here, since it needs {needs[0]}; set that in the recipe, search "
+                f"it too, or leave {name} out"
+            )
 
 
 def _check_searchable(name: str, domain: Domain, recipe: Recipe) -> None:

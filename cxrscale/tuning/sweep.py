@@ -6,9 +6,11 @@ import importlib.util
 import logging
 import math
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +22,7 @@ from cxrscale import config
 from cxrscale.cluster import ray_session
 from cxrscale.config import LOWER_IS_BETTER, Recipe
 from cxrscale.io import lease, storage
-from cxrscale.training import RunInputs, launch, run_info
+from cxrscale.training import RunInputs, launch, resume, run_info
 from cxrscale.tuning import results, trial
 from cxrscale.tuning.results import TrialRow
 from cxrscale.tuning.schedulers import Sampler, scheduler
@@ -31,8 +33,8 @@ from cxrscale.types import UserError, last_line, one_line
 
 RAY_FOLDER = "ray"
 """Ray's own state of the search, from which it resumes after a kill."""
-FREE_TO_CHANGE = frozenset({"scaling", "tracking", "pack", "threshold", "reference"})
-"""Sections that may differ when a search is resumed."""
+FREE_TO_CHANGE = frozenset({"tune.max_concurrent_trials", "tune.retry_failed"})
+"""Fields of `tune` that may differ when a search is resumed: they change neither its trials nor how they are judged."""
 LOG = logging.getLogger("cxrscale")
 
 ShowBar = Callable[[str, int | None, str | None], AbstractContextManager[Any]]
@@ -91,7 +93,10 @@ def _search(study: Study, space: Space, show_bar: ShowBar, write_page: WritePage
     info = _new_info(inputs, (*read_search_info(run).sessions, SearchSession(began=began)))
     write_search_info(run, info)
     try:
-        total, finished = _run_trials(study, space, max_trials, show_bar)
+        with _end_as_ctrl_c():
+            total, finished = _run_trials(study, space, max_trials, show_bar)
+            if finished and recipe.tune.retry_failed:
+                finished = _retry_failed(study, space, total, max_trials, show_bar)
         if finished:
             rows = results.read_trials(study, space, _score_at_own_thresholds(study, total, show_bar))
             verdict = results.write_results(rows, recipe, space, run)
@@ -127,7 +132,7 @@ def _preflight(recipe: Recipe, space: Space, stem: str) -> RunInputs:
 
 def _prepare(recipe: Recipe, inputs: RunInputs, run: str) -> None:
     """Create the search's folder, or check that the recipe continues the unfinished search that is there."""
-    address = storage.join(run, launch.RECIPE)
+    address = storage.join(run, resume.RECIPE)
     if storage.exists(address):
         _check_resumable(recipe, inputs, run)
     # Before the recipe, which makes the folder a search.
@@ -140,20 +145,25 @@ def _check_resumable(recipe: Recipe, inputs: RunInputs, run: str) -> None:
     name = run.rsplit("/", 1)[-1]
     if not is_search(run):
         raise UserError(f"{run} is not a search; give another tracking.name")
-    address = storage.join(run, launch.RECIPE)
+    address = storage.join(run, resume.RECIPE)
     stored = config.read_yaml(storage.read(address), address)
-    # How many trials run at a time may change.
-    stored.get("tune", {})["max_concurrent_trials"] = recipe.tune.max_concurrent_trials
-    changed = launch.changed_sections(recipe, stored, FREE_TO_CHANGE)
+    learned = config.learned_fields(Recipe)
+    changed = {
+        field: change
+        for field, change in resume.changed_fields(recipe, stored).items()
+        if field in learned or (field.startswith("tune.") and field not in FREE_TO_CHANGE)
+    }
     old = read_search_info(run)
     if changed:
         raise UserError(
-            f"search {name} was begun with other settings in {', '.join(changed)}; give another tracking.name"
+            f"search {name} was begun with another recipe: {resume.describe(changed)}; give another tracking.name"
         )
     if old.manifest != inputs.manifest or old.files != inputs.files:
         raise UserError(f"search {name} was begun with other shards or files; give another tracking.name")
-    if old.finished:
-        raise UserError(f"search {name} is finished, see {run}; give another tracking.name for a new one")
+    failed = any(row["status"] == results.BROKEN for row in results.read_results(run)) if old.finished else False
+    if old.finished and not (recipe.tune.retry_failed and failed):
+        retry = "; tune.retry_failed=true runs the trials that failed once more" if failed else ""
+        raise UserError(f"search {name} is finished, see {run}; give another tracking.name for a new one{retry}")
 
 
 def _new_info(inputs: RunInputs, sessions: tuple[SearchSession, ...] = ()) -> SearchInfo:
@@ -213,18 +223,16 @@ def _run_trials(study: Study, space: Space, max_trials: int | None, show_bar: Sh
     """Run the trials that are not finished: (trials with the seeds, False where it was interrupted)."""
     recipe = study.base_recipe()
     path, files = _filesystem(storage.join(study.run, RAY_FOLDER))
-    trainable = ray.tune.with_resources(
-        partial(trial.run_trial, study=study), _resources(recipe, recipe.tune.workers, study.use_gpu)
-    )
+    trainable = _trainable(study)
     known = points(space, recipe)
     total = recipe.tune.baseline_seeds + (recipe.tune.trials if recipe.tune.method == "tpe" else len(known))
     if ray.tune.Tuner.can_restore(f"{path}/search", storage_filesystem=files):
-        tuner = _restored(f"{path}/search", trainable, files)
+        tuner = _restored(f"{path}/search", trainable, _parameters(recipe, space, known), files)
     else:
         follower = Follower(study.run, recipe.train.monitor, [study.name(number) for number in range(total)])
         tuner = ray.tune.Tuner(
             trainable,
-            param_space=None if recipe.tune.method == "tpe" else _parameters(recipe, space, known),
+            param_space=_parameters(recipe, space, known),
             tune_config=ray.tune.TuneConfig(
                 metric="best",
                 mode="min" if recipe.train.monitor in LOWER_IS_BETTER else "max",
@@ -256,6 +264,77 @@ def _run_trials(study: Study, space: Space, max_trials: int | None, show_bar: Sh
     return total, len(ended) == total and all(r.error is not None or (r.metrics or {}).get("done") for r in ended)
 
 
+@contextmanager
+def _end_as_ctrl_c() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP are what Ctrl-C is to Ray Tune: it saves the state of the search and returns."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, before in previous.items():
+        if before != signal.SIG_IGN:
+            signal.signal(number, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+
+def _retry_failed(study: Study, space: Space, total: int, max_trials: int | None, show_bar: ShowBar) -> bool:
+    """Run each trial that failed once more, to its end; False where that was interrupted."""
+    again: dict[int, Point] = {}
+    for number in range(total):
+        folder = study.folder(number)
+        failed, retried = (storage.join(folder, name) for name in (trial.FAILED, trial.RETRIED))
+        begun = storage.exists(retried)
+        if storage.exists(failed) if not begun else not (storage.exists(failed) or trial.is_finished(folder)):
+            if not begun:
+                storage.write(retried, storage.read(failed))
+            again[number] = _point(study, space, number)
+    if not again:
+        return True
+    path, files = _filesystem(storage.join(study.run, RAY_FOLDER))
+    recipe = study.base_recipe()
+
+    def field(name: str) -> Any:
+        return ray.tune.sample_from(lambda config: again[config[NUMBER]][name])
+
+    tuner = ray.tune.Tuner(
+        _trainable(study),
+        param_space={NUMBER: ray.tune.grid_search(list(again)), **{name: field(name) for name in space}},
+        tune_config=ray.tune.TuneConfig(
+            metric="best",
+            mode="min" if recipe.train.monitor in LOWER_IS_BETTER else "max",
+            max_concurrent_trials=max_trials,
+            reuse_actors=recipe.tune.workers == 1,
+        ),
+        run_config=ray.tune.RunConfig(
+            name=f"retry-{time.time_ns()}", storage_path=path, storage_filesystem=files, verbose=0
+        ),
+    )
+    with show_bar(f"retrying {len(again)} failed trials", None, None):
+        ended = tuner.fit()
+    return len(ended) == len(again) and all(r.error is not None or (r.metrics or {}).get("done") for r in ended)
+
+
+def _point(study: Study, space: Space, number: int) -> Point:
+    """The point of a trial that has begun."""
+    recipe = study.base_recipe()
+    if number < recipe.tune.baseline_seeds:
+        return dict.fromkeys(space)
+    if recipe.tune.method == "tpe":
+        return results.read_trials(study, space, {study.name(number): math.nan})[0].point
+    return points(space, recipe)[number - recipe.tune.baseline_seeds]
+
+
+def _trainable(study: Study) -> Any:
+    recipe = study.base_recipe()
+    return ray.tune.with_resources(
+        partial(trial.run_trial, study=study), _resources(recipe, recipe.tune.workers, study.use_gpu)
+    )
+
+
 def _record_lost(folder: str, error: BaseException) -> None:
     """Write the reason for a trial whose process was lost more than scaling.max_failures times: it could not."""
     address = storage.join(folder, trial.FAILED)
@@ -263,9 +342,12 @@ def _record_lost(folder: str, error: BaseException) -> None:
         storage.write(address, "its process was lost too often (out of memory?): " + last_line(error))
 
 
-def _restored(address: str, trainable: Any, files: Any) -> Any:
+def _restored(address: str, trainable: Any, parameters: dict[str, Any] | None, files: Any) -> Any:
     try:
-        return ray.tune.Tuner.restore(address, trainable, resume_unfinished=True, storage_filesystem=files)
+        # Without the space, trials that had not begun would get Ray's placeholders instead of their points.
+        return ray.tune.Tuner.restore(
+            address, trainable, resume_unfinished=True, param_space=parameters, storage_filesystem=files
+        )
     except Exception as error:  # another Ray's pickles may fail in any way
         raise UserError(
             f"{address}: Ray {ray.__version__} cannot read the state of this search ("
@@ -281,8 +363,13 @@ def _resources(recipe: Recipe, workers: int, use_gpu: bool) -> dict[str, float]:
     return {"cpu": recipe.scaling.cpus_per_worker, **({"gpu": recipe.tune.gpu_share} if use_gpu else {})}
 
 
-def _parameters(recipe: Recipe, space: Space, known: list[Point]) -> dict[str, Any]:
-    """Ray's configuration of each trial: its number, and its point's fields (None for a seed, which has none)."""
+def _parameters(recipe: Recipe, space: Space, known: list[Point]) -> dict[str, Any] | None:
+    """Ray's configuration of each trial: its number, and its point's fields (None for a seed, which has none).
+
+    None where the sampler chooses the points.
+    """
+    if recipe.tune.method == "tpe":
+        return None
     all_points: list[Point] = [dict.fromkeys(space)] * recipe.tune.baseline_seeds + known
 
     def field(name: str) -> Any:

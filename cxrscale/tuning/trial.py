@@ -19,13 +19,15 @@ from cxrscale.config import LOWER_IS_BETTER, Recipe
 from cxrscale.evaluation import metrics, thresholds
 from cxrscale.inference import predictions
 from cxrscale.io import lease, storage
-from cxrscale.training import LocalWorker, RunInputs, checkpoint, launch, run_info, tracking
+from cxrscale.training import LocalWorker, RunInputs, checkpoint, launch, resume, run_info, tracking
 from cxrscale.tuning import search_space
 from cxrscale.types import UserError, one_line
 
 TRIALS = "trials"
 FAILED = "failed.txt"
 """Why a trial failed, in its folder; the search goes on without it."""
+RETRIED = "retried.txt"
+"""Why it had failed before it was run once more."""
 CHECKPOINT_SECONDS = 600.0
 """How long the writing of a checkpoint may take."""
 NUMBER = "number"
@@ -73,7 +75,10 @@ class Study:
 
 
 class BestMetric:
-    """What Tune compares: the best value so far of the metric; NaN without one, and after a failure."""
+    """What Tune compares: the best value so far of the metric; NaN without one, and after a failure.
+
+    An epoch in which the metric is undefined is worse than any other.
+    """
 
     def __init__(self, recipe: Recipe) -> None:
         self.metric = recipe.train.monitor
@@ -84,10 +89,14 @@ class BestMetric:
         """The report to Tune of an epoch's validation metrics."""
         value = line.get(self.metric)
         value = float(value) if value is not None and math.isfinite(value) else math.nan
-        # Written so that NaN, as of a failed trial, replaces the best.
-        if not self._sign * value <= self._sign * self._best:
+        if math.isfinite(value) and not self._sign * value <= self._sign * self._best:
             self._best = value
         return {"epoch": int(line["epoch"]), "best": self._best}
+
+    def failed(self, epochs: int) -> dict[str, float]:
+        """The report of a trial that failed: whatever it had reached, it is never the best."""
+        self._best = math.nan
+        return {"epoch": epochs, "best": self._best}
 
 
 class TrialWorker(LocalWorker):
@@ -133,12 +142,13 @@ def _run_trial(settings: dict[str, Any], study: Study) -> None:
         storage.remove(storage.join(folder, leftover))
     try:
         recipe = study.trial_recipe(number, {name: value for name, value in settings.items() if name != NUMBER})
+        _check_same_point(folder, recipe)
         # Tune may have lost epochs between its last save and a kill.
         for line in validation_lines(folder):
             ray.tune.report(best.report(line))
-        if _finished(folder):
+        if is_finished(folder):
             return
-        storage.write(storage.join(folder, launch.RECIPE), config.to_yaml(recipe))
+        storage.write(storage.join(folder, resume.RECIPE), config.to_yaml(recipe))
         with run_info.record_session(folder, study.inputs, recipe.tune.workers, recipe.tracking.gpu_hour_price):
             if recipe.tune.workers == 1:
                 launch.train_here(recipe, folder, TrialWorker(folder, best, study.use_gpu))
@@ -148,7 +158,23 @@ def _run_trial(settings: dict[str, Any], study: Study) -> None:
         reason = one_line(error, limit=500)
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         storage.write(storage.join(folder, FAILED), kind + reason)
-        ray.tune.report(best.report({"epoch": recipe.train.epochs}))
+        ray.tune.report(best.failed(recipe.train.epochs))
+
+
+def _check_same_point(folder: str, recipe: Recipe) -> None:
+    """A kill may have lost which point a trial had: what another one has trained is no start for this one.
+
+    What is there is removed then: the point that comes back is trained from its start.
+    """
+    address = storage.join(folder, resume.RECIPE)
+    if not storage.exists(address):
+        return
+    changed = resume.changed_fields(recipe, config.read_yaml(storage.read(address), address))
+    if not config.learned_fields(Recipe).isdisjoint(changed):
+        for name in storage.listing(storage.join(folder, checkpoint.FOLDER)):
+            storage.remove(storage.join(folder, checkpoint.FOLDER, name))
+        for name in (checkpoint.BEST, tracking.TRAIN_LOG, run_info.RUN_INFO):
+            storage.remove(storage.join(folder, name))
 
 
 def wait_for_checkpoint(run: str) -> int:
@@ -193,7 +219,7 @@ def score_at_own_thresholds(run: str) -> float:
     return float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
 
 
-def _finished(folder: str) -> bool:
+def is_finished(folder: str) -> bool:
     return storage.exists(storage.join(folder, run_info.RUN_INFO)) and run_info.read_run_info(folder).finished
 
 

@@ -25,11 +25,11 @@ from cxrscale.models import losses
 from cxrscale.shards import manifest
 from cxrscale.shards.splits import refuse_leaks
 from cxrscale.training import checkpoint, loop, optim, tracking
-from cxrscale.training.distributed import LocalWorker
+from cxrscale.training.distributed import LocalWorker, Requests
 from cxrscale.training.loop import TrainContext, microbatches, update_progress
 from cxrscale.training.optim import learning_rate
 from cxrscale.training.state import Progress, TrainState
-from cxrscale.types import Batch, UserError
+from cxrscale.types import Batch, NonFiniteError, UserError
 from tests.conftest import TINY_SEGMENTER, tiny
 from tests.training.test_distributed import GlooWorker
 from tests.training.test_resume import assert_equal, final_state
@@ -167,7 +167,8 @@ def steps_of(segment: bool, *overrides: str, count: int = 3) -> tuple[TrainState
     compiled: Any = torch.compile(model, mode=mode) if mode == "default" else model
     tracker = FakeTracker()
     nothing: Any = None
-    context = TrainContext(recipe, worker, nothing, model, compiled, weights, count, tracker)  # type: ignore[arg-type]
+    requests = Requests(worker)
+    context = TrainContext(recipe, worker, nothing, model, compiled, weights, count, tracker, requests)  # type: ignore[arg-type]
     for _ in loop.train_epoch(context, state, (random_batch(10, segment, seed) for seed in itertools.count())):
         pass
     return state, tracker.losses
@@ -225,12 +226,12 @@ def test_a_compiled_model_learns_the_same() -> None:
 
 
 def test_a_loss_that_is_not_finite_ends_the_run() -> None:
-    with pytest.raises(loop.DivergedError, match=r"the loss is (nan|inf) at step \d+: lower optim.lr"):
+    with pytest.raises(NonFiniteError, match=r"the loss is (nan|inf) at step \d+: lower optim.lr"):
         steps_of(False, "optim.lr=1e30", count=6)
 
 
 class StoppingWorker(LocalWorker):
-    """Asks for a stop at the `after`-th check."""
+    """Asks for a stop at the `after`-th check: one per step, and per batch of a validation."""
 
     def __init__(self, after: int) -> None:
         super().__init__("cpu")
@@ -261,7 +262,7 @@ def test_the_moving_average_is_validated_and_kept_and_resumes_bit_for_bit(nih_sh
     straight, broken = str(tmp_path / "straight"), str(tmp_path / "broken")
     assert loop.train(recipe, straight, LocalWorker("cpu")).finished
     # In the middle of the second epoch.
-    stopped = loop.train(recipe, broken, StoppingWorker(5))
+    stopped = loop.train(recipe, broken, StoppingWorker(6))
     assert (stopped.finished, stopped.progress.epoch, stopped.progress.step) == (False, 1, 2)
     assert loop.train(recipe, broken, LocalWorker("cpu")).finished
     one, other = final_state(straight), final_state(broken)

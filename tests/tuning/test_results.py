@@ -86,6 +86,26 @@ def test_noise_is_not_reported_as_a_gain(seeds: list[TrialRow], message: str) ->
     assert message in results.judge([*seeds, *TRIALS], recipe()).sentence
 
 
+def test_a_trial_that_failed_is_never_chosen() -> None:
+    failed = row("trial-003", [0.99], "failed", reason="the loss is nan at step 9")
+    assert results.judge([*SEEDS, *TRIALS, failed], recipe()).best.name == "trial-001"
+    with pytest.raises(UserError, match="no trial has a auroc: the loss is nan at step 9"):
+        results.judge([*SEEDS, failed], recipe())
+
+
+def test_trials_that_are_all_the_same_have_no_effect() -> None:
+    same = [row(f"trial-00{number}", [0.5, 0.8], lr=10.0**-number) for number in range(3)]
+    stopped = row("trial-003", [0.5], STOPPED)
+    result = results.judge([*SEEDS, *same, stopped], recipe())
+    assert result.sentence.startswith(
+        "no effect: the 4 trials are the same in every epoch to the last digit; optim.lr,"
+    )
+    assert result.gain == 0
+    unchanged = row("trial-000", list(SEEDS[0].curve))
+    result = results.judge([*SEEDS, unchanged, row("trial-001", [0.1, 0.2])], recipe())
+    assert "trial-000, the best trial, is the same in every epoch to the last digit as the unchanged" in result.sentence
+
+
 @pytest.mark.parametrize("count", [1, 2, 12, 100])
 def test_the_lead_by_chance_is_the_expected_maximum_of_normal_samples(count: int) -> None:
     largest = np.random.default_rng(0).standard_normal((20_000, count)).max(axis=1)

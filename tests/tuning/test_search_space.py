@@ -46,8 +46,9 @@ def test_a_quantile_lies_within_the_bounds_and_has_the_distribution_asked_for(
     assert low <= value <= high
     exact = low + unit * (high - low) if kind == "uniform" else low * (high / low) ** unit
     assert value == pytest.approx(exact, rel=1e-3)
-    # The value that a person reads in best.yaml is the value that was trained.
-    assert value in (low, high) or float(f"{value:.4g}") == value
+    # The value that a person reads in best.yaml is the value that was trained: four digits of it, or of a narrow width.
+    decimals = 3 - math.floor(math.log10(min(value, high - low)))
+    assert value in (low, high) or float(f"{value:.{max(0, decimals)}f}") == value or round(value, decimals) == value
 
 
 @given(BOUNDS, UNITS, UNITS, st.sampled_from(["uniform", "loguniform"]))
@@ -123,6 +124,13 @@ def test_choices_are_equally_likely() -> None:
         ({"data__test_split": ["val"]}, "a search never looks at the test split"),
         ({"tracking__log_steps": [1, 2]}, "does not change what is learned"),
         ({"optim__lr": "uniform(1, 2)", "method": "grid"}, "grid takes lists of choices"),
+        ({"loss__focal_gamma": "uniform(1, 4)"}, "changes nothing here, since it needs loss.focal above 0"),
+        (
+            {"optim__plateau_factor": [0.1, 0.5]},
+            "it needs optim.schedule=plateau; set that in the recipe",
+        ),
+        ({"optim__lr": [1e-3]}, "optim.lr has one value, 0.001; set it in the recipe"),
+        ({"optim__lr": [1e-3, 1e-4, 1e-3]}, "0.001 is there twice; name each choice once"),
     ],
 )
 def test_a_mistake_is_one_line(fields: dict[str, Any], message: str) -> None:
@@ -192,3 +200,16 @@ def test_paths_among_choices_become_absolute(tmp_path: Path, monkeypatch: pytest
         search_space.parse_space({"model.weights": ["none", "imagenet", "a/best.pt", "s3://b/c.pt"]})
     )
     assert searched["model.weights"].choices == ("none", "imagenet", str(tmp_path / "a/best.pt"), "s3://b/c.pt")
+
+
+def test_a_field_may_be_searched_with_what_it_needs() -> None:
+    given = searching(loss__focal_gamma="uniform(1, 4)", loss__focal=[0, 1])
+    assert len(search_space.check_space(search_space.parse_space(given.tune.space), given)) == 5
+
+
+@pytest.mark.parametrize("text", ["uniform(0.9995, 0.99999)", "loguniform(0.9995, 0.99999)", "uniform(1000, 1000.5)"])
+def test_a_narrow_domain_is_searched_as_finely_as_a_wide_one(text: str) -> None:
+    searched = domain(text)
+    values = [searched.ppf((index + 0.5) / 1000) for index in range(1000)]
+    assert len(set(values)) > 990
+    assert sum(value == searched.high for value in values) <= 1

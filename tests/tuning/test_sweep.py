@@ -124,7 +124,9 @@ def test_a_killed_search_resumes_and_keeps_what_is_finished(nih_shards: str, tmp
     before = {path.name: (path / "best.pt").stat().st_mtime_ns for path in finished(tmp_path)}
     # A trial whose folder has no run.json yet had not begun to train.
     begun = {path.parent.name for path in (tmp_path / "tiny" / "trials").glob("*/run.json")} - set(before)
-    with pytest.raises(UserError, match="search tiny was begun with other settings in optim"):
+    with pytest.raises(
+        UserError, match="search tiny was begun with another recipe: optim.ema_decay=None before, 0.9 now"
+    ):
         sweep.tune(tiny(nih_shards, tmp_path, LR, *SHORT, *more, "optim.ema_decay=0.9"), "tiny", progress.bar)
     search(recipe)
     trials = rows(tmp_path / "tiny")

@@ -1,9 +1,11 @@
 """A trial reports an epoch to Tune once its files are on disk."""
 
+import math
 import threading
 from pathlib import Path
 
-from cxrscale.config import Tracking
+from cxrscale import config
+from cxrscale.config import Recipe, Tracking
 from cxrscale.training.tracking import Tracker
 from cxrscale.tuning import trial
 
@@ -23,3 +25,29 @@ def test_an_epoch_is_reported_once_its_checkpoint_or_a_later_one_is_written(tmp_
     (tmp_path / "checkpoints" / "step-000000016-0123456789abcdef.pt").touch()
     waiting.join(10)
     assert steps == [12]
+
+
+def test_an_epoch_without_a_metric_is_worse_than_any_other_and_a_failure_than_all() -> None:
+    best = trial.BestMetric(Recipe())
+    reported = [best.report({"epoch": 1, "auroc": value})["best"] for value in (None, 0.6, math.nan, 0.5, 0.7)]
+    assert reported[1:] == [0.6, 0.6, 0.6, 0.7]
+    assert math.isnan(reported[0])
+    assert math.isnan(best.failed(9)["best"])
+
+
+def test_what_another_point_has_trained_is_no_start(tmp_path: Path) -> None:
+    recipe = Recipe()
+    (tmp_path / "recipe.yaml").write_text(config.to_yaml(recipe))
+    (tmp_path / "checkpoints").mkdir()
+    files = [
+        tmp_path / "checkpoints" / "step-000000008-0123456789abcdef.pt",
+        tmp_path / "best.pt",
+        tmp_path / "run.json",
+    ]
+    for path in files:
+        path.touch()
+    trial._check_same_point(str(tmp_path), recipe)
+    assert all(path.exists() for path in files)
+    other = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"lr": 0.5})})
+    trial._check_same_point(str(tmp_path), other)
+    assert not any(path.exists() for path in files)
