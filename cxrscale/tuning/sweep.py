@@ -24,6 +24,7 @@ from cxrscale.config import LOWER_IS_BETTER, Recipe
 from cxrscale.io import lease, storage
 from cxrscale.training import RunInputs, launch, resume, run_info
 from cxrscale.tuning import results, trial
+from cxrscale.tuning.follower import Follower, bars
 from cxrscale.tuning.results import TrialRow
 from cxrscale.tuning.schedulers import Sampler, scheduler
 from cxrscale.tuning.search_info import SearchInfo, SearchSession, is_search, read_search_info, write_search_info
@@ -53,10 +54,6 @@ class SearchResult:
     """False where it was interrupted; re-run the same command to resume."""
     verdict: str
     """Whether the best trial beats the unchanged recipe; empty until finished."""
-
-
-_bars: dict[str, Any] = {}
-"""The progress bar of a search, by its folder: Ray pickles callbacks for a later restore, and a bar cannot be."""
 
 
 def tune(recipe: Recipe, stem: str, show_bar: ShowBar, write_page: WritePage | None = None) -> SearchResult:
@@ -253,15 +250,15 @@ def _run_trials(study: Study, space: Space, max_trials: int | None, show_bar: Sh
             ),
         )
     with show_bar(f"tuning {study.run.rsplit('/', 1)[-1]}", total, None) as bar:
-        _bars[study.run] = bar
+        bars[study.run] = bar
         try:
             ended = tuner.fit()
         finally:
-            del _bars[study.run]
+            del bars[study.run]
     for result in ended:
         if result.error is not None and result.config is not None:
             _record_lost(study.folder(result.config[NUMBER]), result.error)
-    return total, len(ended) == total and all(r.error is not None or (r.metrics or {}).get("done") for r in ended)
+    return total, _all_ended(ended, total)
 
 
 @contextmanager
@@ -315,7 +312,12 @@ def _retry_failed(study: Study, space: Space, total: int, max_trials: int | None
     )
     with show_bar(f"retrying {len(again)} failed trials", None, None):
         ended = tuner.fit()
-    return len(ended) == len(again) and all(r.error is not None or (r.metrics or {}).get("done") for r in ended)
+    return _all_ended(ended, len(again))
+
+
+def _all_ended(ended: Any, count: int) -> bool:
+    """Whether so many trials ran, and each of them to its end or its failure."""
+    return len(ended) == count and all(r.error is not None or (r.metrics or {}).get("done") for r in ended)
 
 
 def _point(study: Study, space: Space, number: int) -> Point:
@@ -387,40 +389,6 @@ def _filesystem(address: str) -> tuple[str, Any]:
 
     files, path = fsspec.core.url_to_fs(address)
     return path, PyFileSystem(FSSpecHandler(files))
-
-
-class Follower(ray.tune.Callback):
-    """Updates the progress bar."""
-
-    def __init__(self, run: str, metric: str, names: list[str]) -> None:
-        self.run, self.metric, self.names = run, metric, names
-        self.best: tuple[float, str] | None = None
-
-    # ruff: noqa: ARG002 - the names of these arguments are Ray's
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Point, **info: Any) -> None:
-        """Update the best so far."""
-        value, name = result["best"], self.names[trial.config[NUMBER]]
-        sign = -1.0 if self.metric in LOWER_IS_BETTER else 1.0
-        if math.isfinite(value) and (self.best is None or sign * value > sign * self.best[0]):
-            self.best = value, name
-        self._show(trials)
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Count the trial."""
-        self._show(trials, trial)
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Count the trial."""
-        self._show(trials, trial)
-
-    def _show(self, trials: list[Any], ended: Any = None) -> None:
-        bar = _bars.get(self.run)
-        if bar is not None:
-            # Ray calls before it sets the status of a trial that has ended.
-            states = ["TERMINATED" if item is ended else item.status for item in trials]
-            best = f"best {self.metric} {self.best[0]:.4f} ({self.best[1]})" if self.best else ""
-            done = states.count("TERMINATED") + states.count("ERROR")
-            bar.update(done, f"{states.count('RUNNING')} running  {best}")
 
 
 # After it

@@ -200,8 +200,9 @@ def test_what_is_not_finite_ends_the_run_and_a_lower_rate_goes_on(
 ) -> None:
     more = ("train.epochs=2", "sampler.steps_per_epoch=4", "train.checkpoint_steps=3", "tracking.log_steps=4")
     recipe = tiny(nih_shards, tmp_path, *more)
-    # Step 6 writes a checkpoint, the next log line is that of step 8: the weights are looked at before it is written.
-    monkeypatch.setattr(torch.autograd, "backward", Diverging(6))
+    # The seventh pass, since preflight does one. Step 6 writes a checkpoint, step 8 the next log line: the weights are
+    # looked at before the checkpoint is written.
+    monkeypatch.setattr(torch.autograd, "backward", Diverging(7))
     with pytest.raises(
         NonFiniteError, match=r"^weight \S+ is not finite after step 6 \(\d+ of \d+ tensors are not\): lower"
     ):

@@ -63,14 +63,13 @@ def run_infos(run: Path) -> list[dict[str, Any]]:
 
 def reached(stage: str, run: Path) -> bool:
     infos = run_infos(run) if (run / "sweep.json").exists() else []
-    finished = sum(info["finished"] for info in infos)
+    finished = sum(bool(info["finished"]) for info in infos)
     all_done = len(infos) == TRIALS + 1 and finished == len(infos)
     return {
         "before the first trial": (run / "sweep.json").exists(),
         "while some wait": len(infos) >= 1,
         "while some run": finished >= 2,
-        "before the verdict": len(infos) == TRIALS + 1
-        and (finished == len(infos) or (run / "trials.parquet").exists()),
+        "before the verdict": all_done or (run / "trials.parquet").exists(),
     }[stage]
 
 

@@ -125,7 +125,7 @@ def test_a_killed_search_resumes_and_keeps_what_is_finished(nih_shards: str, tmp
     # A trial whose folder has no run.json yet had not begun to train.
     begun = {path.parent.name for path in (tmp_path / "tiny" / "trials").glob("*/run.json")} - set(before)
     with pytest.raises(
-        UserError, match="search tiny was begun with another recipe: optim.ema_decay=None before, 0.9 now"
+        UserError, match=r"search tiny was begun with another recipe: optim\.ema_decay=None before, 0\.9 now"
     ):
         sweep.tune(tiny(nih_shards, tmp_path, LR, *SHORT, *more, "optim.ema_decay=0.9"), "tiny", progress.bar)
     search(recipe)
