@@ -87,8 +87,10 @@ class Window:
 
 def bad_rows_error(bad: int, total: int, part: str, recipe: Recipe) -> UserError:
     """The error of too many rows whose images cannot be read; `part` is training or validation."""
+    limit = recipe.data.max_bad_rows
+    field = f"data.max_bad_rows={limit}" if limit is not None else "data.shards"
     return UserError(
-        f"data.max_bad_rows={recipe.data.max_bad_rows}: {bad} of the epoch's {total} rows of {part} could not be read; "
+        f"{field}: {bad} of the epoch's {total} rows of {part} could not be read; "
         f"`cxrscale verify {' '.join(recipe.data.shards)}` names them"
     )
 
