@@ -16,6 +16,7 @@ from cxrscale.loader import training_batches
 from cxrscale.shards import manifest
 from cxrscale.training import checkpoint, health, launch, loop, run_info, tracking
 from cxrscale.training.distributed import LocalWorker
+from cxrscale.training.state import Progress
 from cxrscale.types import Batch, DistContext, NonFiniteError, UserError
 from tests.conftest import tiny
 from tests.training.test_resume import assert_equal, final_state
@@ -153,7 +154,7 @@ def recipe_of(steps: int) -> Recipe:
 
 
 def test_the_first_step_that_is_not_finite_is_named() -> None:
-    state_progress = loop.Progress(step=3)
+    state_progress = Progress(step=3)
     window = health.Window(state_progress, recipe_of(10), 10, DistContext())
     for loss in (0.5, math.inf, math.nan):
         window.add(torch.tensor(loss), torch.tensor(0.0))

@@ -49,10 +49,11 @@ def test_more_workers_than_the_cluster_has_is_a_one_line_error(nih_shards: str, 
 def test_a_mistake_that_only_workers_find_is_a_one_line_error_too(nih_shards: str, tmp_path: Path) -> None:
     recipe = tiny(nih_shards, tmp_path, "optim.lr=1e30", "train.epochs=1", "sampler.steps_per_epoch=6")
     with pytest.raises(
-        UserError,
-        match=r"^the loss is (nan|inf) at step \d: lower optim\.lr or set optim.max_grad_norm=1; under the same",
+        NonFiniteError, match=r"^the loss is (nan|inf) at step \d: lower optim\.lr or set optim\.max_grad"
     ):
         launch.launch(recipe, "tiny", watch_run)
+    info = run_info.read_run_info(str(tmp_path / "tiny"))
+    assert (info.finished, info.diverged, len(info.sessions)) == (False, True, 1)
 
 
 def test_datasets_that_share_images_across_splits_are_refused(
