@@ -9,8 +9,8 @@ from cxrscale.cli.progress import watch_run
 from cxrscale.config import Pack
 from cxrscale.shards import build
 from cxrscale.sources.synthetic.archive import SyntheticPaths
-from cxrscale.training import launch
-from cxrscale.types import UserError
+from cxrscale.training import launch, run_info
+from cxrscale.types import NonFiniteError, UserError
 from tests.conftest import TWO_WORKERS, tiny
 
 
@@ -48,9 +48,7 @@ def test_more_workers_than_the_cluster_has_is_a_one_line_error(nih_shards: str, 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_mistake_that_only_workers_find_is_a_one_line_error_too(nih_shards: str, tmp_path: Path) -> None:
     recipe = tiny(nih_shards, tmp_path, "optim.lr=1e30", "train.epochs=1", "sampler.steps_per_epoch=6")
-    with pytest.raises(
-        NonFiniteError, match=r"^the loss is (nan|inf) at step \d: lower optim\.lr or set optim\.max_grad"
-    ):
+    with pytest.raises(NonFiniteError, match=r"^the loss is (nan|inf) at step \d: lower optim\.lr or set"):
         launch.launch(recipe, "tiny", watch_run)
     info = run_info.read_run_info(str(tmp_path / "tiny"))
     assert (info.finished, info.diverged, len(info.sessions)) == (False, True, 1)
