@@ -16,7 +16,15 @@ ROOMS = (
 """In the order of the data's way: a room imports from those before it."""
 
 DOORS = {
-    "ray": {"cluster", "training/distributed", "training/launch", "tuning/sweep", "tuning/trial", "tuning/schedulers"},
+    "ray": {
+        "cluster",
+        "training/distributed",
+        "training/launch",
+        "tuning/sweep",
+        "tuning/trial",
+        "tuning/follower",
+        "tuning/schedulers",
+    },
     "nvidia": {"loader/dali", "cluster/probe"},
     "wandb": {"training/tracking"},
     "torch": {"types", "cluster/probe", "loader", "models", "training", "inference"},
