@@ -157,7 +157,7 @@ def write_under_source_ids(address: str, scores: Scores, id_map: str) -> None:
     table.writerow(["image_id", *scores.findings])
     for name, score_F in zip(scores.image_id.tolist(), scores.score_NF.tolist(), strict=True):
         table.writerow([source_id[name], *score_F])
-    storage.write(address, text.getvalue(), private=True)
+    storage.write(address, text.getvalue().encode(errors="surrogateescape"), private=True)
 
 
 def read_info(path: str | Path) -> PredictionsInfo:

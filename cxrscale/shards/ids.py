@@ -44,7 +44,9 @@ class Key:
 
         A patient and an image of the same name get the same ID: so an image that is its own patient stays one.
         """
-        return hashlib.blake2b(f"{source}:{name}".encode(), key=self.secret, digest_size=8).hexdigest()
+        # A file's name need not be UTF-8: Python has its other bytes as surrogates.
+        text = f"{source}:{name}".encode(errors="surrogatepass")
+        return hashlib.blake2b(text, key=self.secret, digest_size=8).hexdigest()
 
     @property
     def fingerprint(self) -> str:
@@ -234,10 +236,11 @@ def read_map(address: str) -> dict[str, str]:
     Raises:
         UserError: the file does not exist or is not such a map.
     """
+    text = storage.read(address).decode(errors="surrogateescape")
     try:
-        rows = list(csv.DictReader(io.StringIO(storage.read(address).decode()), strict=True))
-        return {row["image_id"]: row["source_image_id"] for row in rows}
-    except (csv.Error, UnicodeDecodeError, KeyError):
-        raise UserError(
-            f"{address} is not a map of ids; give the file that `cxrscale shard --keep-map` wrote"
-        ) from None
+        header, *rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    except (csv.Error, ValueError):
+        header, rows = [], []
+    if tuple(header) != MAP_COLUMNS or any(len(row) != len(MAP_COLUMNS) for row in rows):
+        raise UserError(f"{address} is not a map of ids; give the file that `cxrscale shard --keep-map` wrote")
+    return {image_id: source_image_id for image_id, source_image_id, *_ in rows}

@@ -248,7 +248,23 @@ def test_a_map_inside_the_dataset_or_in_a_bucket_is_refused(drawn: SyntheticPath
     assert not out.exists()
 
 
-@pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"\xff\xfe", b'image_id,source_image_id\n"1'])
+def test_names_that_are_not_utf_8_are_hashed_and_come_back(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9,\n.png")
+    assert len(Key(b"key").hash("nih", name)) == 16
+    ids.write_map(str(tmp_path / "map.csv"), str(tmp_path / "out"), [("a", name, "p", "")])
+    assert ids.read_map(str(tmp_path / "map.csv")) == {"a": name}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"a,b\n1,2\n",
+        b"\xff\xfe",
+        b'image_id,source_image_id\n"1',
+        b"image_id,source_image_id,patient,source_patient\n1,2\n",
+    ],
+)
 def test_a_file_that_is_no_map_is_one_line(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "map.csv").write_bytes(content)
     with pytest.raises(
