@@ -121,6 +121,8 @@ def audit(
     table.add_row("all images", *map(str, result.splits.values()), style="bold")
     terminal.show(table)
     print(f"{len(result.quarantined)} quarantined, {len(leaks.patients_in_two_splits)} patients in two splits")
+    for line in result.notes:
+        print(terminal.printable(f"note: {line}"))
     for line in leaks.not_checked:
         print(f"not checked: {line}")
     for line in leaks.verdict:

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cxrscale import sources
 from cxrscale.config import ABSENT, AGE_BANDS, PRESENT, UNKNOWN, age_band, has_no_finding
+from cxrscale.io import read_artifact, storage
 from cxrscale.shards import leakage
 from cxrscale.shards.audit_models import (
     Audit,
@@ -22,6 +24,7 @@ from cxrscale.shards.build import UNLABELED
 from cxrscale.shards.leakage import JoinedDatasets
 from cxrscale.shards.manifest import Manifest
 from cxrscale.shards.splits import TEST, TRAIN, VAL
+from cxrscale.sources import LEDGER, Ledger
 
 AREA_EDGES = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 1.0)
 """Bounds of the mask area histogram, as shares of the image."""
@@ -64,7 +67,30 @@ def audit(*roots: str) -> Audit:
             for root, metadata in zip(roots, data.metadata, strict=True)
             for image in metadata["quarantined"]
         ),
+        notes=tuple(_notes(joined.roots)),
     )
+
+
+def _notes(roots: Sequence[str]) -> list[str]:
+    """What the datasets' ledgers say; datasets of versions before 0.3 have none."""
+    addresses = {root: storage.join(root, LEDGER) for root in roots}
+    ledgers = {
+        root: read_artifact(Ledger, address, "shard again")
+        for root, address in addresses.items()
+        if storage.exists(address)
+    }
+    notes = [f"{root}: {note}" for root, ledger in ledgers.items() for note in ledger.notes]
+    editions: dict[str, dict[str, str]] = {}
+    for root, ledger in ledgers.items():
+        for table in ledger.tables:
+            if table.edition is not None:
+                editions.setdefault(ledger.source, {})[root] = f"{table.edition} ({root}, {table.table})"
+    for source, edition_of in editions.items():
+        if len({text.split(" (")[0] for text in edition_of.values()}) > 1:
+            caveat = sources.get(source).editions_differ if source in sources.names() else ""
+            mixed = f"labels of several editions of {source} are mixed: {', '.join(edition_of.values())}"
+            notes.append(f"{mixed}; {caveat}" if caveat else mixed)
+    return notes
 
 
 def stored_pixels(joined: JoinedDatasets) -> npt.NDArray[np.float64]:

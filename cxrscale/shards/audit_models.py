@@ -145,3 +145,5 @@ class Audit(Artifact):
     pixels: PixelStatistics
     masks: MaskStatistics
     quarantined: tuple[QuarantinedImage, ...]
+    notes: tuple[str, ...] = ()
+    """Sentences from the datasets' ledgers: tables of several editions, images that no official list names."""

@@ -274,4 +274,10 @@ def _scan_mm(width: str, height: str, x_mm: str, y_mm: str) -> tuple[float, floa
     return (height_mm, width_mm) if 0 < height_mm < math.inf and 0 < width_mm < math.inf else None
 
 
-SOURCE = Source(NAME, read, publishes_split=True)
+SOURCE = Source(
+    NAME,
+    read,
+    publishes_split=True,
+    editions_differ="of the 5,606 images of Kaggle's sample, 10 have other findings and 1,344 another age than in the "
+    "edition of 2020",
+)

@@ -38,6 +38,8 @@ class Source:
     reliable_patient_ids: bool = True
     """False where each file has a patient ID of its own although patients have several images: nothing can be said
     about patients that splits share until the IDs are taken from another dataset (`--patients-from`)."""
+    editions_differ: str = ""
+    """By how much the editions of its label table differ, where there are several."""
     publishes_split: bool = False
     """Whether it has a test list of its own. pack.split=official means that list, and random where none is published;
     it is an error where the list is missing."""

@@ -158,3 +158,39 @@ def test_the_command_ends_with_the_ledger(nih: Path, tmp_path: Path, capsys: pyt
     assert "Data_Entry_2017_v2020.csv: 2 rows name images, 2 of them found; 1 images without a row" in lines
     assert "left out: 1 files: JPEG, where the source has PNG" in lines
     assert lines[-2:] == ["3 images, 0 quarantined", str((tmp_path / "out").resolve())]
+
+
+def test_an_audit_notes_that_labels_of_two_editions_are_mixed(
+    nih: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sample = tmp_path / "sample"
+    image(sample / "images" / "00000003_000.png")
+    header = (
+        "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
+        "OriginalImageWidth,OriginalImageHeight,OriginalImagePixelSpacing_x,OriginalImagePixelSpacing_y"
+    )
+    row = "00000003_000.png,Mass,0,3,060Y,M,PA,2048,1024,0.2,0.4"
+    table(sample, row, header=header, name="sample_labels.csv")
+    (record,) = sources.read("nih", str(sample)).records
+    assert record.age == 60
+    assert record.spacing_mm == pytest.approx((0.4, 0.4))
+    for root in (nih, sample):
+        settings = Pack(size=32, split="random", val_fraction=0, test_fraction=0)
+        build.build_shards("nih", str(root), settings, str(tmp_path / f"{root.name}-out"), local=True)
+    roots = [str(tmp_path / f"{name}-out") for name in ("nih", "sample")]
+    code, out, _ = run(capsys, "audit", *roots, "--out", str(tmp_path / "audit.html"))
+    assert code == 0
+    (note,) = (line for line in out if "editions" in line)
+    assert "2020 (" in note
+    assert "Kaggle sample (" in note
+    assert "10 have other findings and 1,344 another age" in note
+    assert "Kaggle&#39;s sample" in (tmp_path / "audit.html").read_text()
+    code, out, _ = run(capsys, "audit", roots[0], "--out", str(tmp_path / "audit.html"))
+    assert not any("editions" in line for line in out)
+
+
+def test_a_second_edition_in_the_same_folder_is_not_read_and_noted(nih: Path) -> None:
+    table(nih, "00000001_000.png,Hernia,0,1,57,M,PA,2048,1024,0.2,0.4", name="Data_Entry_2017.csv")
+    content = sources.read("nih", str(nih))
+    assert content.records[0].findings["Hernia"] == 0
+    assert any(note.startswith("Data_Entry_2017.csv is another edition") for note in content.book.ledger().notes)
