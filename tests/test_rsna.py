@@ -68,7 +68,9 @@ def same_in_nih(real: Path, *folders: str) -> dict[str, str]:
     pairs: dict[str, str] = {}
     for folder in folders:
         with (real / folder / "same_image_in_nih.csv").open() as file:
-            pairs.update(list(csv.reader(file))[1:])
+            pairs.update(
+                (row["rsna_id" if "rsna_id" in row else "siim_id"], row["nih_id"]) for row in csv.DictReader(file)
+            )
     return pairs
 
 
