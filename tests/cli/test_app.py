@@ -15,8 +15,6 @@ from cxrscale.cli import app
 from cxrscale.sources.synthetic.archive import SyntheticPaths
 from tests.conftest import TINY_CLASSIFIER
 
-pytestmark = pytest.mark.smoke
-
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, list[str], str]:
     """Exit code, lines of stdout, stderr of `cxrscale words...` in this process."""
@@ -36,6 +34,7 @@ ODD = "a [b] [red] {c} $d$ <i>&amp;\"' :x: \u202ee #1"
 """A folder's name with what markup, Markdown, HTML, formulas, YAML and text from right to left might read as theirs."""
 
 
+@pytest.mark.smoke
 def test_the_whole_way_by_commands_in_a_folder_with_an_odd_name(
     drawn: SyntheticPaths, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -157,6 +156,7 @@ def test_help_teaches() -> None:
         assert command in shown.stdout
 
 
+@pytest.mark.smoke
 def test_the_help_of_every_command_loses_no_character(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

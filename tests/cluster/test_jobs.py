@@ -144,7 +144,6 @@ def test_the_exit_code_and_the_error_line_are_returned(cluster: Cluster) -> None
     assert ran.stderr.rstrip().endswith("failed with exit code 2")
 
 
-@pytest.mark.smoke
 def test_ctrl_c_stops_watching_or_stops_the_job_with_time_for_a_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
     package = tmp_path / "checkout" / "cxrscale"
     package.mkdir(parents=True)

@@ -83,7 +83,6 @@ def packers() -> list[psutil.Process]:
     return [process for process in psutil.process_iter(["cmdline"]) if name in (process.info["cmdline"] or [])]
 
 
-@pytest.mark.smoke
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_killed_ray_worker_costs_only_its_shard(trap: Trap, nih_shards: str, tmp_path: Path) -> None:
     failures: list[BaseException] = []

@@ -44,7 +44,6 @@ def test_more_workers_than_the_cluster_has_is_a_one_line_error(nih_shards: str, 
         )
 
 
-@pytest.mark.smoke
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_mistake_that_only_workers_find_is_a_one_line_error_too(nih_shards: str, tmp_path: Path) -> None:
     recipe = tiny(nih_shards, tmp_path, "optim.lr=1e30", "train.epochs=1", "sampler.steps_per_epoch=6")
