@@ -17,11 +17,14 @@ from cxrscale.evaluation import (
     DEFAULT_MASK_RULE,
     Comparison,
     MaskRule,
+    ReaderComparison,
     TestMetrics,
     Thresholds,
     artifacts,
+    calls,
     comparison,
     metrics,
+    reader_comparison,
     summary,
 )
 from cxrscale.io import storage, write_artifact
@@ -256,6 +259,35 @@ def compare_runs(
     return result.model_copy(update={"split": split, **sides})
 
 
+def compare_with_readers(
+    run: Run | str | Path, tables: Sequence[str], split: str = "test", resamples: int = 2000, seed: int = 0
+) -> ReaderComparison:
+    """A run's calls at its thresholds against readers who labeled images of a split: F1 by the protocol of CheXNet.
+
+    Args:
+        tables: CSV tables, as `evaluation.reader_comparison.read_tables` describes them.
+        split: val or test.
+        resamples: bootstrap resamples of the patients.
+        seed: of the bootstrap.
+
+    Raises:
+        UserError: the run has no thresholds; a table cannot be used, or fits no image or finding of the run.
+    """
+    from cxrscale.inference import predictions
+
+    trained = run if isinstance(run, Run) else Run(run)
+    readers = reader_comparison.read_tables(tables)
+    thresholds, scores = trained.thresholds(), trained.predictions(split)
+    called = calls.call_split(scores.logit_NF, scores.findings, thresholds)
+    row_of = _row_finder(trained.recipe, scores)
+    result = reader_comparison.compare_with_readers(scores, called, readers, row_of, resamples, seed)
+    info = predictions.read_info(predictions.predictions_path(trained.path, split))
+    side = artifacts.ComparedRun(
+        name=trained.name, run=trained.path, checkpoint=info.checkpoint, manifest=info.manifest
+    )
+    return result.model_copy(update={"split": split, "run": side})
+
+
 def train(recipe: Recipe | str | Path, name: str | None = None, *, local: bool = False) -> Run:
     """Train a recipe; an unfinished run of the same name is resumed.
 
@@ -333,6 +365,39 @@ def _rule(recipe: Recipe, overrides: Sequence[str], findings: Sequence[str]) -> 
     return rule
 
 
+def _row_finder(recipe: Recipe, scores: Scores) -> Callable[[str], int | None]:
+    """The row of the scores that an image's name in its source means, with or without folders and suffix.
+
+    Names in datasets with keyed IDs are found with the key of this user, where that is the datasets' own.
+    """
+    from cxrscale import sources
+    from cxrscale.shards import ids, manifest
+
+    exact = {str(name): row for row, name in enumerate(scores.image_id.tolist())}
+    folded: dict[str, set[int]] = {}
+    for name, row in exact.items():
+        folded.setdefault(sources.image_key(name), set()).add(row)
+    metadata = manifest.load(*recipe.data.shards).metadata
+    keyed = [item for item in metadata if item.get("key_fingerprint")]
+    key = ids.read_key(config.Pack()) if keyed else None
+    namespaces = [item["source"] for item in keyed if key is not None and item["key_fingerprint"] == key.fingerprint]
+
+    def row_of(name: str) -> int | None:
+        if name in exact:
+            return exact[name]
+        file = name.replace("\\", "/").rpartition("/")[2]
+        stem = file.rpartition(".")[0] or file
+        for source in namespaces:
+            for spelling in (name, file, stem, f"{file}.png", f"{stem}.png", f"{stem}.jpeg"):
+                assert key is not None
+                if (row := exact.get(key.hash(source, spelling))) is not None:
+                    return row
+        rows = folded.get(sources.image_key(name), set())
+        return next(iter(rows)) if len(rows) == 1 else None
+
+    return row_of
+
+
 def _mask_rule(run: Run) -> MaskRule:
     stored = run.thresholds().mask_rule if storage.exists(run.artifact(artifacts.THRESHOLDS)) else None
     return stored or DEFAULT_MASK_RULE
@@ -345,13 +410,13 @@ def _data_info(joined: JoinedDatasets, recipe: Recipe) -> artifacts.DataInfo:
 
     roles = {"train": recipe.data.train_split, "val": recipe.data.val_split, "test": recipe.data.test_split}
     rows = {role: usable_rows(joined.data, splits, recipe.data) for role, splits in roles.items()}
-    leaks = leakage.find_leaks(joined)
+    leaks, person_N = leakage.find_leaks(joined), leakage.persons(joined)
     return artifacts.DataInfo(
         parts={
             role: artifacts.PartInfo(
                 splits=splits,
                 images=len(rows[role]),
-                patients=len(set(joined.data.patient[rows[role]].tolist())),
+                patients=len(set(person_N[rows[role]].tolist())),
             )
             for role, splits in roles.items()
         },

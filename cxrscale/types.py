@@ -149,13 +149,37 @@ class Scores:
 
     image_id: npt.NDArray[np.object_]
     patient: npt.NDArray[np.object_]
-    score_NF: npt.NDArray[np.float32]
-    """Probabilities in 0..1, columns in the order of `findings`."""
+    logit_NF: npt.NDArray[np.float32] | npt.NDArray[np.float64]
+    """Logits, columns in the order of `findings`; for segmentation of the map's highest pixel. They rank images:
+    probabilities of logits above 17 are all 1 in float32. float64 where they were computed from probabilities."""
     label_NF: npt.NDArray[np.float32]
     """1 present, 0 absent, NaN unlabeled."""
     findings: tuple[str, ...]
     maps: ScoreHistograms | None = None
     """For segmentation: what the choice of thresholds needs from the score maps."""
+
+    @property
+    def probability_NF(self) -> npt.NDArray[np.float64]:
+        """Probabilities in 0..1 of the logits; not calibrated."""
+        return probabilities_of(self.logit_NF)
+
+
+def probabilities_of(logit: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """The probability of each logit, in float64: distinct for logits up to 36."""
+    from scipy.special import expit
+
+    return np.asarray(expit(np.asarray(logit, dtype=np.float64)), dtype=np.float64)
+
+
+def logits_of(probability: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """The logit of each probability, in float64, for scores that were stored as float32 probabilities.
+
+    0 and 1, which a float32 sigmoid reaches, become -104 and 17.4, beyond the logits of their neighbors; NaN stays.
+    """
+    from scipy.special import logit
+
+    value = np.asarray(probability, dtype=np.float64)
+    return np.asarray(logit(np.clip(value, 2.0**-150, 1 - 2.0**-25)), dtype=np.float64)
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,7 +136,7 @@ def test_7_metrics_have_intervals_and_count_each_image_once(way: Way) -> None:
     scores = predictions.read_predictions(way.run / "predictions-test.parquet")
     assert sorted(scores.image_id) == sorted(data.image_id[data.split == "test"])
     place = scores.image_id.tolist().index(keyed("nih", way.record.image_id))
-    way.facts["score"] = scores.score_NF[place]
+    way.facts["score"] = scores.probability_NF[place]
 
 
 def test_8_a_file_is_predicted_as_its_shard_was(way: Way) -> None:

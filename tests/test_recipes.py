@@ -365,7 +365,7 @@ def copies_of_hard_images(resolved: Recipe) -> set[int]:
     """How often one pass has each of the images on which the first run was most wrong."""
     data = manifest.load(*resolved.data.shards)
     scores = predictions.read_predictions(str(resolved.sampler.hard_predictions))
-    error_N = np.abs(scores.score_NF - scores.label_NF)[:, 0]
+    error_N = np.abs(scores.probability_NF - scores.label_NF)[:, 0]
     hard = max(1, round(resolved.sampler.hard_share * len(error_N)))
     worst = set(scores.image_id[np.argsort(-error_N)[:hard]].tolist())
     stream = open_training_stream(data, resolved)

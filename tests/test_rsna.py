@@ -153,7 +153,7 @@ def test_the_recipe_runs_end_to_end_with_two_confusion_matrices(real: Path, tmp_
     matrices = [finding.at_threshold, *finding.report_at]
     assert [matrix.threshold for matrix in matrices] == [0.5, 0.25]
     for matrix in matrices:
-        called_N = scores.score_NF[:, 0] >= matrix.threshold
+        called_N = scores.probability_NF[:, 0] >= matrix.threshold
         expected = {
             "tp": int((called_N & (label_N == 1)).sum()),
             "fp": int((called_N & (label_N == 0)).sum()),

@@ -75,7 +75,7 @@ def test_thresholds_are_chosen_on_validation_alone(run: Run) -> None:
     assert len(with_positives) >= 2
     for f in with_positives:
         row = chosen.thresholds[scores.findings[f]]
-        called = (scores.score_NF[:, f] >= row.threshold.value)[scores.label_NF[:, f] == 1]
+        called = (scores.probability_NF[:, f] >= row.threshold.value)[scores.label_NF[:, f] == 1]
         assert row.on_validation is not None
         assert row.on_validation.recall.value == pytest.approx(called.mean())
         assert called.mean() >= 0.8
@@ -148,7 +148,7 @@ def auroc_on_test(run: Run, name: str) -> float:
     data = manifest.load(*recipe.data.shards)
     batches = evaluation_batches(data, ("test",), recipe)
     rows = scoring.score(model, batches, recipe, LocalWorker().dist)
-    return metrics.macro_auroc(rows.score_NF, data.labels(recipe.data.findings)[rows.row_N])
+    return metrics.macro_auroc(rows.logit_NF, data.labels(recipe.data.findings)[rows.row_N])
 
 
 @pytest.mark.parametrize("task", ["classify", "segment"])
@@ -177,9 +177,9 @@ def test_another_test_split_changes_nothing_that_is_chosen(
 
     # Chosen on the test split, every one of them would differ.
     a, b = (run.predictions("test") for run in (one, other))
-    np.testing.assert_array_equal(a.score_NF, b.score_NF)
+    np.testing.assert_array_equal(a.logit_NF, b.logit_NF)
     for f in range(len(a.findings)):
-        pair = [(scores.score_NF[:, f], scores.label_NF[:, f]) for scores in (a, b)]
+        pair = [(scores.logit_NF[:, f], scores.label_NF[:, f]) for scores in (a, b)]
         assert searches.best_f1_threshold(*pair[0]).value != searches.best_f1_threshold(*pair[1]).value
         assert calibration.fit("platt", *pair[0]) != calibration.fit("platt", *pair[1])
     if a.maps is not None and b.maps is not None:
@@ -231,9 +231,9 @@ def test_scores_without_a_metric_are_refused(run: Run) -> None:
     run.evaluate(20)
     path = run.artifact("predictions-test.parquet")
     scores, info = predictions.read_predictions(path), predictions.read_info(path)
-    bad = scores.score_NF.copy()
+    bad = scores.logit_NF.copy()
     bad[3, 1] = np.nan
-    predictions.write_predictions(path, replace(scores, score_NF=bad), info)
+    predictions.write_predictions(path, replace(scores, logit_NF=bad), info)
     with pytest.raises(UserError, match=rf"{path}: the score of Effusion of image {scores.image_id[3]} is nan"):
         run.evaluate(20)
     alone = np.array(["one"] * len(scores.patient), dtype=object)

@@ -11,7 +11,7 @@ import typer
 
 from cxrscale.cli import progress
 from cxrscale.cli.group import Overrides, Resamples, RunFolder, app
-from cxrscale.io import storage
+from cxrscale.io import storage, terminal
 from cxrscale.types import UserError
 
 # Each command imports what it runs: torch, Ray and DALI take seconds that `--help` and a typing mistake need not.
@@ -53,19 +53,38 @@ def evaluate_command(run: RunFolder, resamples: Resamples = 1000) -> None:
 @app.command("compare")
 def compare_command(
     run_a: Annotated[str, typer.Argument(help="A run's folder.", metavar="RUN_A")],
-    run_b: Annotated[str, typer.Argument(help="Another run's folder, over the same datasets.", metavar="RUN_B")],
+    run_b: Annotated[
+        str | None, typer.Argument(help="Another run's folder, over the same datasets.", metavar="RUN_B")
+    ] = None,
+    readers: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Instead of RUN_B: a CSV table of what readers said; its first column names the image, the others are "
+            "findings (1, 0, -1 for uncertain). One file per reader (give the option several times), or one with a "
+            "column 'reader'."
+        ),
+    ] = None,
     split: Annotated[str, typer.Option(help="The split that both are scored on: val or test.")] = "test",
     resamples: Annotated[int, typer.Option(help="Bootstrap resamples of the patients.", min=2)] = 2000,
     out: Annotated[str, typer.Option(help="The JSON file of differences.")] = "compare.json",
 ) -> None:
-    """Is one run better than another, or is it chance? AUROC and Dice as A - B on the same images.
+    """Is one run better than another, or than readers, or is it chance?
 
-    Intervals and p-values count patients, not images; 'Holm' adjusts for the number of findings.
+    Two runs: AUROC and Dice as A - B on the same images. Intervals and p-values count patients, not images; 'Holm'
+    adjusts for the number of findings. --readers: F1 of the run's calls, and of each radiologist, against all others.
     """
     from cxrscale.io import write_artifact
     from cxrscale.reporting import tables
-    from cxrscale.run import compare_runs
+    from cxrscale.run import compare_runs, compare_with_readers
 
+    if (run_b is None) == (not readers):
+        raise UserError("compare takes either a second run or --readers TABLE.csv")
+    if run_b is None:
+        against = compare_with_readers(run_a, readers or [], split, resamples)
+        tables.print_readers(against)
+        write_artifact(out, against)
+        print(storage.absolute(out))
+        return
     comparison = compare_runs(run_a, run_b, split, resamples)
     tables.print_comparison(comparison)
     for side, findings in ((comparison.a, comparison.only_in_a), (comparison.b, comparison.only_in_b)):
@@ -90,7 +109,10 @@ def predict_command(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The file of predictions; a CSV with an id map.")] = None,
 ) -> None:
-    """Probabilities for image files (predict a.dcm b.png --run runs/NAME) or of a split (--split train).
+    """Probabilities and calls for image files (predict a.dcm b.png --run runs/NAME), or scores of a split (--split
+    train).
+
+    A file's probabilities are calibrated and called present or absent at the run's stored thresholds, as by evaluate.
 
     Files whose gray values are certain are read even where `shard` would refuse them, with a warning in the result.
     """
@@ -110,11 +132,14 @@ def predict_command(
         return
     out = out or Path("predictions.json")
     predictor = Predictor(run)
+    for note in predictor.provenance.notes:
+        terminal.note(f"{run}: {note}")
     results = predictor.predict(files or [])
     for prediction in results:
         print(prediction.path)
         for name, value in prediction.probabilities.items():
-            print(f"  {name:<20} {value:.4f}")
+            call = "" if name not in prediction.calls else "  present" if prediction.calls[name] else "  absent"
+            print(f"  {name:<20} {value:.4f}{call}")
         if prediction.error:
             print(f"  not read: {prediction.error}")
         for warning in prediction.warnings:

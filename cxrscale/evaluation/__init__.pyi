@@ -1,10 +1,13 @@
 from . import artifacts as artifacts
 from . import calibration as calibration
+from . import calls as calls
 from . import comparison as comparison
 from . import metrics as metrics
+from . import reader_comparison as reader_comparison
 from . import summary as summary
 from . import thresholds as thresholds
 from .artifacts import Comparison as Comparison
+from .artifacts import ReaderComparison as ReaderComparison
 from .artifacts import TestMetrics as TestMetrics
 from .artifacts import Thresholds as Thresholds
 from .metrics import Estimate as Estimate

@@ -278,6 +278,43 @@ class ComparedRun(ArtifactPart):
     """Digest of its datasets."""
 
 
+class ReaderFinding(ArtifactPart):
+    """F1 of one finding by the protocol of CheXNet (Rajpurkar et al. 2017)."""
+
+    images: int
+    """Images that all readers labeled."""
+    run: Estimate
+    """Of the run's calls against each reader's labels, averaged."""
+    readers: Mapping[str, Estimate]
+    """Of each reader against the other readers and the run, averaged."""
+    reader_mean: Estimate
+    """The mean of `readers`."""
+    difference: Estimate
+    """run - reader_mean, on the same resamples."""
+
+
+class ReaderComparison(Artifact):
+    """A run and readers of the same images."""
+
+    schema_version: int = 1
+    run: ComparedRun
+    split: str = ""
+    readers: tuple[str, ...]
+    images: int
+    """Images of the split that a reader labeled."""
+    patients: int
+    resamples: int
+    """Bootstrap resamples of the patients."""
+    seed: int
+    """Of the bootstrap."""
+    rows_without_image: Mapping[str, int]
+    """Reader -> rows of images that the run has not scored."""
+    findings: Mapping[str, ReaderFinding]
+    """By finding that the run and all readers have."""
+    not_compared: tuple[str, ...]
+    """Findings of the run that a reader's table has no column for."""
+
+
 class Comparison(Artifact):
     """Two runs on the same images."""
 

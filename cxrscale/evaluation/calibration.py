@@ -8,14 +8,12 @@ from typing import Annotated, Literal
 import numpy as np
 import numpy.typing as npt
 from pydantic import Discriminator
-from scipy.optimize import minimize, minimize_scalar
+from scipy.optimize import brentq, minimize
 from scipy.special import expit, logit
 from sklearn.isotonic import IsotonicRegression
 
 from cxrscale.evaluation.metrics import Estimate, Floats, absent_class, known, undefined
-
-MARGIN = 1e-7
-"""Scores are clipped to this distance from 0 and 1 before the logit: a float32 sigmoid reaches both."""
+from cxrscale.types import probabilities_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +24,9 @@ class Unchanged:
     """Why there is none where the rule asks for one."""
     kind: Literal["none"] = "none"
 
-    def apply(self, score_N: npt.ArrayLike) -> Floats:
-        """(N,) the same probabilities."""
-        return np.asarray(score_N, dtype=np.float64)
+    def apply(self, logit_N: npt.ArrayLike) -> Floats:
+        """(N,) the model's own probabilities."""
+        return probabilities_of(logit_N)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +38,9 @@ class Platt:
     offset: float
     kind: Literal["platt"] = "platt"
 
-    def apply(self, score_N: npt.ArrayLike) -> Floats:
+    def apply(self, logit_N: npt.ArrayLike) -> Floats:
         """(N,) calibrated probabilities."""
-        return np.asarray(expit(self.slope * _logit(score_N) + self.offset), dtype=np.float64)
+        return probabilities_of(self.slope * np.asarray(logit_N, dtype=np.float64) + self.offset)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +50,9 @@ class Temperature:
     temperature: float
     kind: Literal["temperature"] = "temperature"
 
-    def apply(self, score_N: npt.ArrayLike) -> Floats:
+    def apply(self, logit_N: npt.ArrayLike) -> Floats:
         """(N,) calibrated probabilities."""
-        return np.asarray(expit(_logit(score_N) / self.temperature), dtype=np.float64)
+        return probabilities_of(np.asarray(logit_N, dtype=np.float64) / self.temperature)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +60,13 @@ class Isotonic:
     """Isotonic regression, linear between its knots (Zadrozny & Elkan 2002). It produces ties, 0 and 1."""
 
     score: tuple[float, ...]
+    """The model's own probabilities at the knots."""
     probability: tuple[float, ...]
     kind: Literal["isotonic"] = "isotonic"
 
-    def apply(self, score_N: npt.ArrayLike) -> Floats:
+    def apply(self, logit_N: npt.ArrayLike) -> Floats:
         """(N,) calibrated probabilities."""
-        return np.asarray(np.interp(np.asarray(score_N, dtype=np.float64), self.score, self.probability))
+        return np.asarray(np.interp(probabilities_of(logit_N), self.score, self.probability))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,24 +93,25 @@ Calibrator = Annotated[Unchanged | Platt | Temperature | Isotonic, Discriminator
 """What `fit` returns; thresholds.json holds one per finding, its class by `kind`."""
 
 
-def fit(kind: str, score_N: npt.ArrayLike, label_N: npt.ArrayLike) -> Calibrator:
+def fit(kind: str, logit_N: npt.ArrayLike, label_N: npt.ArrayLike) -> Calibrator:
     """A calibrator fitted on validation scores; NaN labels are left out.
 
     Args:
         kind: none, platt, temperature or isotonic.
-        score_N: probabilities in 0..1.
+        logit_N: the model's logits.
 
-    Where a class is absent nothing can be fitted: `Unchanged` with the reason.
+    Where nothing can be fitted it is `Unchanged` with the reason: a class is absent, or no temperature is the most
+    likely one.
     """
     assert kind in ("none", "platt", "temperature", "isotonic"), kind
-    score, label = known(score_N, label_N)
+    logits, label = known(logit_N, label_N)
     reason = absent_class(label)
     if kind == "none" or reason:
         return Unchanged(f"{reason} in validation" if reason and kind != "none" else "")
     if kind == "isotonic":
-        fitted = IsotonicRegression(y_min=0.0, y_max=1.0, out_of_bounds="clip").fit(score, label)
+        fitted = IsotonicRegression(y_min=0.0, y_max=1.0, out_of_bounds="clip").fit(probabilities_of(logits), label)
         return Isotonic(tuple(fitted.X_thresholds_.tolist()), tuple(fitted.y_thresholds_.tolist()))
-    return _platt(score, label) if kind == "platt" else _temperature(score, label)
+    return _platt(logits, label) if kind == "platt" else _temperature(logits, label)
 
 
 def estimate_prior(score_N: npt.ArrayLike, source: float, tolerance: float = 1e-9, max_steps: int = 20_000) -> Estimate:
@@ -142,9 +142,9 @@ def estimate_prior(score_N: npt.ArrayLike, source: float, tolerance: float = 1e-
     return Estimate(prior, reason=f"not converged after {max_steps} steps" if 0 < prior < 1 else "one class left")
 
 
-def _platt(score: Floats, label: Floats) -> Platt:
+def _platt(logits: Floats, label: Floats) -> Platt:
     """Maximum likelihood with Platt's targets, (p + 1) / (p + 2) and 1 / (n + 2), which keep a separable fit finite."""
-    logits, positives = _logit(score), float((label == 1).sum())
+    positives = float((label == 1).sum())
     target = np.where(label == 1, (positives + 1) / (positives + 2), 1 / (len(label) - positives + 2))
 
     def loss(parameters: Floats) -> tuple[float, Floats]:
@@ -158,18 +158,24 @@ def _platt(score: Floats, label: Floats) -> Platt:
     return Platt(float(result.x[0]), float(result.x[1]))
 
 
-def _temperature(score: Floats, label: Floats) -> Temperature:
-    """Maximum likelihood over temperatures of 0.01 to 100."""
-    logits = _logit(score)
+def _temperature(logits: Floats, label: Floats) -> Temperature | Unchanged:
+    """Maximum likelihood: the slope 1 / temperature at which the derivative, which rises with it, is 0."""
+    sign = 2 * label - 1
 
-    def loss(log_temperature: float) -> float:
-        z = logits * np.exp(-log_temperature)
-        return float((np.logaddexp(0, z) - label * z).mean())
+    def derivative(slope: float) -> float:
+        return float(-(sign * logits * expit(-sign * slope * logits)).mean())
 
-    bound = float(np.log(100))
-    result = minimize_scalar(loss, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-8})
-    return Temperature(float(np.exp(result.x)))
-
-
-def _logit(score_N: npt.ArrayLike) -> Floats:
-    return np.asarray(logit(np.clip(np.asarray(score_N, dtype=np.float64), MARGIN, 1 - MARGIN)), dtype=np.float64)
+    if derivative(0.0) >= 0:
+        return Unchanged("in validation higher scores are not more likely to be positive: no temperature is best")
+    if (sign * logits >= 0).all():
+        return Unchanged(
+            "the sign of the logit tells the classes apart in validation: the lower the temperature, the likelier"
+        )
+    # Slopes in units of the logits' own size, whatever that is.
+    unit = 1 / float(np.abs(logits).mean())
+    low, high = unit, unit
+    while derivative(low) >= 0:
+        low /= 4
+    while derivative(high) <= 0:
+        high *= 4
+    return Temperature(1 / float(brentq(derivative, low, high, xtol=1e-300, rtol=1e-12)))

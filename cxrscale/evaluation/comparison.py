@@ -61,7 +61,7 @@ def compare_scores(
         a, b = run_a.findings.index(name), run_b.findings.index(name)
         label_N = run_a.label_NF[:, a]
         _refuse_other_labels(run_a, label_N, run_b.label_NF[row_b_N, b], name, names)
-        score_2N = np.stack([run_a.score_NF[:, a], run_b.score_NF[row_b_N, b]]).astype(np.float64)
+        score_2N = np.stack([run_a.logit_NF[:, a], run_b.logit_NF[row_b_N, b]]).astype(np.float64)
         auroc_2FR[:, f] = [metrics.bootstrap_auroc(score_N, label_N, weights_RN) for score_N in score_2N]
         rows[name] = _finding(score_2N, label_N, run_a.patient, auroc_2FR[:, f])
     adjusted = metrics.holm([row.p_delong_patients for row in rows.values()]).tolist()

@@ -28,7 +28,7 @@ from cxrscale.evaluation.calibration import PriorShift, Unchanged
 from cxrscale.evaluation.metrics import AtThreshold, BootstrapWeights, Curve, Estimate, Floats
 from cxrscale.evaluation.thresholds import MaskRule
 from cxrscale.shards import Manifest
-from cxrscale.types import Scores
+from cxrscale.types import Scores, probabilities_of
 
 MAX_THREADS = 8
 """Findings that are processed at once: each takes some 200 MB of temporary arrays on 25,596 images."""
@@ -71,7 +71,7 @@ def choose_thresholds(scores: Scores, rule: Threshold, weights_RN: BootstrapWeig
 
     def choose(f: int) -> tuple[FindingThreshold, FindingCalibration]:
         prior = rule.priors.get(scores.findings[f])
-        return _choose_finding(scores.score_NF[:, f], scores.label_NF[:, f], rule, weights_RN, prior)
+        return _choose_finding(scores.logit_NF[:, f], scores.label_NF[:, f], rule, weights_RN, prior)
 
     rows = dict(zip(scores.findings, _in_threads(choose, len(scores.findings)), strict=True))
     mask_rule = None if scores.maps is None else thresholds.best_mask_rule(scores.maps)
@@ -128,16 +128,17 @@ def subgroups_of(scores: Scores, data: Manifest) -> dict[str, npt.NDArray[np.obj
 
 
 def final_probabilities(
-    score_N: npt.ArrayLike, fitted: FindingCalibration, rule: Threshold, prior: float | None
+    logit_N: npt.ArrayLike, fitted: FindingCalibration, rule: Threshold, prior: float | None
 ) -> Probabilities:
     """Calibrated and final probabilities of a finding.
 
     Args:
+        logit_N: the model's.
         fitted: the finding's calibrator and its prevalence in validation.
         prior: its prevalence where the model is used, for prior_shift=known.
     """
-    raw_N = np.asarray(score_N, dtype=np.float64)
-    calibrated_N = fitted.calibrator.apply(score_N)
+    raw_N = probabilities_of(logit_N)
+    calibrated_N = fitted.calibrator.apply(logit_N)
     shift, reason = _shift(fitted, calibrated_N, rule, prior)
     final_N = calibrated_N if shift is None else shift.apply(calibrated_N)
     return Probabilities(raw_N, calibrated_N, final_N, shift, reason)
@@ -151,7 +152,7 @@ def threshold_curves(scores: Scores, chosen: ChosenThresholds) -> dict[str, Curv
     curves = {}
     for f, name in enumerate(scores.findings):
         fitted, prior = chosen.calibration[name], rule.priors.get(name)
-        final_N = final_probabilities(scores.score_NF[:, f], fitted, before, prior).final_N
+        final_N = final_probabilities(scores.logit_NF[:, f], fitted, before, prior).final_N
         curves[name] = metrics.pr_curve(final_N, scores.label_NF[:, f])
     return curves
 
@@ -171,19 +172,19 @@ def mask_threshold_curve(scores: Scores, rule: MaskRule) -> DiceCurve:
 
 
 def _choose_finding(
-    score_N: npt.NDArray[np.float32],
+    logit_N: npt.ArrayLike,
     label_N: npt.NDArray[np.float32],
     rule: Threshold,
     weights_RN: BootstrapWeights,
     prior: float | None,
 ) -> tuple[FindingThreshold, FindingCalibration]:
-    calibrator = calibration.fit(rule.calibration, score_N, label_N)
-    calibrated_N = calibrator.apply(score_N)
+    calibrator = calibration.fit(rule.calibration, logit_N, label_N)
+    calibrated_N = calibrator.apply(logit_N)
     unchanged = isinstance(calibrator, Unchanged)
     fitted = FindingCalibration(
         calibrator=calibrator,
         prevalence=_prevalence(label_N),
-        before=metrics.probability_metrics(score_N, label_N, weights_RN),
+        before=metrics.probability_metrics(probabilities_of(logit_N), label_N, weights_RN),
         after=None if unchanged else metrics.probability_metrics(calibrated_N, label_N, weights_RN),
     )
     shift = _shift(fitted, calibrated_N, rule, prior)[0] if rule.prior_shift == "known" else None
@@ -239,19 +240,19 @@ def _evaluate_finding(
     scores: Scores, f: int, chosen: ChosenThresholds, weights_RN: BootstrapWeights, groups: Groups
 ) -> tuple[FindingMetrics, Floats, Floats]:
     """A finding's metrics, and its AUROC and AUPRC in each resample."""
-    name, score_N, label_N = scores.findings[f], scores.score_NF[:, f], scores.label_NF[:, f]
+    name, logit_N, label_N = scores.findings[f], scores.logit_NF[:, f], scores.label_NF[:, f]
     rule, fitted, threshold = chosen.rule, chosen.calibration[name], chosen.thresholds[name]
-    auroc_R = metrics.bootstrap_auroc(score_N, label_N, weights_RN)
-    auprc_R = metrics.bootstrap_auprc(score_N, label_N, weights_RN)
-    probabilities = final_probabilities(score_N, fitted, rule, rule.priors.get(name))
+    auroc_R = metrics.bootstrap_auroc(logit_N, label_N, weights_RN)
+    auprc_R = metrics.bootstrap_auprc(logit_N, label_N, weights_RN)
+    probabilities = final_probabilities(logit_N, fitted, rule, rule.priors.get(name))
     final = metrics.probability_metrics(probabilities.final_N, label_N, weights_RN)
     steps = calibration_steps(probabilities, fitted)
     row = FindingMetrics(
         positives=int((label_N == 1).sum()),
         negatives=int((label_N == 0).sum()),
         unlabeled=int(np.isnan(label_N).sum()),
-        auroc=_with_interval(metrics.auroc(score_N, label_N), auroc_R),
-        auprc=_with_interval(metrics.auprc(score_N, label_N), auprc_R),
+        auroc=_with_interval(metrics.auroc(logit_N, label_N), auroc_R),
+        auprc=_with_interval(metrics.auprc(logit_N, label_N), auprc_R),
         at_threshold=_at(probabilities.final_N, label_N, threshold.threshold, weights_RN),
         threshold_reason="" if threshold.threshold.defined else threshold.threshold.reason,
         report_at=tuple(metrics.at_thresholds(probabilities.final_N, label_N, rule.report_at, weights_RN)),
@@ -265,7 +266,7 @@ def _evaluate_finding(
             None if rule.prior_shift == "none" else _prior_shift(probabilities, label_N, threshold, weights_RN)
         ),
         subgroups={
-            by: _subgroups(metrics.by_group(score_N, label_N, group_N, weights_RN)) for by, group_N in groups.items()
+            by: _subgroups(metrics.by_group(logit_N, label_N, group_N, weights_RN)) for by, group_N in groups.items()
         },
     )
     return row, auroc_R, auprc_R

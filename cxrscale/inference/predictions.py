@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +19,28 @@ from pydantic import ValidationError
 
 from cxrscale.config import Recipe
 from cxrscale.inference.predictor import load_model
-from cxrscale.io import Artifact, storage
+from cxrscale.io import Artifact, storage, terminal
 from cxrscale.loader import evaluation_batches
 from cxrscale.models import forward, probabilities
-from cxrscale.shards import Manifest, ids, manifest
+from cxrscale.shards import Manifest, ids, leakage, manifest
 from cxrscale.training import LocalWorker, scoring
-from cxrscale.types import Batch, ScoreHistograms, Scores, UserError
+from cxrscale.types import Batch, ScoreHistograms, Scores, UserError, logits_of
 
 MASK = "mask."
 """Prefix of the columns that hold score histograms of segmentation maps."""
+LOGIT, LABEL = "logit.", "label."
+"""Prefixes of the columns of a finding."""
+PROBABILITY = "score."
+"""Prefix that the files of schema version 1 have instead of `LOGIT`: they hold float32 probabilities."""
 INFO = b"cxrscale"
 """Key of `PredictionsInfo` in the file's metadata."""
 
 
 class PredictionsInfo(Artifact):
-    """Metadata of a file of predictions."""
+    """Metadata of a file of predictions. Version 1 has probabilities instead of logits, and patients as the datasets
+    name them."""
 
-    schema_version: int = 1
+    schema_version: int = 2
     split: str
     """train, val or test, or a split of the manifest."""
     checkpoint: str
@@ -55,6 +61,7 @@ def predict_split(run: str | Path, name: str, progress: Callable[[int], None] | 
     """Scores of every image of a split (its role: train, val or test), computed once and stored in the run.
 
     Stored scores can be used without the shards, but not beside shards that have changed: their labels may have, too.
+    `Scores.patient` is the person, as `leakage.persons` finds it.
 
     Args:
         progress: called with the number of images that were scored since its last call.
@@ -69,7 +76,8 @@ def predict_split(run: str | Path, name: str, progress: Callable[[int], None] | 
     stored = storage.exists(path) and read_info(path).checkpoint == trained.checkpoint
     if stored and not all(storage.exists(storage.join(root, manifest.NAME)) for root in recipe.data.shards):
         return read_predictions(path)
-    data = manifest.load(*recipe.data.shards)
+    joined = leakage.join_datasets(*recipe.data.shards)
+    data = joined.data
     if data.digest != trained.manifest:
         raise UserError(f"{', '.join(recipe.data.shards)}: not the shards that {run} was trained on; restore them")
     if stored:
@@ -79,8 +87,8 @@ def predict_split(run: str | Path, name: str, progress: Callable[[int], None] | 
     rows = scoring.score(trained.model, _with_progress(batches, progress), recipe, dist)
     scores = Scores(
         data.image_id[rows.row_N],
-        data.patient[rows.row_N],
-        rows.score_NF,
+        leakage.persons(joined)[rows.row_N],
+        rows.logit_NF,
         data.labels(recipe.data.findings)[rows.row_N],
         recipe.data.findings,
         rows.maps,
@@ -123,11 +131,11 @@ def score_maps(
 
 
 def write_predictions(path: str | Path, scores: Scores, info: PredictionsInfo) -> None:
-    """Write scores as Parquet: image_id, patient, score.X and label.X per finding, histograms for segmentation."""
+    """Write scores as Parquet: image_id, patient, logit.X and label.X per finding, histograms for segmentation."""
     columns: dict[str, Any] = {"image_id": scores.image_id.tolist(), "patient": scores.patient.tolist()}
     for f, name in enumerate(scores.findings):
-        columns["score." + name] = scores.score_NF[:, f]
-        columns["label." + name] = pa.array(scores.label_NF[:, f], from_pandas=True)
+        columns[LOGIT + name] = scores.logit_NF[:, f]
+        columns[LABEL + name] = pa.array(scores.label_NF[:, f], from_pandas=True)
     if scores.maps is not None:
         for part in fields(ScoreHistograms):
             columns[MASK + part.name] = list(getattr(scores.maps, part.name))
@@ -155,7 +163,7 @@ def write_under_source_ids(address: str, scores: Scores, id_map: str) -> None:
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["image_id", *scores.findings])
-    for name, score_F in zip(scores.image_id.tolist(), scores.score_NF.tolist(), strict=True):
+    for name, score_F in zip(scores.image_id.tolist(), scores.probability_NF.tolist(), strict=True):
         table.writerow([source_id[name], *score_F])
     storage.write(address, text.getvalue().encode(errors="surrogateescape"), private=True)
 
@@ -176,13 +184,13 @@ def read_info(path: str | Path) -> PredictionsInfo:
         info = PredictionsInfo.model_validate_json(schema.metadata[INFO])
     except ValidationError:
         info = None
-    if info is None or info.schema_version != PredictionsInfo.model_fields["schema_version"].default:
+    if info is None or info.schema_version not in (1, PredictionsInfo.model_fields["schema_version"].default):
         raise UserError(f"{path} is of another version of cxrscale; remove it, and it is made again")
     return info
 
 
 def read_predictions(path: str | Path) -> Scores:
-    """The scores that `write_predictions` stored.
+    """The scores that `write_predictions` stored. A file of schema version 1 is read too, with a note on stderr.
 
     Raises:
         UserError: no such file, or it holds no scores.
@@ -190,13 +198,17 @@ def read_predictions(path: str | Path) -> Scores:
     if not storage.exists(str(path)):
         raise UserError(f"{path} does not exist; make it with `cxrscale predict` or `cxrscale threshold`")
     table = pq.read_table(pa.BufferReader(storage.read(str(path))))
-    names = tuple(name.removeprefix("score.") for name in table.column_names if name.startswith("score."))
+    prefix = PROBABILITY if any(name.startswith(PROBABILITY) for name in table.column_names) else LOGIT
+    names = tuple(name.removeprefix(prefix) for name in table.column_names if name.startswith(prefix))
     if not names:
-        raise UserError(f"{path} has no column score.X; give a file that `cxrscale predict` wrote")
+        raise UserError(f"{path} has no column logit.X; give a file that `cxrscale predict` wrote")
 
-    def column(name: str) -> Any:
-        return table[name].to_numpy(zero_copy_only=False).astype(np.float32)
+    def columns(prefix: str) -> npt.NDArray[Any]:
+        return np.stack([table[prefix + name].to_numpy(zero_copy_only=False) for name in names], axis=1)
 
+    logit_NF = columns(LOGIT) if prefix == LOGIT else logits_of(columns(PROBABILITY))
+    if prefix == PROBABILITY:
+        _note_older(str(path))
     parts = [MASK + part.name for part in fields(ScoreHistograms)]
     maps = None
     if parts[0] in table.column_names:
@@ -204,10 +216,19 @@ def read_predictions(path: str | Path) -> Scores:
     return Scores(
         table["image_id"].to_numpy(zero_copy_only=False),
         table["patient"].to_numpy(zero_copy_only=False),
-        np.stack([column("score." + name) for name in names], axis=1),
-        np.stack([column("label." + name) for name in names], axis=1),
+        logit_NF,
+        columns(LABEL).astype(np.float32),
         names,
         maps,
+    )
+
+
+@lru_cache
+def _note_older(path: str) -> None:
+    """Once per file: a command reads it several times."""
+    terminal.note(
+        f"{path} holds float32 probabilities, as earlier versions wrote them: those near 0 and 1 may tie, and patients "
+        "of several datasets may count twice; remove it, and it is made again"
     )
 
 

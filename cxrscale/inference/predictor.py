@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 
 from cxrscale import config
 from cxrscale.config import Recipe
-from cxrscale.evaluation import DEFAULT_MASK_RULE, MaskRule, Thresholds, artifacts
+from cxrscale.evaluation import DEFAULT_MASK_RULE, MaskRule, TestMetrics, Thresholds, artifacts, calibration, calls
 from cxrscale.evaluation.metrics import bin_of
 from cxrscale.io import (
     ArtifactPart,
@@ -33,7 +34,7 @@ from cxrscale.io import (
 from cxrscale.loader import file_batches
 from cxrscale.models import build_model, forward, probabilities
 from cxrscale.training import LocalWorker, checkpoint, scoring
-from cxrscale.types import GrayImage, UnreadableImageError, UserError
+from cxrscale.types import GrayImage, UnreadableImageError, UserError, probabilities_of
 
 Source = str | Path | bytes | GrayImage
 """An image: a path or fsspec address of a DICOM, PNG or JPEG file, such a file's bytes, or an upright gray array."""
@@ -46,7 +47,15 @@ class Prediction:
     path: str = ""
     """The file's path or address; empty for bytes and arrays."""
     probabilities: Mapping[str, float] = field(default_factory=dict)
-    """Finding -> probability in 0..1; for segmentation the map's highest pixel. Not calibrated."""
+    """Finding -> probability in 0..1; for segmentation of the map's highest pixel.
+
+    With thresholds.json in the run it is the final one, as `cxrscale evaluate` computes it: calibrated, and corrected
+    for another prevalence."""
+    calls: Mapping[str, bool] = field(default_factory=dict)
+    """Finding -> whether it is called present: probability >= the run's stored threshold. Findings without a threshold
+    are missing; without thresholds.json all are."""
+    logits: Mapping[str, float] = field(default_factory=dict)
+    """Finding -> the model's own output, which `probabilities` are computed from."""
     mask_rle: str | None = None
     """For segmentation: the mask at the image's own size, run-length encoded as in SIIM-ACR; '-1' is empty."""
     error: str = ""
@@ -64,6 +73,10 @@ class Provenance(ArtifactPart):
     """Digest of the file of weights."""
     manifest: str
     """Digest of the datasets that the model was trained on."""
+    thresholds: str
+    """Digest of thresholds.json; empty where the run has none."""
+    notes: tuple[str, ...] = ()
+    """What is missing from probabilities and calls, and how to get it."""
     recipe: Recipe
 
 
@@ -81,11 +94,35 @@ class TrainedModel:
     """How the training images were stored: codec, size, quality."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """What the model gives for one image."""
+
+    logit_F: npt.NDArray[np.float32]
+    """For segmentation of the map's highest pixel."""
+    score_HW: npt.NDArray[np.float32] | None
+    """For segmentation: the map's probabilities."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What makes calls of a run's scores."""
+
+    thresholds: Thresholds | None = None
+    """None where the run has no thresholds.json."""
+    digest: str = ""
+    """Of thresholds.json."""
+    estimated: Mapping[str, calibration.PriorShift | None] = field(default_factory=dict)
+    """With threshold.prior_shift=em: finding -> the correction that `cxrscale evaluate` estimated on the test split."""
+    notes: tuple[str, ...] = ()
+
+
 class Predictor:
     """A run's model, loaded once, for many calls from any number of threads.
 
         predictor = cx.Predictor("runs/chexnet14")
         predictor("a.dcm").probabilities  # {'Atelectasis': 0.12, ...}
+        predictor("a.dcm").calls  # {'Atelectasis': False, ...}
 
     Threads decode their images side by side and take turns at the model.
     """
@@ -105,7 +142,9 @@ class Predictor:
         self._device = LocalWorker(device).dist.device
         self._trained = load_model(run, self._device)
         self._run = storage.absolute(str(run))
-        self._mask_rule = mask_rule or _stored_mask_rule(str(run), self._trained.checkpoint)
+        self._decision = read_decision(str(run), self._trained.checkpoint)
+        chosen = self._decision.thresholds
+        self._mask_rule = mask_rule or (chosen and chosen.mask_rule) or DEFAULT_MASK_RULE
         # Batches and model: a DALI pipeline belongs to one thread, and a GPU gains nothing from two at once.
         self._lock = threading.Lock()
 
@@ -126,6 +165,8 @@ class Predictor:
             run=self._run,
             checkpoint=self._trained.checkpoint,
             manifest=self._trained.manifest,
+            thresholds=self._decision.digest,
+            notes=self._decision.notes,
             recipe=self.recipe,
         )
 
@@ -153,7 +194,7 @@ class Predictor:
         images = [self._load(item) for item in items]
         read = [image for image in images if not isinstance(image, str)]
         stored = [encode_as_stored(image.image_HW, self._trained.pixels) for image in read]
-        outputs = iter(self._probabilities(stored))
+        outputs = iter(self._outputs(stored))
         for item, image in zip(items, images, strict=True):
             path = str(item) if isinstance(item, str | Path) else ""
             if isinstance(image, str):
@@ -162,12 +203,25 @@ class Predictor:
             output = next(outputs)
             if output is None:
                 yield Prediction(path, error="the image cannot be decoded", warnings=image.warnings)
-            elif output.ndim == 1:
-                probability = dict(zip(self.findings, output.tolist(), strict=True))
-                yield Prediction(path, probability, warnings=image.warnings)
             else:
-                mask_rle = self._mask_rle(output[0], image.image_HW)
-                yield Prediction(path, {self.findings[0]: float(output.max())}, mask_rle, warnings=image.warnings)
+                mask_rle = None if output.score_HW is None else self._mask_rle(output.score_HW, image.image_HW)
+                found = self._prediction(path, output.logit_F, mask_rle)
+                yield replace(found, warnings=image.warnings)
+
+    def _prediction(self, path: str, logit_F: npt.NDArray[np.float32], mask_rle: str | None) -> Prediction:
+        logits = dict(zip(self.findings, logit_F.tolist(), strict=True))
+        chosen = self._decision.thresholds
+        if chosen is None:
+            own = dict(zip(self.findings, probabilities_of(logit_F).tolist(), strict=True))
+            return Prediction(path, own, logits=logits, mask_rle=mask_rle)
+        found = calls.call_images(logit_F[None], self.findings, chosen, self._decision.estimated)
+        final = dict(zip(self.findings, found.probability_NF[0].tolist(), strict=True))
+        called = {
+            name: bool(value)
+            for name, value in zip(self.findings, found.called_NF[0].tolist(), strict=True)
+            if not math.isnan(value)
+        }
+        return Prediction(path, final, called, logits, mask_rle)
 
     @staticmethod
     def _load(source: Source) -> LoadedImage | str:
@@ -183,9 +237,9 @@ class Predictor:
         except (UnreadableImageError, UserError) as error:
             return str(error)
 
-    def _probabilities(self, images: Sequence[bytes]) -> list[npt.NDArray[np.float32] | None]:
-        """For each stored image (F,) probabilities, or a (1, H, W) map; None where it cannot be decoded."""
-        outputs: list[npt.NDArray[np.float32] | None] = [None] * len(images)
+    def _outputs(self, images: Sequence[bytes]) -> list[_Output | None]:
+        """The model's output for each stored image; None where it cannot be decoded."""
+        outputs: list[_Output | None] = [None] * len(images)
         if not images:
             return outputs
         # No padding: a single image must not cost a forward pass of a full batch.
@@ -193,9 +247,12 @@ class Predictor:
         recipe = self.recipe.model_copy(update={"sampler": sampler})
         with self._lock, torch.no_grad():
             for batch in file_batches(images, recipe, self._device):
-                output = probabilities(forward(self._trained.model, batch, recipe.train, self._device)).cpu().numpy()
+                logits = forward(self._trained.model, batch, recipe.train, self._device)
+                maps = probabilities(logits)[:, 0].cpu().numpy() if logits.ndim == 4 else None
+                logit_BF = logits.flatten(2).amax(dim=2).cpu().numpy() if logits.ndim == 4 else logits.cpu().numpy()
                 for index in np.flatnonzero(batch.valid_B.cpu().numpy()):
-                    outputs[int(batch.row_B[index])] = output[index]
+                    score_HW = None if maps is None else maps[index]
+                    outputs[int(batch.row_B[index])] = _Output(logit_BF[index], score_HW)
         return outputs
 
     def _mask_rle(self, score_HW: npt.NDArray[np.float32], image_HW: GrayImage) -> str:
@@ -240,10 +297,25 @@ def stored_thresholds(run: str, digest: str | None = None) -> Thresholds:
     return stored
 
 
-def _stored_mask_rule(run: str, digest: str) -> MaskRule:
-    if not storage.exists(storage.join(run, artifacts.THRESHOLDS)):
-        return DEFAULT_MASK_RULE
-    return stored_thresholds(run, digest).mask_rule or DEFAULT_MASK_RULE
+def read_decision(run: str, checkpoint_digest: str) -> Decision:
+    """The stored thresholds of a run, and what its evaluation estimated.
+
+    Raises:
+        UserError: as `stored_thresholds`, but for a run without thresholds.json.
+    """
+    path, again = storage.join(run, artifacts.THRESHOLDS), f"run `cxrscale evaluate {run}`"
+    if not storage.exists(path):
+        note = f"no thresholds.json: probabilities are the model's own and no calls; run `cxrscale threshold {run}`"
+        return Decision(notes=(note,))
+    chosen, digest = stored_thresholds(run, checkpoint_digest), storage.digest(storage.read(path))
+    if chosen.rule.prior_shift != "em":
+        return Decision(chosen, digest)
+    address = storage.join(run, artifacts.TEST_METRICS)
+    test = read_artifact(TestMetrics, address, again) if storage.exists(address) else None
+    if test is None or test.thresholds != digest:
+        note = f"not corrected for the prevalence that threshold.prior_shift=em estimates on the test split; {again}"
+        return Decision(chosen, digest, notes=(note,))
+    return Decision(chosen, digest, calls.estimated_shifts(test))
 
 
 def apply_mask_rule(score_HW: npt.NDArray[np.float32], rule: MaskRule) -> npt.NDArray[np.bool_]:

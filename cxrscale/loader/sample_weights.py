@@ -12,7 +12,7 @@ from cxrscale.config import NO_FINDING, PRESENT, Data, Sampler, has_no_finding
 from cxrscale.io import storage
 from cxrscale.loader.hashing import Flags, Rows
 from cxrscale.shards import Manifest
-from cxrscale.types import UserError
+from cxrscale.types import UserError, probabilities_of
 
 
 def dataset_numbers(manifest: Manifest, sampler: Sampler) -> Rows:
@@ -76,8 +76,11 @@ def hard_images(manifest: Manifest, rows: Rows, data: Data, sampler: Sampler) ->
 
 def _predicted_scores(
     image_id_N: pa.ChunkedArray, data: Data, sampler: Sampler
-) -> tuple[npt.NDArray[np.float32], list[str]]:
-    """(N, F) scores of the images, NaN for those that the file lacks, and the findings of the task that it has."""
+) -> tuple[npt.NDArray[np.float64], list[str]]:
+    """(N, F) probabilities of the images, NaN for those that the file lacks, and the findings of the task that it has.
+
+    The file has them as logit.X or, from earlier versions, as score.X, which are probabilities.
+    """
     address = str(sampler.hard_predictions)
     try:
         table = pq.read_table(pa.BufferReader(storage.read(address)))
@@ -85,7 +88,8 @@ def _predicted_scores(
         raise UserError(
             f"sampler.hard_predictions={address} is no Parquet file; give a run's predictions-train.parquet"
         ) from None
-    findings = [name for name in data.findings if "score." + name in table.column_names]
+    prefix = "score." if any(name.startswith("score.") for name in table.column_names) else "logit."
+    findings = [name for name in data.findings if prefix + name in table.column_names]
     if not findings or "image_id" not in table.column_names:
         raise UserError(
             f"sampler.hard_predictions={address} has no image_id with a score for any of {', '.join(data.findings)}; "
@@ -93,6 +97,7 @@ def _predicted_scores(
         )
     index_N = pc.index_in(image_id_N, value_set=table["image_id"].combine_chunks())
     columns = [
-        table["score." + name].cast(pa.float32()).take(index_N).to_numpy(zero_copy_only=False) for name in findings
+        table[prefix + name].cast(pa.float64()).take(index_N).to_numpy(zero_copy_only=False) for name in findings
     ]
-    return np.stack(columns, axis=1).astype(np.float32), findings
+    value_NF = np.stack(columns, axis=1).astype(np.float64)
+    return value_NF if prefix == "score." else probabilities_of(value_NF), findings

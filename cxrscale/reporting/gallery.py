@@ -67,7 +67,8 @@ def classification_cases(scores: Scores, count: int = CASES_PER_KIND) -> dict[st
         "true_positives": [],
     }
     for f, name in enumerate(scores.findings):
-        score_N, label_N = scores.score_NF[:, f], scores.label_NF[:, f]
+        score_N, label_N = scores.logit_NF[:, f], scores.label_NF[:, f]
+        probability_N = scores.probability_NF[:, f]
         positives, negatives = np.flatnonzero(label_N == 1), np.flatnonzero(label_N == 0)
         if not len(positives) or not len(negatives):
             continue
@@ -85,7 +86,7 @@ def classification_cases(scores: Scores, count: int = CASES_PER_KIND) -> dict[st
             for rank, index in enumerate(order[:count]):
                 row, extent = int(rows[index]), float(share[index])
                 title = html.plain(name) if kind != "false_positives" else f"no {html.plain(name)}"
-                case = Case(row, title, f"scores {score_N[row]:.3f}; {text.format(extent)}")
+                case = Case(row, title, f"scores {probability_N[row]:.3f}; {text.format(extent)}")
                 ranked[kind].append((rank + (extent if kind == "true_positives" else 1 - extent), row, case))
     return {kind: _unique(sorted(cases, key=lambda entry: entry[:2]), count) for kind, cases in ranked.items()}
 

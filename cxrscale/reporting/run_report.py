@@ -170,7 +170,7 @@ def threshold_plots(scores: Scores, chosen: artifacts.ChosenThresholds) -> dict[
 
 def _curves(scores: Scores, test: TestMetrics) -> dict[str, Plot]:
     rows = test.findings
-    columns = {name: (scores.score_NF[:, f], scores.label_NF[:, f]) for f, name in enumerate(scores.findings)}
+    columns = {name: (scores.logit_NF[:, f], scores.label_NF[:, f]) for f, name in enumerate(scores.findings)}
     cells = {name: row.at_threshold.confusion for name, row in rows.items() if row.at_threshold}
     present = {name: row.positives / max(1, row.positives + row.negatives) for name, row in rows.items()}
     roc = plots.roc(
@@ -197,7 +197,7 @@ def _reliability(
     rule, result = thresholds.rule, {}
     for f, name in enumerate(scores.findings):
         fitted = thresholds.calibration[name]
-        probabilities = summary.final_probabilities(scores.score_NF[:, f], fitted, rule, rule.priors.get(name))
+        probabilities = summary.final_probabilities(scores.logit_NF[:, f], fitted, rule, rule.priors.get(name))
         result[name] = {
             step: metrics.reliability(step_N, scores.label_NF[:, f], 10, equal_mass=True)
             for step, step_N in summary.calibration_steps(probabilities, fitted).items()

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from cxrscale.config import Recipe
-from cxrscale.evaluation import Comparison, Estimate, TestMetrics, Thresholds, artifacts
+from cxrscale.evaluation import Comparison, Estimate, ReaderComparison, TestMetrics, Thresholds, artifacts
 from cxrscale.io import terminal
 
 WIDTH = 110
@@ -90,6 +90,32 @@ def comparison_table(comparison: Comparison) -> Table:
         dice = comparison.dice
         add("Dice, positives", str(dice.positives), dice.on_positives, "-", "-")
         add("Dice, all (empty = 1)", str(comparison.images), dice.all, "-", "-")
+    return table
+
+
+def print_readers(comparison: ReaderComparison) -> None:
+    """Print a comparison of a run with readers as a table, and what was left out below it."""
+    terminal.show(readers_table(comparison), WIDTH)
+    for reader, count in comparison.rows_without_image.items():
+        if count:
+            print(f"{terminal.printable(reader)}: {count} rows of images that the run has not scored")
+    if comparison.not_compared:
+        print(f"no column of all readers, not compared: {terminal.printable(', '.join(comparison.not_compared))}")
+
+
+def readers_table(comparison: ReaderComparison) -> Table:
+    """F1 of a run and of readers: each finding's, against all others."""
+    images = f"{comparison.images} {comparison.split} images of {comparison.patients} patients"
+    table = Table(title=f"{comparison.run.name} and {len(comparison.readers)} readers: {images}")
+    table.add_column("F1 against all others", no_wrap=True)
+    for name in ("images", "run (95% interval)", "readers' mean", "run - readers", "readers, lowest to highest"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, row in comparison.findings.items():
+        own = sorted(value.value for value in row.readers.values() if value.defined)
+        span = f"{number(own[0])} to {number(own[-1])}" if own else "-"
+        table.add_row(
+            name, str(row.images), estimate(row.run), estimate(row.reader_mean), _signed(row.difference), span
+        )
     return table
 
 

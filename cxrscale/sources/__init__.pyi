@@ -1,5 +1,6 @@
 from . import synthetic as synthetic
 from .csv_rows import read_names as read_names
+from .csv_rows import read_rows as read_rows
 from .image_files import image_key as image_key
 from .ledger import LEDGER as LEDGER
 from .ledger import Ledger as Ledger

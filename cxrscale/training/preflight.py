@@ -250,8 +250,8 @@ def check_monitor(recipe: Recipe, data: Manifest) -> None:
 
 def _defined_metrics(label_NF: npt.NDArray[np.float32], findings: Sequence[str]) -> list[str]:
     """The metrics that validation can report whatever the scores: those of perfect ones."""
-    score_NF = np.nan_to_num(label_NF, nan=0.0).astype(np.float32)
-    rows = scoring.ScoredRows(np.arange(len(label_NF)), score_NF, None, 0.0, 0)
+    logit_NF = np.nan_to_num(label_NF, nan=0.0).astype(np.float32)
+    rows = scoring.ScoredRows(np.arange(len(label_NF)), logit_NF, None, 0.0, 0)
     return [name for name, value in scoring.summary(rows, label_NF, findings).items() if np.isfinite(value)]
 
 

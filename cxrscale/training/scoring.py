@@ -14,7 +14,7 @@ from cxrscale.config import Recipe
 from cxrscale.evaluation import metrics
 from cxrscale.models import ClassWeights, forward, losses, probabilities
 from cxrscale.training.distributed import all_gather, all_reduce_sum, broadcast_buffers
-from cxrscale.types import Batch, DistContext, NonFiniteError, ScoreHistograms
+from cxrscale.types import Batch, DistContext, NonFiniteError, ScoreHistograms, probabilities_of
 
 BINS = 256
 """Bins of the score histograms: thresholds on maps come in steps of 1/256."""
@@ -25,8 +25,8 @@ class ScoredRows:
     """Scores by manifest row; N images, ascending rows."""
 
     row_N: npt.NDArray[np.int64]
-    score_NF: npt.NDArray[np.float32]
-    """Probabilities; for segmentation one column, the map's highest pixel."""
+    logit_NF: npt.NDArray[np.float32]
+    """Logits; for segmentation one column, the map's highest pixel."""
     maps: ScoreHistograms | None
     """For segmentation."""
     loss: float
@@ -63,15 +63,14 @@ def score(
             terms = losses.terms(logits, batch, recipe.loss, weights)
             batch_sums = torch.stack([terms, losses.counts(batch, recipe.loss)], dim=1)
             sums = sums + batch_sums if len(sums) else batch_sums
-        probability = probabilities(logits)
         rows.append(batch.row_B.cpu().numpy())
         valid.append(batch.valid_B.cpu().numpy())
-        if probability.ndim == 4:
-            histograms = score_histograms(probability, batch.mask_B1HW)
+        if logits.ndim == 4:
+            histograms = score_histograms(probabilities(logits), batch.mask_B1HW)
             all_pixels.append(histograms.all_NT)
             mask_pixels.append(histograms.true_NT)
-            probability = probability.flatten(1).amax(dim=1, keepdim=True)
-        scores.append(probability.cpu().numpy())
+            logits = logits.flatten(1).amax(dim=1, keepdim=True)
+        scores.append(logits.cpu().numpy())
     model.train(was_training)
     valid_N = all_gather(np.concatenate(valid), dist)
     row_N = all_gather(np.concatenate(rows), dist)
@@ -83,19 +82,20 @@ def score(
     # Over no label at all a loss is undefined, not 0.
     loss = float((total[:, 0] / total[:, 1]).sum()) if len(total) else float("nan")
     unreadable = len(np.unique(row_N)) - len(order)
-    score_NF = all_gather(np.concatenate(scores), dist)[order]
-    undefined = int((~np.isfinite(score_NF)).any(axis=1).sum())
+    logit_NF = all_gather(np.concatenate(scores), dist)[order]
+    undefined = int((~np.isfinite(logit_NF)).any(axis=1).sum())
     if undefined:
         raise NonFiniteError(
             f"the model's scores of {undefined} of {len(order)} images are not finite: its weights are damaged, or its "
             "training has diverged"
         )
-    return ScoredRows(row_N[order], score_NF, maps, loss, unreadable)
+    return ScoredRows(row_N[order], logit_NF, maps, loss, unreadable)
 
 
 def summary(rows: ScoredRows, label_NF: npt.NDArray[np.float32], findings: Sequence[str]) -> dict[str, float]:
     """Validation metrics: auroc, auprc, f1, accuracy and brier, as means over the findings that have both classes; with
-    several findings also the first three of each (`auroc.Mass`); for segmentation also dice, dice_positives and iou.
+    several findings also their number (`findings`) and the first three metrics of each (`auroc.Mass`); for segmentation
+    also dice, dice_positives and iou.
 
     Args:
         label_NF: (N, F) labels of the scored rows.
@@ -105,12 +105,16 @@ def summary(rows: ScoredRows, label_NF: npt.NDArray[np.float32], findings: Seque
     values: dict[str, list[float]] = {name: [] for name in ("auroc", "auprc", "f1", "accuracy", "brier")}
     by_finding: dict[str, float] = {}
     for f, finding in enumerate(findings):
-        metrics_of_finding = _finding_metrics(rows.score_NF[:, f], label_NF[:, f])
+        metrics_of_finding = _finding_metrics(rows.logit_NF[:, f], label_NF[:, f])
+        both_classes = not metrics.absent_class(label_NF[:, f])
         for name, value in metrics_of_finding.items():
-            values[name].append(value)
+            # Without a positive F1 would be 0 whatever the model does, and accuracy is near 1.
+            values[name].append(value if both_classes else float("nan"))
             if len(findings) > 1 and name in ("auroc", "auprc", "f1"):
                 by_finding[f"{name}.{finding}"] = value
     means = {name: float(np.nanmean(v)) if np.isfinite(v).any() else float("nan") for name, v in values.items()}
+    if len(findings) > 1:
+        means["findings"] = float(np.isfinite(values["brier"]).sum())
     if rows.maps is not None:
         dice = metrics.map_dice(rows.maps, top=0.5, min_area=0, bottom=0.5)
         positive = rows.maps.true_NT.sum(axis=1) > 0
@@ -121,15 +125,15 @@ def summary(rows: ScoredRows, label_NF: npt.NDArray[np.float32], findings: Seque
     return means | by_finding
 
 
-def _finding_metrics(score_N: npt.NDArray[np.float32], label_N: npt.NDArray[np.float32]) -> dict[str, float]:
-    counts = metrics.confusion(score_N, label_N, 0.5)
-    labeled = ~np.isnan(label_N)
+def _finding_metrics(logit_N: npt.NDArray[np.float32], label_N: npt.NDArray[np.float32]) -> dict[str, float]:
+    probability_N = probabilities_of(logit_N)
+    at_half = metrics.at_threshold(probability_N, label_N, 0.5)
     return {
-        "auroc": metrics.auroc(score_N, label_N).value,
-        "auprc": metrics.auprc(score_N, label_N).value,
-        "f1": metrics.f1(counts),
-        "accuracy": metrics.ratio(counts["tp"] + counts["tn"], counts["fp"] + counts["fn"]),
-        "brier": float(np.square(score_N[labeled] - label_N[labeled]).mean()) if labeled.any() else float("nan"),
+        "auroc": metrics.auroc(logit_N, label_N).value,
+        "auprc": metrics.auprc(logit_N, label_N).value,
+        "f1": at_half.f1.value,
+        "accuracy": at_half.accuracy.value,
+        "brier": metrics.brier(probability_N, label_N).value,
     }
 
 

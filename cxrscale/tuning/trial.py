@@ -204,7 +204,7 @@ def validation_lines(run: str) -> list[dict[str, Any]]:
 def score_at_own_thresholds(run: str) -> float:
     """The mean F1 over findings, each at its best threshold, or the Dice of the best mask rule; validation split only.
 
-    NaN where no finding has a positive, or the trial never wrote a checkpoint.
+    Findings without both classes are left out. NaN where none has them, or the trial never wrote a checkpoint.
     """
     if not storage.exists(storage.join(run, checkpoint.BEST)):
         return math.nan
@@ -212,7 +212,9 @@ def score_at_own_thresholds(run: str) -> float:
     if scores.maps is not None:
         return thresholds.best_mask_rule(scores.maps).dice
     values = []
-    for score_N, label_N in zip(scores.score_NF.T, scores.label_NF.T, strict=True):
+    for score_N, label_N in zip(scores.probability_NF.T, scores.label_NF.T, strict=True):
+        if metrics.absent_class(label_N):  # without a negative, calling everything has F1 1
+            continue
         threshold = thresholds.best_f1_threshold(score_N, label_N).value
         counts = metrics.confusion(score_N, label_N, threshold) if math.isfinite(threshold) else None
         values.append(metrics.f1(counts) if counts is not None else math.nan)

@@ -11,6 +11,7 @@ from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
 from cxrscale.evaluation import calibration, metrics
+from cxrscale.types import logits_of
 
 KINDS = ("platt", "temperature", "isotonic")
 CALIBRATOR: TypeAdapter[calibration.Calibrator] = TypeAdapter(calibration.Calibrator)
@@ -27,18 +28,14 @@ def overconfident(images: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, n
     return truth, label, expit(3 * logit(truth) + 1)
 
 
-def nll(score: np.ndarray, label: np.ndarray) -> float:
-    return float(-(label * np.log(score) + (1 - label) * np.log1p(-score)).mean())
-
-
 def test_platt_and_temperature_find_what_distorted_the_scores() -> None:
     truth, label, score = overconfident(40_000)
-    platt = calibration.fit("platt", score, label)
+    platt = calibration.fit("platt", logits_of(score), label)
     assert isinstance(platt, calibration.Platt)
     assert platt.slope == pytest.approx(1 / 3, rel=0.03)
     assert platt.offset == pytest.approx(-1 / 3, abs=0.03)
-    assert np.abs(platt.apply(score) - truth).max() < 0.02
-    hot = calibration.fit("temperature", expit(3 * logit(truth)), label)
+    assert np.abs(platt.apply(logits_of(score)) - truth).max() < 0.02
+    hot = calibration.fit("temperature", 3 * logit(truth), label)
     assert isinstance(hot, calibration.Temperature)
     assert hot.temperature == pytest.approx(3, rel=0.03)
 
@@ -48,7 +45,7 @@ def test_calibration_of_unseen_scores_lowers_brier_and_ece(kind: str) -> None:
     _, label, score = overconfident(40_000, seed=1)
     _, unseen, scores = overconfident(40_000, seed=2)
     before = metrics.probability_metrics(scores, unseen)
-    after = metrics.probability_metrics(calibration.fit(kind, score, label).apply(scores), unseen)
+    after = metrics.probability_metrics(calibration.fit(kind, logits_of(score), label).apply(logits_of(scores)), unseen)
     for name in ("brier", "ece", "ece_equal_mass"):
         assert getattr(after, name).value < getattr(before, name).value
     assert after.ece.value < (0.05 if kind == "temperature" else 0.02)  # a single parameter corrects no shift
@@ -59,7 +56,7 @@ def test_calibration_of_unseen_scores_lowers_brier_and_ece(kind: str) -> None:
 def test_platt_is_logistic_regression_on_the_logit_with_platts_targets(rows: list[tuple[int, bool]]) -> None:
     score = np.array([value for value, _ in rows]) / 20
     label = np.array([float(present) for _, present in rows])
-    result = calibration.fit("platt", score, label)
+    result = calibration.fit("platt", logits_of(score), label)
     assert isinstance(result, calibration.Platt)
     positives, negatives = label.sum(), len(label) - label.sum()
     target = np.where(label == 1, (positives + 1) / (positives + 2), 1 / (negatives + 2))
@@ -69,10 +66,10 @@ def test_platt_is_logistic_regression_on_the_logit_with_platts_targets(rows: lis
     )
     theirs = fitted.predict_proba(logit(score)[:, None])[:, 1]
     if fitted.coef_[0, 0] > 0:
-        assert result.apply(score) == pytest.approx(theirs, abs=2e-3)
+        assert result.apply(logits_of(score)) == pytest.approx(theirs, abs=2e-3)
     else:  # higher scores are not more likely to be positive: then the score has no information
         assert result.slope == pytest.approx(0, abs=1e-9)
-        assert result.apply(score) == pytest.approx(np.full(len(score), target.mean()), abs=2e-3)
+        assert result.apply(logits_of(score)) == pytest.approx(np.full(len(score), target.mean()), abs=2e-3)
 
 
 @given(rows=drawn)
@@ -80,10 +77,19 @@ def test_platt_is_logistic_regression_on_the_logit_with_platts_targets(rows: lis
 def test_no_temperature_has_a_higher_likelihood(rows: list[tuple[int, bool]]) -> None:
     score = np.array([value for value, _ in rows]) / 20
     label = np.array([float(present) for _, present in rows])
-    result = calibration.fit("temperature", score, label)
-    ours = nll(np.clip(result.apply(score), 1e-12, 1 - 1e-12), label)
-    for temperature in np.geomspace(0.02, 90, 60):
-        assert ours <= nll(np.clip(expit(logit(score) / temperature), 1e-12, 1 - 1e-12), label) + 1e-6
+    result = calibration.fit("temperature", logit(score), label)
+    sign = 2 * label - 1
+
+    def loss(temperature: float) -> float:
+        return float(np.logaddexp(0, -sign * logit(score) / temperature).mean())
+
+    losses = [loss(temperature) for temperature in np.geomspace(0.02, 90, 60)]
+    assert isinstance(result, calibration.Temperature | calibration.Unchanged)
+    if isinstance(result, calibration.Unchanged):
+        monotonic = np.diff(losses)
+        assert (monotonic >= -1e-12).all() if "the lower" in result.reason else (monotonic <= 1e-12).all()
+        return
+    assert loss(result.temperature) <= min(losses) + 1e-12
 
 
 @given(rows=drawn)
@@ -94,30 +100,51 @@ def test_isotonic_is_scikit_learns_and_survives_json(rows: list[tuple[int, bool]
     theirs = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(score, label)
     grid = np.linspace(0, 1, 101)
     for kind in KINDS:
-        result = calibration.fit(kind, score, label)
+        result = calibration.fit(kind, logits_of(score), label)
         again = CALIBRATOR.validate_json(CALIBRATOR.dump_json(result))
         assert again == result
-        applied = again.apply(grid)
+        applied = again.apply(logits_of(grid))
         assert (np.diff(applied) >= -1e-12).all()
         assert ((applied >= 0) & (applied <= 1)).all()
         if kind == "isotonic":
-            assert applied == pytest.approx(theirs.predict(grid))
+            assert applied == pytest.approx(theirs.predict(expit(logits_of(grid))), abs=1e-6)
 
 
 def test_scores_that_cannot_be_calibrated_stay_unchanged_with_the_reason() -> None:
     result = calibration.fit("platt", [0.2, 0.7, 0.9], [0, 0, np.nan])
     assert result == calibration.Unchanged("no image with the finding in validation")
-    assert result.apply([0.1, 0.9]).tolist() == [0.1, 0.9]
+    assert result.apply(logit([0.1, 0.9])) == pytest.approx([0.1, 0.9])
     assert calibration.fit("none", [0.2, 0.7], [0, 1]) == calibration.Unchanged()
     assert CALIBRATOR.validate_json(CALIBRATOR.dump_json(result)) == result
     with pytest.raises(ValidationError, match="'spline' found using 'kind' does not match any of the expected tags"):
         CALIBRATOR.validate_python({"kind": "spline"})
 
 
-def test_saturated_scores_stay_finite() -> None:
-    score, label = np.array([0.0, 0.0, 1.0, 1.0, 0.5], dtype=np.float32), np.array([0, 0, 1, 1, 1])
-    for kind in KINDS:
-        assert np.isfinite(calibration.fit(kind, score, label).apply(score)).all()
+def test_scores_of_any_size_stay_finite_and_in_order() -> None:
+    label = np.array([0, 0, 1, 0, 1, 1])
+    for size in (1e-30, 1.0, 40.0, 1e30):
+        logits = size * np.array([-3.0, -2.0, -1.0, 0.5, 1.0, 2.0], dtype=np.float32)
+        for kind in KINDS:
+            applied = calibration.fit(kind, logits, label).apply(logits)
+            assert np.isfinite(applied).all()
+            assert (np.diff(applied) >= 0).all()
+
+
+def test_a_temperature_that_does_not_exist_has_the_reason() -> None:
+    logits, label = np.array([-20.0, -3.0, 2.0, 19.0]), np.array([0, 0, 1, 1])
+    separable = calibration.fit("temperature", logits, label)
+    assert isinstance(separable, calibration.Unchanged)
+    assert separable.reason.startswith("the sign of the logit tells the classes apart in validation")
+    assert separable.apply(logits).tolist() == expit(logits).tolist()
+    reversed_ = calibration.fit("temperature", logits, 1 - label)
+    assert isinstance(reversed_, calibration.Unchanged)
+    assert reversed_.reason.startswith("in validation higher scores are not more likely to be positive")
+    # Separable, but not at 0: one temperature is the most likely.
+    shifted = calibration.fit("temperature", logits + 5, label)
+    assert isinstance(shifted, calibration.Temperature)
+    slopes = np.geomspace(0.01, 100, 2001)
+    best = slopes[np.argmin([np.logaddexp(0, -(2 * label - 1) * s * (logits + 5)).mean() for s in slopes])]
+    assert 1 / shifted.temperature == pytest.approx(best, rel=0.01)
 
 
 def test_prior_shift_by_hand() -> None:

@@ -31,7 +31,7 @@ def run(noise: float, seed: int, images: int = 300) -> Scores:
     score = np.nan_to_num(label) + noise * np.random.default_rng(seed).normal(size=label.shape)
     ids = np.array([f"i{k:03}" for k in range(images)], dtype=object)
     patients = np.array([f"p{k // 3}" for k in range(images)], dtype=object)
-    return Scores(ids, patients, (1 / (1 + np.exp(-score))).astype(np.float32), label, FINDINGS)
+    return Scores(ids, patients, score.astype(np.float32), label, FINDINGS)
 
 
 def shuffled(scores: Scores, rows: np.ndarray) -> Scores:
@@ -39,7 +39,7 @@ def shuffled(scores: Scores, rows: np.ndarray) -> Scores:
     return Scores(
         scores.image_id[rows],
         scores.patient[rows],
-        scores.score_NF[rows],
+        scores.logit_NF[rows],
         scores.label_NF[rows],
         scores.findings,
         maps,
@@ -62,13 +62,13 @@ def test_differences_are_those_of_paired_images() -> None:
     for f, name in ((0, "Mass"), (2, "Effusion")):
         row = result.findings[name]
         known = ~np.isnan(a.label_NF[:, f])
-        auroc = [roc_auc_score(a.label_NF[known, f], scores.score_NF[known, f]) for scores in (a, b)]
+        auroc = [roc_auc_score(a.label_NF[known, f], scores.logit_NF[known, f]) for scores in (a, b)]
         assert [row.a, row.b] == pytest.approx(auroc)
         assert row.difference.value == pytest.approx(auroc[0] - auroc[1])
         assert row.difference.low > 0
         assert max(row.p_delong, row.p_delong_patients, row.p_bootstrap) < 0.02
         weights_RN = metrics.bootstrap_weights(a.patient, 300, 5)
-        auroc_2R = [metrics.bootstrap_auroc(s.score_NF[:, f], s.label_NF[:, f], weights_RN) for s in (a, b)]
+        auroc_2R = [metrics.bootstrap_auroc(s.logit_NF[:, f], s.label_NF[:, f], weights_RN) for s in (a, b)]
         expected = metrics.interval(auroc[0] - auroc[1], auroc_2R[0] - auroc_2R[1])
         assert (row.difference.low, row.difference.high) == pytest.approx((expected.low, expected.high))
     tested = [result.findings[name] for name in ("Mass", "Effusion")]
@@ -91,7 +91,7 @@ def test_the_order_of_images_and_findings_does_not_matter() -> None:
     order = np.random.default_rng(9).permutation(300)
     other = shuffled(b, order)
     other = replace(
-        other, score_NF=other.score_NF[:, ::-1], label_NF=other.label_NF[:, ::-1], findings=other.findings[::-1]
+        other, logit_NF=other.logit_NF[:, ::-1], label_NF=other.label_NF[:, ::-1], findings=other.findings[::-1]
     )
     result = comparison.compare_scores(a, other, resamples=50)
     assert result.model_dump_json() == expected.model_dump_json()
@@ -137,7 +137,7 @@ def test_dice_is_compared_at_each_runs_own_mask_rule() -> None:
 
 def test_findings_of_one_run_are_named_and_left_out() -> None:
     a, b = run(0.5, 1), run(1.5, 2)
-    less = replace(b, score_NF=b.score_NF[:, :1], label_NF=b.label_NF[:, :1], findings=("Mass",))
+    less = replace(b, logit_NF=b.logit_NF[:, :1], label_NF=b.label_NF[:, :1], findings=("Mass",))
     result = comparison.compare_scores(a, less, resamples=20)
     assert list(result.findings) == ["Mass"]
     assert (result.only_in_a, result.only_in_b) == (("Hernia", "Effusion"), ())
@@ -146,7 +146,7 @@ def test_findings_of_one_run_are_named_and_left_out() -> None:
 
 def test_what_cannot_be_compared_is_refused_in_one_line() -> None:
     a, b = run(0.5, 1), run(1.5, 2)
-    wrong = b.score_NF.copy()
+    wrong = b.logit_NF.copy()
     wrong[7, 2] = np.nan
     labels = b.label_NF.copy()
     labels[4, 0] = 1 - labels[4, 0]
@@ -158,7 +158,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line() -> None:
             "compare runs on the same split of the same shards",
         ),
         (a, replace(b, findings=("X", "Y", "Z")), "A and B share no finding .Mass, Hernia, Effusion and X, Y, Z."),
-        (a, replace(b, score_NF=wrong), "B: the score of Effusion of image i007 is nan"),
+        (a, replace(b, logit_NF=wrong), "B: the score of Effusion of image i007 is nan"),
         (a, replace(b, label_NF=labels), "Mass of image i004 is . in A and . in B .1 such labels."),
         (shuffled(a, np.arange(3)), shuffled(b, np.arange(3)), "A: all 3 images are of one patient"),
     ]

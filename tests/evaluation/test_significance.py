@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import kstest
-from sklearn.metrics import f1_score, roc_auc_score
+from scipy.stats import kstest, norm
+from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 from cxrscale.evaluation import metrics
 
@@ -118,6 +118,63 @@ def test_what_cannot_be_tested_says_why() -> None:
     split = metrics.delong_test([0, 0, 1, 1], [1, 1, 0, 0], label)
     assert np.isnan(split[0])
     assert split[1] == "the difference has no variance"
+
+
+def test_one_swapped_pair_among_25596_images_has_a_p_value() -> None:
+    """Its variance is 1e-16: small beside 1, not beside what it is the variance of."""
+    rng = np.random.default_rng(0)
+    label = (rng.random(25_596) < 0.1).astype(float)
+    score = rng.normal(size=len(label)) + label
+    order = np.argsort(score)
+    at = int(np.flatnonzero(label[order][:-1] != label[order][1:])[1000])
+    swapped = score.copy()
+    swapped[order[[at, at + 1]]] = score[order[[at + 1, at]]]
+    p, reason = metrics.delong_test(score, swapped, label)
+    assert reason == ""
+    # One pair differs: the statistic is 1 over the root of 1 + 1, of the positive and of the negative.
+    assert p == pytest.approx(2 * norm.sf(0.5**0.5), rel=1e-3)
+    assert metrics.delong_test(score, score * 2 + 1, label) == (1.0, "")
+    patient = np.arange(len(label)) // 9
+    assert metrics.delong_test(score, swapped, label, patient.astype(str))[0] == pytest.approx(p, rel=1e-2)
+    assert metrics.delong_test(score, 3 * score, label, patient.astype(str)) == (1.0, "")
+
+
+def literal_precision(score: np.ndarray, label: np.ndarray) -> float:
+    """The mean over positives of the precision when all that score at least as high are called."""
+    return float(np.mean([label[score >= threshold].mean() for threshold in score[label == 1]]))
+
+
+def literal_p(area: np.ndarray, covariance: np.ndarray) -> float:
+    """DeLong's test of two AUROCs from their covariance."""
+    variance = covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]
+    return float(2 * norm.sf(abs(area[0] - area[1]) / variance**0.5))
+
+
+def test_a_thousand_random_cases_agree_with_every_pair_counted() -> None:
+    """Ties, both classes of any size, scores near each other and far apart: AUROC, AP, DeLong and its p-value."""
+    rng = np.random.default_rng(22)
+    for case in range(1000):
+        images = int(rng.integers(6, 60))
+        label = (rng.random(images) < rng.uniform(0.1, 0.9)).astype(float)
+        label[:4] = 0, 0, 1, 1
+        first = rng.integers(0, rng.integers(2, 40), images) + rng.choice([0.0, 16.0, -300.0])
+        second = first + rng.integers(-1, 2, images) * rng.choice([0, 1, 5])
+        area, covariance = literal_delong(np.stack([first, second]), label)
+        one = np.ones((1, images), dtype=np.uint8)
+        assert abs(metrics.bootstrap_auroc(first, label, one)[0] - area[0]) < 1e-12
+        assert abs(metrics.bootstrap_auprc(first, label, one)[0] - literal_precision(first, label)) < 1e-12
+        if case % 10 == 0:  # scikit-learn's checks of its arguments cost most of the time
+            assert metrics.auroc(first, label).value == pytest.approx(roc_auc_score(label, first), abs=1e-12)
+            assert metrics.auprc(first, label).value == pytest.approx(average_precision_score(label, first), abs=1e-12)
+        ours = metrics.delong(np.stack([first, second]), label)
+        assert np.abs(ours[0] - area).max() < 1e-12
+        assert np.abs(ours[1] - covariance).max() < 1e-12
+        p, reason = metrics.delong_test(first, second, label)
+        if covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1] > 1e-12:
+            assert abs(p / literal_p(area, covariance) - 1) < 1e-6, case
+            assert reason == ""
+        else:
+            assert p == 1 or reason == "the difference has no variance"
 
 
 def test_the_bootstraps_p_value_by_hand() -> None:

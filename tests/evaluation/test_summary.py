@@ -22,11 +22,11 @@ def make_scores(images: int, seed: int, prevalence: float = 0.3) -> Scores:
     """Scores that are better than chance; three images per patient, some labels unknown."""
     rng = np.random.default_rng(seed)
     label = (rng.random((images, 3)) < [prevalence, prevalence / 2, 0.0]).astype(np.float32)
-    score = 1 / (1 + np.exp(-(1.5 * label + rng.normal(size=(images, 3)) - 1)))
+    logit = 1.5 * label + rng.normal(size=(images, 3)) - 1
     label[::17, 0] = np.nan
     names = np.array([f"p{n}" for n in range(images)], dtype=object)
     patient = np.array([f"patient{n // 3}" for n in range(images)], dtype=object)
-    return Scores(names, patient, score.astype(np.float32), label, FINDINGS)
+    return Scores(names, patient, logit.astype(np.float32), label, FINDINGS)
 
 
 def evaluate(
@@ -47,7 +47,7 @@ def test_metrics_are_those_of_scikit_learn() -> None:
     _, chosen, test, rows = evaluate(Threshold(report_at=(0.5, 0.25)))
     for f, name in enumerate(FINDINGS[:2]):
         known = ~np.isnan(test.label_NF[:, f])
-        label, score = test.label_NF[known, f], test.score_NF[known, f].astype(np.float64)
+        label, score = test.label_NF[known, f], test.probability_NF[known, f]
         row, at = rows[name], rows[name].at_threshold
         assert at is not None
         assert row.auroc.value == pytest.approx(roc_auc_score(label, score))
@@ -61,7 +61,7 @@ def test_metrics_are_those_of_scikit_learn() -> None:
         for estimate in (row.auroc, row.auprc, row.brier, *rates):
             assert estimate.low <= estimate.value <= estimate.high
     women = np.arange(400) % 2 == 0
-    label, score = test.label_NF[women, 1], test.score_NF[women, 1]
+    label, score = test.label_NF[women, 1], test.probability_NF[women, 1]
     assert rows["Nodule"].subgroups["sex"]["F"].auroc.value == pytest.approx(roc_auc_score(label, score))
 
 
@@ -84,16 +84,16 @@ def test_a_finding_without_positives_has_the_reason_and_is_not_in_the_mean() -> 
 def test_calls_and_brier_are_of_calibrated_probabilities(kind: str) -> None:
     val, chosen, test, rows = evaluate(Threshold.model_validate({"calibration": kind}))
     fitted = chosen.calibration["Nodule"]
-    own = calibration.fit(kind, val.score_NF[:, 1], val.label_NF[:, 1])
+    own = calibration.fit(kind, val.logit_NF[:, 1], val.label_NF[:, 1])
     assert fitted.calibrator == own
     assert fitted.after is not None
     assert fitted.after.brier.value < fitted.before.brier.value
-    label, final = test.label_NF[:, 1], own.apply(test.score_NF[:, 1])
+    label, final = test.label_NF[:, 1], own.apply(test.logit_NF[:, 1])
     row, at = rows["Nodule"], rows["Nodule"].at_threshold
     assert row.brier.value == pytest.approx(brier_score_loss(label, final))
     assert list(row.calibration) == ["raw", "calibrated"]
     assert row.calibration["calibrated"].brier.value == row.brier.value
-    raw = brier_score_loss(label, test.score_NF[:, 1].astype(np.float64))
+    raw = brier_score_loss(label, test.probability_NF[:, 1])
     assert row.calibration["raw"].brier.value == pytest.approx(raw)
     assert at is not None
     assert at.f1.value == pytest.approx(f1_score(label, final >= at.threshold))
@@ -111,10 +111,10 @@ def test_the_required_recall_is_reached_on_validation() -> None:
 def test_a_known_prevalence_moves_probabilities_and_threshold_together() -> None:
     rule = Threshold(prior_shift="known", priors={"Mass": 0.6}, calibration="platt")
     val, chosen, test, rows = evaluate(rule, prevalence=0.6)
-    own = calibration.fit("platt", val.score_NF[:, 0], val.label_NF[:, 0])
+    own = calibration.fit("platt", val.logit_NF[:, 0], val.label_NF[:, 0])
     shift = PriorShift(chosen.calibration["Mass"].prevalence, 0.6)
     known = ~np.isnan(test.label_NF[:, 0])
-    label, final = test.label_NF[known, 0], shift.apply(own.apply(test.score_NF[known, 0]))
+    label, final = test.label_NF[known, 0], shift.apply(own.apply(test.logit_NF[known, 0]))
     row, at = rows["Mass"], rows["Mass"].at_threshold
     assert row.brier.value == pytest.approx(brier_score_loss(label, final))
     assert at is not None
@@ -125,7 +125,7 @@ def test_a_known_prevalence_moves_probabilities_and_threshold_together() -> None
     assert without is not None
     assert uncorrected is not None
     assert without.threshold == uncorrected.value
-    calibrated = own.apply(test.score_NF[known, 0])
+    calibrated = own.apply(test.logit_NF[known, 0])
     assert without.f1.value == pytest.approx(f1_score(label, calibrated >= uncorrected.value))
     nodule = rows["Nodule"].prior_shift
     assert nodule is not None
@@ -153,7 +153,7 @@ def test_dice_is_reported_with_its_baseline() -> None:
     scores = Scores(
         scores.image_id,
         scores.patient,
-        scores.score_NF[:, :1],
+        scores.logit_NF[:, :1],
         scores.label_NF[:, :1],
         FINDINGS[:1],
         ScoreHistograms(every, inside),

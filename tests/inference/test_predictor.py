@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from cxrscale import sources
-from cxrscale.evaluation import DEFAULT_MASK_RULE
+from cxrscale.evaluation import DEFAULT_MASK_RULE, summary
 from cxrscale.inference import Prediction, Predictor, apply_mask_rule, predictions
 from cxrscale.io import load_image, rle_masks, storage
+from cxrscale.run import Run
 from cxrscale.shards import manifest
 from cxrscale.sources.synthetic.archive import SyntheticPaths
 from cxrscale.training import checkpoint
@@ -52,12 +53,71 @@ def test_raw_files_get_the_scores_that_their_shards_got(
     scores = predictions.predict_split(classifier_run, "test")
     expected = {
         name: dict(zip(scores.findings, row, strict=True))
-        for name, row in zip(scores.image_id, scores.score_NF, strict=True)
+        for name, row in zip(scores.image_id, scores.probability_NF, strict=True)
     }
     assert len(paths) == len(expected)
     for path, prediction in zip(paths, predictor.predict(paths), strict=True):
         assert (prediction.path, prediction.error, prediction.mask_rle) == (path, "", None)
         assert prediction.probabilities == pytest.approx(expected[keyed("nih", Path(path).name)], abs=1e-5)
+
+
+CORRECTIONS: dict[str, list[str]] = {
+    "none": [],
+    "platt": ["threshold.calibration=platt"],
+    "temperature": ["threshold.calibration=temperature", "threshold.goal=recall", "threshold.min_rate=0.8"],
+    "isotonic": ["threshold.calibration=isotonic", "threshold.goal=youden"],
+    "known": ["threshold.calibration=platt", "threshold.prior_shift=known", "threshold.priors={Effusion: 0.1}"],
+    "em": ["threshold.calibration=platt", "threshold.prior_shift=em"],
+}
+"""Ways from a logit to a call."""
+
+
+@pytest.mark.parametrize("way", CORRECTIONS)
+def test_a_file_is_called_as_evaluate_calls_it(way: str, classifier_run: str, paths: list[str], tmp_path: Path) -> None:
+    """Image by image: the probabilities behind the Brier score, and the calls behind the confusion matrix."""
+    run = Run(shutil.copytree(classifier_run, tmp_path / "run"))
+    run.choose_thresholds(CORRECTIONS[way], 20)
+    test = run.evaluate(20)
+    scores, chosen = run.predictions("test"), run.thresholds()
+    found = run.predictor("cpu").predict(paths)
+    row_of = {name: row for row, name in enumerate(scores.image_id.tolist())}
+    row_N = np.array([row_of[keyed("nih", Path(path).name)] for path in paths])
+    counted = 0
+    for f, name in enumerate(scores.findings):
+        metrics_of_finding, label_N = test.findings[name], scores.label_NF[row_N, f]
+        probability_N = np.array([prediction.probabilities[name] for prediction in found])
+        fitted, prior = chosen.calibration[name], chosen.rule.priors.get(name)
+        expected = summary.final_probabilities(scores.logit_NF[:, f], fitted, chosen.rule, prior)
+        assert probability_N == pytest.approx(expected.final_N[row_N], abs=1e-5)
+        known_N = np.isfinite(label_N)
+        if metrics_of_finding.brier.defined:
+            error = np.square(probability_N - label_N)[known_N].mean()
+            assert error == pytest.approx(metrics_of_finding.brier.value, abs=1e-5)
+        at = metrics_of_finding.at_threshold
+        if at is None:
+            assert all(name not in prediction.calls for prediction in found)
+            continue
+        called_N = np.array([prediction.calls[name] for prediction in found])
+        cells = {"tp": called_N & (label_N == 1), "fp": called_N & (label_N == 0)}
+        cells |= {"fn": ~called_N & (label_N == 1), "tn": ~called_N & (label_N == 0)}
+        assert {cell: int(rows.sum()) for cell, rows in cells.items()} == dict(at.confusion)
+        counted += 1
+    assert counted >= 2
+    assert run.predictor("cpu").provenance.thresholds == test.thresholds
+
+
+def test_what_a_file_cannot_be_told_yet_is_noted(classifier_run: str, paths: list[str], tmp_path: Path) -> None:
+    run = Run(shutil.copytree(classifier_run, tmp_path / "run"))
+    predictor = run.predictor("cpu")
+    assert predictor(paths[0]).calls == {}
+    note = f"no thresholds.json: probabilities are the model's own and no calls; run `cxrscale threshold {run.path}`"
+    assert predictor.provenance.notes == (note,)
+    run.choose_thresholds(CORRECTIONS["em"], 20)
+    predictor = run.predictor("cpu")
+    assert predictor(paths[0]).calls.keys() == {"Cardiomegaly", "Effusion"}
+    assert predictor.provenance.notes[0].startswith("not corrected for the prevalence that threshold.prior_shift=em")
+    run.evaluate(20)
+    assert run.predictor("cpu").provenance.notes == ()
 
 
 def test_paths_bytes_and_arrays_are_the_same_image(predictor: Predictor, paths: list[str]) -> None:

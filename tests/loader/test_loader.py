@@ -35,7 +35,7 @@ from cxrscale.loader.reader import UNDECODABLE
 from cxrscale.loader.sampler import steps_per_epoch
 from cxrscale.shards import manifest as manifests
 from cxrscale.shards.manifest import Manifest
-from cxrscale.types import Batch, DistContext, Scores, UserError
+from cxrscale.types import Batch, DistContext, Scores, UserError, logits_of
 from tests.loader.test_reader import flip
 from tests.small_datasets import MakeShards, chest
 
@@ -252,7 +252,7 @@ def predictions_file(path: Path, manifest: Manifest, score: dict[str, float], fi
     rows = manifest.rows("train")
     ids = manifest.image_id[rows]
     score_NF = np.array([[score.get(name, 0.5)] for name in ids], np.float32)
-    scores = Scores(ids, manifest.patient[rows], score_NF, manifest.labels([finding])[rows], (finding,))
+    scores = Scores(ids, manifest.patient[rows], logits_of(score_NF), manifest.labels([finding])[rows], (finding,))
     info = PredictionsInfo(split="train", checkpoint="", manifest=manifest.digest, unreadable=0, recipe=Recipe())
     predictions.write_predictions(path, scores, info)
     return str(path)

@@ -6,13 +6,13 @@ import numpy as np
 
 from cxrscale.evaluation.thresholds import MaskRule
 from cxrscale.reporting import gallery
-from cxrscale.types import ScoreHistograms, Scores
+from cxrscale.types import ScoreHistograms, Scores, logits_of
 
 
 def scores(score: list[list[float]], label: list[list[float]], maps: ScoreHistograms | None = None) -> Scores:
     names = np.array([f"p{n}" for n in range(len(score))], dtype=object)
     columns = ("Mass", "Pleural_Thickening")[: len(score[0])]
-    return Scores(names, names, np.array(score, np.float32), np.array(label, np.float32), columns, maps)
+    return Scores(names, names, logits_of(score), np.array(label, np.float32), columns, maps)
 
 
 def test_each_finding_gives_its_worst_errors_and_its_clearest_true_positive() -> None:

@@ -12,7 +12,7 @@ from cxrscale.config import NIH14, PublishedFigure, Threshold
 from cxrscale.evaluation import Estimate, metrics, summary
 from cxrscale.evaluation.artifacts import DataInfo, DatasetInfo, LeakInfo, PartInfo
 from cxrscale.reporting import published
-from cxrscale.types import Scores
+from cxrscale.types import Scores, logits_of
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
 
@@ -77,7 +77,7 @@ def test_a_published_figure_finds_our_estimate() -> None:
     label = np.repeat([1.0, 0.0], [6, 13]).astype(np.float32)
     score = np.repeat([0.9, 0.4, 0.8, 0.1], [5, 1, 4, 9]).astype(np.float32)
     names = np.array([f"image-{number}" for number in range(19)], dtype=object)
-    scores = Scores(names, names, score[:, None], label[:, None], ("Pneumonia",))
+    scores = Scores(names, names, logits_of(score)[:, None], label[:, None], ("Pneumonia",))
     rule = Threshold(goal="fixed", value=0.5, report_at=(0.25,))
     weights_RN = metrics.bootstrap_weights(names, 10, seed=0)
     test = summary.evaluate_scores(scores, summary.choose_thresholds(scores, rule, weights_RN), weights_RN, {})

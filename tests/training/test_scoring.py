@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing as mp
+from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from cxrscale import config
@@ -18,7 +19,7 @@ from cxrscale.config import Recipe
 from cxrscale.models import losses
 from cxrscale.training import scoring
 from cxrscale.training.scoring import ScoredRows
-from cxrscale.types import Batch, DistContext, ScoreHistograms
+from cxrscale.types import Batch, DistContext, ScoreHistograms, logits_of
 
 FINDINGS = ("Effusion", "Mass")
 CLASSIFY = config.parse(Recipe, {"data": {"findings": FINDINGS}, "train": {"precision": "fp32"}}, where="test")
@@ -73,12 +74,14 @@ def score_classifier(batches: Sequence[Sequence[tuple[int, bool]]], dist: DistCo
 def assert_scores_are_right(rows: ScoredRows) -> None:
     expected = [0, 2, 3, 4]
     assert rows.row_N.tolist() == expected
-    probability_NF = torch.tensor([logits(row) for row in expected]).sigmoid().numpy()
-    np.testing.assert_array_equal(rows.score_NF, probability_NF)
+    logit_NF = torch.tensor([logits(row) for row in expected])
+    np.testing.assert_array_equal(rows.logit_NF, logit_NF.numpy())
     assert rows.unreadable == 1
     assert rows.maps is None
     pairs = [
-        (p, y) for ps, row in zip(probability_NF, expected, strict=True) for p, y in zip(ps, labels(row), strict=True)
+        (p, y)
+        for ps, row in zip(logit_NF.sigmoid().numpy(), expected, strict=True)
+        for p, y in zip(ps, labels(row), strict=True)
     ]
     entropy = [-math.log(p if y else 1 - p) for p, y in pairs if not math.isnan(y)]
     assert rows.loss == pytest.approx(sum(entropy) / len(entropy), rel=1e-5)
@@ -109,8 +112,8 @@ def test_maps_are_counted_in_histograms_and_scored_by_their_highest_pixel() -> N
     rows = scoring.score(nn.Identity(), [batch(rows, masked=True) for rows in BATCHES], SEGMENT, DistContext())
     assert rows.row_N.tolist() == [0, 2, 3, 4]
     assert math.isnan(rows.loss)
-    highest = torch.tensor([max(logits(row)) for row in (0, 2, 3, 4)]).sigmoid().numpy()
-    np.testing.assert_array_equal(rows.score_NF[:, 0], highest)
+    highest = [max(logits(row)) for row in (0, 2, 3, 4)]
+    assert rows.logit_NF[:, 0].tolist() == highest
     assert rows.maps is not None
     assert rows.maps.all_NT.sum(axis=1).tolist() == [16] * 4
     # Of the odd rows only row 3 is valid; one of its pixels is above 0.5.
@@ -126,25 +129,47 @@ def test_the_mode_of_the_model_is_restored(training: bool) -> None:
 
 
 def test_the_summary_is_the_mean_over_findings_with_both_classes() -> None:
-    score_NF = np.array([[0.9, 0.2, 0.6], [0.4, 0.7, 0.7], [0.6, 0.9, 0.8], [0.1, 0.3, 0.1]], np.float32)
+    score_NF = np.array([[0.9, 0.2, 0.6], [0.4, 0.7, 0.7], [0.6, 0.9, 0.8], [0.1, 0.3, 0.1]])
     label_NF = np.array([[1, 0, 1], [1, 0, 1], [0, 1, 1], [0, math.nan, math.nan]], np.float32)
-    rows = ScoredRows(np.arange(4), score_NF, None, math.nan, 0)
+    rows = ScoredRows(np.arange(4), logits_of(score_NF).astype(np.float32), None, math.nan, 0)
     metrics = scoring.summary(rows, label_NF, ("A", "B", "C"))
     # A: of four pairs the positives win three; at 0.5 one true positive, false positive, miss and true negative.
     assert (metrics["auroc.A"], metrics["f1.A"]) == (0.75, 0.5)
     # B: an unlabeled image does not count; at 0.5 one true and one false positive, one true negative.
     assert metrics["auroc.B"] == 1
     assert metrics["f1.B"] == pytest.approx(2 / 3)
-    # C has no negative: AUROC is undefined and not part of the mean.
+    # C has no negative: AUROC is undefined, and no metric of it is part of a mean.
     assert math.isnan(metrics["auroc.C"])
     assert metrics["auroc"] == pytest.approx(0.875)
-    assert metrics["accuracy"] == pytest.approx((1 / 2 + 2 / 3 + 1) / 3)
+    assert metrics["accuracy"] == pytest.approx((1 / 2 + 2 / 3) / 2)
+    assert metrics["f1"] == pytest.approx((1 / 2 + 2 / 3) / 2)
     brier_B = (0.2**2 + 0.7**2 + 0.1**2) / 3
-    assert metrics["brier"] == pytest.approx(np.mean([(0.1**2 + 0.6**2 + 0.6**2 + 0.1**2) / 4, brier_B, 0.29 / 3]))
+    assert metrics["brier"] == pytest.approx(((0.1**2 + 0.6**2 + 0.6**2 + 0.1**2) / 4 + brier_B) / 2)
+    assert metrics["findings"] == 2
+
+
+def test_a_finding_without_positives_is_in_no_mean() -> None:
+    """Its F1 would be 0 and its accuracy 1, whatever the model has learned of the others."""
+    rows = ScoredRows(np.arange(4), np.array([[3, -9], [1, -9], [-1, -9], [-3, -9]], np.float32), None, math.nan, 0)
+    metrics = scoring.summary(rows, np.array([[1, 0], [0, 0], [0, 0], [0, 0]], np.float32), ("A", "B"))
+    assert metrics["f1"] == metrics["f1.A"] == pytest.approx(2 / 3)
+    assert math.isnan(metrics["f1.B"])
+    assert metrics["accuracy"] == 0.75
+    assert metrics["findings"] == 1
+
+
+def test_logits_that_a_float32_sigmoid_cannot_tell_apart_are_ranked() -> None:
+    """Logits of 16 to 24: the ranking of their float32 probabilities has an AUROC of 0.531, their own 0.875."""
+    logit = np.array([[24], [23.5], [23], [18], [22.5], [17.5], [17], [16.5]], np.float32)
+    label = np.array([[1], [1], [1], [1], [0], [0], [0], [0]], np.float32)
+    rows = ScoredRows(np.arange(8), logit, None, math.nan, 0)
+    assert scoring.summary(rows, label, ("A",))["auroc"] == 15 / 16
+    squeezed = torch.from_numpy(logit).sigmoid().numpy()
+    assert roc_auc_score(label, squeezed) < 0.7
 
 
 def test_the_summary_of_one_finding_has_no_metrics_by_finding() -> None:
-    rows = ScoredRows(np.arange(2), np.array([[0.9], [0.1]], np.float32), None, math.nan, 0)
+    rows = ScoredRows(np.arange(2), np.array([[2.0], [-2.0]], np.float32), None, math.nan, 0)
     metrics = scoring.summary(rows, np.array([[1], [0]], np.float32), ("A",))
     assert metrics.keys() == {"auroc", "auprc", "f1", "accuracy", "brier"}
 
@@ -155,7 +180,9 @@ def test_the_summary_of_maps_has_dice_and_iou_at_a_half() -> None:
     # Four pixels above 0.5, of which two lie in the mask of three pixels; then an empty mask, predicted empty.
     all_NT[0, [low, high]], true_NT[0, [low, high]] = (12, 4), (1, 2)
     all_NT[1, low] = 16
-    rows = ScoredRows(np.arange(2), np.array([[0.8], [0.1]], np.float32), ScoreHistograms(all_NT, true_NT), math.nan, 0)
+    rows = ScoredRows(
+        np.arange(2), np.array([[1.4], [-2.2]], np.float32), ScoreHistograms(all_NT, true_NT), math.nan, 0
+    )
     metrics = scoring.summary(rows, np.array([[1], [0]], np.float32), ("Pneumothorax",))
     assert metrics["dice_positives"] == pytest.approx(4 / 7)
     assert metrics["dice"] == pytest.approx((4 / 7 + 1) / 2)

@@ -131,12 +131,12 @@ def require(scores: Scores, source: str) -> None:
     """
     if not len(scores.image_id):
         raise UserError(f"{source} holds no image; score a split that has some")
-    invalid = np.argwhere(~np.isfinite(scores.score_NF))
+    invalid = np.argwhere(~np.isfinite(scores.logit_NF))
     if len(invalid):
         row, finding = invalid[0]
         raise UserError(
             f"{source}: the score of {scores.findings[finding]} of image {scores.image_id[row]} is "
-            f"{scores.score_NF[row, finding]} ({len(invalid)} such scores); the model diverged, use other weights"
+            f"{scores.logit_NF[row, finding]} ({len(invalid)} such scores); the model diverged, use other weights"
         )
     if len(set(scores.patient.tolist())) < 2:
         raise UserError(

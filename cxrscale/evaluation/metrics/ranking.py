@@ -36,7 +36,7 @@ def auprc(score_N: npt.ArrayLike, label_N: npt.ArrayLike) -> Estimate:
     return undefined(reason) if reason else Estimate(float(average_precision_score(label, score)))
 
 
-def macro_auroc(score_NF: npt.NDArray[np.float32], label_NF: npt.NDArray[np.float32]) -> float:
+def macro_auroc(score_NF: npt.NDArray[np.floating], label_NF: npt.NDArray[np.float32]) -> float:
     """Mean AUROC over the findings that have both classes; NaN where none has."""
     values = [auroc(score_NF[:, f], label_NF[:, f]).value for f in range(score_NF.shape[1])]
     return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
