@@ -190,3 +190,6 @@ class ScoreHistograms:
     """Number of pixels whose score falls into bin t of T equal bins over 0..1."""
     true_NT: npt.NDArray[np.int32]
     """The same for pixels inside the true mask only."""
+    own_size: bool = False
+    """Whether the maps were enlarged to each image's own size, as SIIM-ACR scored them; else they have the size of
+    the model's input."""

@@ -154,6 +154,8 @@ class DiceMetrics(ArtifactPart):
     iou_on_positives: Estimate
     empty_baseline: Number
     """Mean Dice over all images when no mask is predicted."""
+    own_size: bool = False
+    """At the images' own sizes, with enlarged probabilities, as SIIM-ACR scored it; else at the model's input size."""
 
 
 class SplitMetrics(ArtifactPart):

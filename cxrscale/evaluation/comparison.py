@@ -151,6 +151,11 @@ def _dice(
     """Dice of both runs, each by its own mask rule and on its own grid."""
     assert run_a.maps is not None
     assert run_b.maps is not None
+    if run_a.maps.own_size != run_b.maps.own_size:
+        raise UserError(
+            "one run has Dice at the images' own size, the other at its input size; remove predictions-*.parquet of "
+            "both and run `cxrscale threshold` and `cxrscale evaluate` again"
+        )
     a_N, b_N = (
         metrics.map_dice(run.maps, rule.top, rule.min_area, rule.bottom)
         for run, rule in ((run_a, mask_rules[0]), (run_b, mask_rules[1]))

@@ -28,7 +28,7 @@ from cxrscale.evaluation.calibration import PriorShift, Unchanged
 from cxrscale.evaluation.metrics import AtThreshold, BootstrapWeights, Curve, Estimate, Floats
 from cxrscale.evaluation.thresholds import MaskRule
 from cxrscale.shards import Manifest
-from cxrscale.types import Scores, probabilities_of
+from cxrscale.types import ScoreHistograms, Scores, UserError, probabilities_of
 
 MAX_THREADS = 8
 """Findings that are processed at once: each takes some 200 MB of temporary arrays on 25,596 images."""
@@ -317,6 +317,7 @@ def _prior_shift(
 def _dice(scores: Scores, rule: MaskRule, weights_RN: BootstrapWeights) -> DiceMetrics:
     """Dice as the challenge scored it, Dice on positives, and what predicting no mask would reach."""
     assert scores.maps is not None
+    refuse_other_size(rule, scores.maps)
     overlaps = metrics.overlaps(scores.maps, rule.top, rule.min_area, rule.bottom, weights_RN)
     return DiceMetrics(
         mask_rule=rule,
@@ -326,7 +327,18 @@ def _dice(scores: Scores, rule: MaskRule, weights_RN: BootstrapWeights) -> DiceM
         iou_all=overlaps["iou_all"],
         iou_on_positives=overlaps["iou_positives"],
         empty_baseline=metrics.empty_baseline(scores.maps),
+        own_size=scores.maps.own_size,
     )
+
+
+def refuse_other_size(rule: MaskRule, maps: ScoreHistograms) -> None:
+    """Raise UserError where a rule's minimum area counts pixels of another size than the maps have."""
+    if rule.min_area > 1 and rule.own_size != maps.own_size:
+        chosen, scored = ("the images' own size", "the model's input size")[:: 1 if rule.own_size else -1]
+        raise UserError(
+            f"the mask rule was chosen at {chosen}, and the predictions are at {scored}; remove "
+            "predictions-*.parquet of the run and run `cxrscale threshold` again"
+        )
 
 
 def _in_threads(work: Callable[[int], Result], count: int) -> list[Result]:

@@ -36,9 +36,11 @@ class MaskRule:
     bottom: float
     dice: Number = float("nan")
     """Mean Dice over the images that it was searched on, empty against empty counting 1; NaN where it was not."""
+    own_size: bool = False
+    """Whether `min_area` counts pixels of the image itself; else of the model's input."""
 
 
-DEFAULT_MASK_RULE = MaskRule(0.5, 0, 0.5)
+DEFAULT_MASK_RULE = MaskRule(0.5, 0, 0.5, own_size=True)
 """The mask rule of a run without thresholds: every pixel that scores at least 0.5."""
 
 
@@ -192,7 +194,7 @@ def best_mask_rule(maps: ScoreHistograms, areas: tuple[int, ...] | None = None) 
     """
     above_NT, dice_NT, empty_N = _by_bin(maps)
     bins = above_NT.shape[1]
-    candidates = _areas(int(maps.all_NT[0].sum())) if areas is None else areas
+    candidates = _areas(maps) if areas is None else areas
     best: tuple[float, int, int, int] = (-1.0, 0, 0, 0)
     for area in candidates:
         gate_NT = (above_NT >= max(1, area)).astype(np.float64)
@@ -201,7 +203,7 @@ def best_mask_rule(maps: ScoreHistograms, areas: tuple[int, ...] | None = None) 
         top, bottom = np.unravel_index(int(mean_TT.argmax()), mean_TT.shape)
         if mean_TT[top, bottom] > best[0] + 1e-12:
             best = (float(mean_TT[top, bottom]), int(top), area, int(bottom))
-    return MaskRule(best[1] / bins, best[2], best[3] / bins, best[0])
+    return MaskRule(best[1] / bins, best[2], best[3] / bins, best[0], maps.own_size)
 
 
 def mask_rule_intervals(
@@ -222,7 +224,7 @@ def mask_rule_intervals(
     own = (bin_of(rule.top, bins), rule.min_area, bin_of(rule.bottom, bins))
     even = np.linspace(0, bins, min(steps, bins), endpoint=False).astype(int)
     grid = np.unique(np.r_[even, bins - 1, own[0], own[2]])
-    candidates = _areas(int(maps.all_NT[0].sum())) if areas is None else areas
+    candidates = _areas(maps) if areas is None else areas
     rule_R3 = np.concatenate(
         [_search_mask_rules(tables, weights_RN[part], own, candidates, grid) for part in blocks(weights_RN)]
     )
@@ -266,6 +268,8 @@ def _by_bin(maps: ScoreHistograms) -> _Tables:
     return above, dice_NT, (inside[:, 0] == 0).astype(np.float64)
 
 
-def _areas(pixels: int) -> tuple[int, ...]:
+def _areas(maps: ScoreHistograms) -> tuple[int, ...]:
+    """0 and the squares up to a fiftieth of the image, of the usual one where images have several sizes."""
+    pixels = float(np.median(maps.all_NT.sum(axis=1)))
     side = round((pixels / 50) ** 0.5)
     return tuple(sorted({step * step for step in range(0, side + 1, max(1, side // 16))}))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,10 @@ from cxrscale.training import LocalWorker, scoring
 from cxrscale.types import Batch, ScoreHistograms, Scores, UserError, logits_of
 
 MASK = "mask."
-"""Prefix of the columns that hold score histograms of segmentation maps."""
+"""Prefix of the columns that hold score histograms of segmentation maps at the size of the model's input."""
+OWN_MASK = "own_mask."
+"""The same for maps at the images' own sizes."""
+HISTOGRAMS = ("all_NT", "true_NT")
 LOGIT, LABEL = "logit.", "label."
 """Prefixes of the columns of a finding."""
 PROBABILITY = "score."
@@ -84,7 +86,8 @@ def predict_split(run: str | Path, name: str, progress: Callable[[int], None] | 
         return read_predictions(path)
     roles = {"train": recipe.data.train_split, "val": recipe.data.val_split, "test": recipe.data.test_split}
     batches = evaluation_batches(data, roles.get(name, (name,)), recipe, dist)
-    rows = scoring.score(trained.model, _with_progress(batches, progress), recipe, dist)
+    own_mask = data.own_mask if data.has_own_masks else None
+    rows = scoring.score(trained.model, _with_progress(batches, progress), recipe, dist, own_mask=own_mask)
     scores = Scores(
         data.image_id[rows.row_N],
         leakage.persons(joined)[rows.row_N],
@@ -137,8 +140,8 @@ def write_predictions(path: str | Path, scores: Scores, info: PredictionsInfo) -
         columns[LOGIT + name] = scores.logit_NF[:, f]
         columns[LABEL + name] = pa.array(scores.label_NF[:, f], from_pandas=True)
     if scores.maps is not None:
-        for part in fields(ScoreHistograms):
-            columns[MASK + part.name] = list(getattr(scores.maps, part.name))
+        for part in HISTOGRAMS:
+            columns[(OWN_MASK if scores.maps.own_size else MASK) + part] = list(getattr(scores.maps, part))
     table = pa.table(columns).replace_schema_metadata({INFO: info.model_dump_json().encode()})
     with storage.publishing(str(path)) as temporary:
         pq.write_table(table, temporary, compression="zstd")
@@ -209,10 +212,11 @@ def read_predictions(path: str | Path) -> Scores:
     logit_NF = columns(LOGIT) if prefix == LOGIT else logits_of(columns(PROBABILITY))
     if prefix == PROBABILITY:
         _note_older(str(path))
-    parts = [MASK + part.name for part in fields(ScoreHistograms)]
     maps = None
-    if parts[0] in table.column_names:
-        maps = ScoreHistograms(*(np.stack(table[part].to_numpy()).astype(np.int32) for part in parts))
+    for prefix in (MASK, OWN_MASK):
+        if prefix + HISTOGRAMS[0] in table.column_names:
+            all_NT, true_NT = (np.stack(table[prefix + part].to_numpy()).astype(np.int32) for part in HISTOGRAMS)
+            maps = ScoreHistograms(all_NT, true_NT, own_size=prefix == OWN_MASK)
     return Scores(
         table["image_id"].to_numpy(zero_copy_only=False),
         table["patient"].to_numpy(zero_copy_only=False),

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -256,10 +255,7 @@ class Predictor:
         return outputs
 
     def _mask_rle(self, score_HW: npt.NDArray[np.float32], image_HW: GrayImage) -> str:
-        small_HW = apply_mask_rule(score_HW, self._mask_rule).astype(np.uint8)
-        height, width = image_HW.shape
-        mask_HW = cv2.resize(small_HW, (width, height), interpolation=cv2.INTER_NEAREST)
-        return rle_masks.encode(mask_HW.astype(np.bool_))
+        return rle_masks.encode(apply_mask_rule(score_HW, self._mask_rule, image_HW.shape))
 
 
 def load_model(run: str | Path, device: torch.device) -> TrainedModel:
@@ -318,11 +314,18 @@ def read_decision(run: str, checkpoint_digest: str) -> Decision:
     return Decision(chosen, digest, calls.estimated_shifts(test))
 
 
-def apply_mask_rule(score_HW: npt.NDArray[np.float32], rule: MaskRule) -> npt.NDArray[np.bool_]:
-    """The mask of a score map: empty unless `min_area` pixels score >= top, else all pixels that score >= bottom."""
+def apply_mask_rule(score_HW: npt.NDArray[np.float32], rule: MaskRule, shape: tuple[int, int]) -> npt.NDArray[np.bool_]:
+    """The mask of a score map at the size (H, W) of its image: empty unless `min_area` pixels score >= top, else all
+    pixels that score >= bottom.
+
+    The probabilities are enlarged, not the mask. `min_area` counts pixels of the image, or of the map where the rule
+    was chosen at that size.
+    """
     bins = scoring.BINS
-    enough = (score_HW * bins >= bin_of(rule.top, bins)).sum() >= max(1, rule.min_area)
-    return np.asarray((score_HW * bins >= bin_of(rule.bottom, bins)) & enough)
+    own_HW = scoring.enlarged(score_HW, shape)
+    gate_HW = own_HW if rule.own_size else score_HW
+    enough = (gate_HW * bins >= bin_of(rule.top, bins)).sum() >= max(1, rule.min_area)
+    return np.asarray((own_HW * bins >= bin_of(rule.bottom, bins)) & enough)
 
 
 def encode_as_stored(image_HW: GrayImage, pixels: Mapping[str, Any]) -> bytes:

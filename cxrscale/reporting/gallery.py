@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from cxrscale.evaluation import MaskRule, metrics
 from cxrscale.inference import apply_mask_rule, predictions
-from cxrscale.io import load_image
+from cxrscale.io import load_image, resize_mask
 from cxrscale.loader import ShardReader
 from cxrscale.reporting import html
 from cxrscale.reporting.overlay import Thumbnail, thumbnail
@@ -97,10 +97,10 @@ def segmentation_cases(scores: Scores, rule: MaskRule, count: int = CASES_PER_KI
     dice_N = metrics.map_dice(scores.maps, rule.top, rule.min_area, rule.bottom)
     positive_N = metrics.has_mask(scores.maps)
     above_NT = scores.maps.all_NT[:, ::-1].cumsum(axis=1)[:, ::-1]
-    bins, pixels = above_NT.shape[1], int(above_NT[0, 0])
+    bins, pixels_N = above_NT.shape[1], above_NT[:, 0]
     has_mask_N = above_NT[:, metrics.bin_of(rule.top, bins)] >= max(1, rule.min_area)
-    area_N = np.where(has_mask_N, above_NT[:, metrics.bin_of(rule.bottom, bins)], 0) / pixels
-    true_N = scores.maps.true_NT.sum(axis=1) / pixels
+    area_N = np.where(has_mask_N, above_NT[:, metrics.bin_of(rule.bottom, bins)], 0) / pixels_N
+    true_N = scores.maps.true_NT.sum(axis=1) / pixels_N
     name = html.plain(scores.findings[0])
 
     def with_mask(row: int) -> Case:
@@ -137,7 +137,9 @@ def show_cases(
     masks: dict[int, dict[str, npt.NDArray[np.bool_]]] = {}
     if rule is not None and wanted:
         for row, score_HW, mask_HW in predictions.score_maps(run, data, sorted(manifest_row.values())):
-            masks[row] = {"truth": mask_HW, "predicted": apply_mask_rule(score_HW, rule)}
+            shape = data.table["height"][row].as_py(), data.table["width"][row].as_py()
+            predicted_HW = resize_mask(apply_mask_rule(score_HW, rule, shape), len(score_HW))
+            masks[row] = {"truth": mask_HW, "predicted": predicted_HW}
     reader = ShardReader(data)
 
     def show(case: Case) -> ShownCase:

@@ -34,7 +34,10 @@ def metrics_table(test: TestMetrics, title: str) -> Table:
     if len(test.findings) > 1:
         table.add_row(f"mean of {test.findings_in_mean}", "", estimate(test.mean_auroc), style="bold")
     if test.dice:
-        table.add_row("Dice, positives", str(test.dice.positives), estimate(test.dice.on_positives), style="bold")
+        size = "" if test.dice.own_size else " (input size)"
+        table.add_row(
+            f"Dice, positives{size}", str(test.dice.positives), estimate(test.dice.on_positives), style="bold"
+        )
         table.add_row("Dice, all (empty = 1)", str(test.images), estimate(test.dice.all))
         table.add_row("  predicting nothing", "", number(test.dice.empty_baseline))
     return table
@@ -58,7 +61,8 @@ def thresholds_table(thresholds: Thresholds, title: str) -> Table:
         table.add_row(name, estimate(row.threshold), *map(number, rates))
     if thresholds.mask_rule:
         rule = thresholds.mask_rule
-        text = f"top {rule.top:.3f}, at least {rule.min_area} pixels, bottom {rule.bottom:.3f}"
+        of = "" if rule.own_size else " of the input"
+        text = f"top {rule.top:.3f}, at least {rule.min_area} pixels{of}, bottom {rule.bottom:.3f}"
         table.add_row("masks", text, "", "", f"Dice {rule.dice:.3f}", style="bold")
     return table
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -42,12 +43,15 @@ def score(
     recipe: Recipe,
     dist: DistContext,
     weights: ClassWeights | None = None,
+    own_mask: Callable[[int], npt.NDArray[np.bool_]] | None = None,
 ) -> ScoredRows:
     """Score every valid row of all ranks' batches; all ranks return the same.
 
     Args:
         model: (B, 1, H, W) -> logits (B, F) or (B, 1, H, W); its training mode is restored afterwards.
         weights: the class weights of the recipe's loss, which is then computed too.
+        own_mask: manifest row -> its true mask at the image's own size; then the histograms of segmentation maps are
+            of maps enlarged to that size.
 
     Raises:
         NonFiniteError: a score is not finite.
@@ -66,7 +70,11 @@ def score(
         rows.append(batch.row_B.cpu().numpy())
         valid.append(batch.valid_B.cpu().numpy())
         if logits.ndim == 4:
-            histograms = score_histograms(probabilities(logits), batch.mask_B1HW)
+            histograms = (
+                score_histograms(probabilities(logits), batch.mask_B1HW)
+                if own_mask is None
+                else own_size_histograms(probabilities(logits), batch, own_mask)
+            )
             all_pixels.append(histograms.all_NT)
             mask_pixels.append(histograms.true_NT)
             logits = logits.flatten(1).amax(dim=1, keepdim=True)
@@ -77,7 +85,8 @@ def score(
     order = np.flatnonzero(valid_N)[np.argsort(row_N[valid_N], kind="stable")]
     maps = None
     if all_pixels:
-        maps = ScoreHistograms(*(all_gather(np.concatenate(part), dist)[order] for part in (all_pixels, mask_pixels)))
+        all_NT, true_NT = (all_gather(np.concatenate(part), dist)[order] for part in (all_pixels, mask_pixels))
+        maps = ScoreHistograms(all_NT, true_NT, own_size=own_mask is not None)
     total = all_reduce_sum(sums.to(dist.device), dist).cpu()
     # Over no label at all a loss is undefined, not 0.
     loss = float((total[:, 0] / total[:, 1]).sum()) if len(total) else float("nan")
@@ -149,3 +158,27 @@ def score_histograms(probability_B1HW: torch.Tensor, mask_B1HW: torch.Tensor | N
         inside = mask_B1HW.flatten(1) > 0.5
         true_BT = torch.bincount(bin_BP[inside], minlength=count * BINS).view(count, BINS)
     return ScoreHistograms(all_BT.cpu().numpy().astype(np.int32), true_BT.cpu().numpy().astype(np.int32))
+
+
+def own_size_histograms(
+    probability_B1HW: torch.Tensor, batch: Batch, own_mask: Callable[[int], npt.NDArray[np.bool_]]
+) -> ScoreHistograms:
+    """Histograms of each map at the size of its image's own mask; zeros for invalid rows. One image is in memory."""
+    score_BHW = probability_B1HW[:, 0].float().cpu().numpy()
+    all_BT, true_BT = np.zeros((2, len(score_BHW), BINS), dtype=np.int32)
+    for index in np.flatnonzero(batch.valid_B.cpu().numpy()):
+        mask_HW = own_mask(int(batch.row_B[index]))
+        # Floor, as in `score_histograms`: 1.0 is in the last bin.
+        bin_HW = np.minimum(enlarged(score_BHW[index], mask_HW.shape) * BINS, BINS - 1).astype(np.uint8)
+        for counts_BT, inside_HW in ((all_BT, None), (true_BT, mask_HW.view(np.uint8))):
+            counts_BT[index] = cv2.calcHist([bin_HW], [0], inside_HW, [BINS], [0, BINS]).ravel()
+    return ScoreHistograms(all_BT, true_BT, own_size=True)
+
+
+def enlarged(score_HW: npt.NDArray[np.float32], shape: tuple[int, int]) -> npt.NDArray[np.float32]:
+    """A score map at another size (H, W): bilinear between pixel centers, as image viewers and PyTorch without
+    `align_corners` do."""
+    if score_HW.shape == shape:
+        return score_HW
+    resized: npt.NDArray[np.float32] = cv2.resize(score_HW, shape[::-1], interpolation=cv2.INTER_LINEAR)
+    return resized

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 
@@ -204,9 +203,8 @@ def test_a_mask_is_that_of_the_shards_at_the_size_of_the_file(
         path = paths[data.image_id[row]]
         prediction = predictor(path)
         assert prediction.probabilities["Pneumothorax"] == pytest.approx(float(score_HW.max()), abs=1e-5)
-        small_HW = apply_mask_rule(score_HW, DEFAULT_MASK_RULE).astype(np.uint8)
         height, width = load_image(storage.read(path), name=path).image_HW.shape
-        expected_HW = cv2.resize(small_HW, (width, height), interpolation=cv2.INTER_NEAREST).astype(np.bool_)
+        expected_HW = apply_mask_rule(score_HW, DEFAULT_MASK_RULE, (height, width))
         assert prediction.mask_rle is not None
         # Pixels next to the threshold may fall on either side in a batch of another size.
         assert (rle_masks.decode(prediction.mask_rle, (height, width)) != expected_HW).mean() < 1e-3
