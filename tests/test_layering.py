@@ -19,6 +19,7 @@ DOORS = {
     "ray": {
         "cluster",
         "training/distributed",
+        "training/process_group",
         "training/launch",
         "tuning/sweep",
         "tuning/trial",

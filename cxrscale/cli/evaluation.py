@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -107,7 +106,7 @@ def predict_command(
             help="With --split: the map of `shard --keep-map`; --out is then a CSV under the source's own ids."
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The file of predictions; a CSV with an id map.")] = None,
+    out: Annotated[str | None, typer.Option(help="The file of predictions; a CSV with an id map.")] = None,
 ) -> None:
     """Probabilities and calls for image files (predict a.dcm b.png --run runs/NAME), or scores of a split (--split
     train).
@@ -126,11 +125,11 @@ def predict_command(
         scores = predictions.predict_split(run, split)
         print(storage.absolute(predictions.predictions_path(run, split)))
         if id_map is not None:
-            table = out or Path(f"predictions-{split}.csv")
-            predictions.write_under_source_ids(str(table), scores, id_map)
-            print(table.resolve())
+            table = out or f"predictions-{split}.csv"
+            predictions.write_under_source_ids(table, scores, id_map)
+            print(storage.absolute(table))
         return
-    out = out or Path("predictions.json")
+    out = out or "predictions.json"
     predictor = Predictor(run)
     for note in predictor.provenance.notes:
         terminal.note(f"{run}: {note}")
@@ -146,7 +145,7 @@ def predict_command(
             print(f"  warning: {warning}")
     listed = [{key: value for key, value in asdict(prediction).items() if value} for prediction in results]
     content = {"predictions": listed, **predictor.provenance.model_dump(mode="json")}
-    storage.write(str(out), json.dumps(content, indent=2) + "\n")
-    print(out.resolve())
+    storage.write(out, json.dumps(content, indent=2) + "\n")
+    print(storage.absolute(out))
     if all(prediction.error for prediction in results):
         raise UserError("none of the files could be read; see the reasons above")

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cxrscale.cli.group import app
 from cxrscale.io import storage
+from cxrscale.types import UserError
+
+if TYPE_CHECKING:
+    from cxrscale.cluster import jobs
 
 # Each command imports what it runs: torch, Ray and DALI take seconds that `--help` and a typing mistake need not.
 
@@ -57,16 +61,46 @@ def submit_command(
 ) -> None:
     """Run any command as a job on a Ray cluster and follow it: cxrscale submit train jobs/chexnet14.yaml --address URL.
 
-    The exit code is the job's. Ctrl-C asks whether to stop the job (it writes a checkpoint) or only to stop watching.
+    The exit code is that of the job's command. Others: 69 it never started, 71 its node died, 75 the job server does
+    not answer any more, 77 the job was refused, 130 Ctrl-C stopped watching, 143 the job was stopped. Ctrl-C asks
+    whether to stop the job (it writes a checkpoint) or only to stop watching.
     """
     from cxrscale.cluster import jobs
 
     if follow is None:
         spec = jobs.JobSpec(working_dir, installed, tuple(env or ()), name)
-        follow = jobs.submit(words or [], spec, address)
+        follow = jobs.submit(words or [], spec, address, command_parameters(words or []))
         if detach:
             print(jobs.how_to_follow(jobs.connect(address), follow), file=sys.stderr)
             print(follow)
             return
         print(f"job {follow}", file=sys.stderr)
-    raise typer.Exit(jobs.follow(jobs.connect(address), follow))
+    raise typer.Exit(jobs.follow(jobs.connect(address), jobs.check_id(follow, "--follow")))
+
+
+def command_parameters(words: list[str]) -> list[jobs.Parameter]:
+    """What the command to submit makes of its words, so that its mistakes are found here.
+
+    Raises:
+        UserError: there is no such command, or it is not one for a job.
+    """
+    from cxrscale.cluster import jobs
+
+    if not words:
+        return []
+    commands: Any = typer.main.get_command(app)
+    command = None if words[0] == "submit" else commands.commands.get(words[0])
+    if command is None:
+        names = ", ".join(sorted(set(commands.commands) - {"submit"}))
+        raise UserError(f"there is no command {words[0]!r} to submit; give one of {names}")
+    context = command.make_context(words[0], list(words[1:]))
+    return [
+        jobs.Parameter(
+            parameter.name,
+            parameter.opts[0] if parameter.param_type_name == "option" else parameter.metavar or parameter.name.upper(),
+            context.params[parameter.name],
+            "DEFAULT" not in str(context.get_parameter_source(parameter.name)),
+        )
+        for parameter in command.params
+        if parameter.name in context.params
+    ]

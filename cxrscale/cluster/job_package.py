@@ -12,9 +12,11 @@ import shutil
 import subprocess
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cxrscale import config
 from cxrscale.io import storage
@@ -34,10 +36,38 @@ SECRET_VALUE = re.compile(
 """How access keys start (AWS, GitHub, Hugging Face, wandb, OpenAI), addresses with a password, PEM keys; then two forms
 without a prefix: 40 hexadecimal digits (wandb) and 40 mixed characters (AWS)."""
 REMEDY = "everyone can read a job's command line and variables: put it on the nodes (environment, ~/.netrc, secret)"
-RECIPE_COMMANDS = ("train", "tune", "overfit", "preview", "config")
-"""Commands with a recipe, which is checked before the job is sent."""
-OUTPUT_COMMANDS = ("demo", "shard", "audit", "preview", "predict")
-"""Commands that write to --out."""
+RUN_COMMANDS = ("train", "tune", "overfit")
+"""Commands with a recipe that write to its tracking.runs_dir."""
+OUTPUTS = ("out", "keep_map")
+"""Parameters that say where a command writes."""
+INPUTS = ("root", "shards", "patients_from", "run", "run_a", "run_b", "files", "readers", "id_map")
+"""Parameters that are files, datasets or runs; another counts where it names a file here."""
+WRITES_INTO_RUN = ("threshold", "evaluate")
+"""Commands that write into the run that they are given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """What a command makes of one option or argument."""
+
+    name: str
+    option: str
+    """As the user writes it: --out, or RUN for an argument."""
+    value: Any
+    given: bool = True
+    """The user has given it; it is not the default."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobCommand:
+    """A command line that a job can run."""
+
+    words: list[str]
+    """With the paths of recipes relative to the job's folder."""
+    recipes: list[str]
+    """Recipes to ship, whether git ignores them or not, relative to the job's folder."""
+    results: list[str]
+    """Where the command writes."""
 
 
 def entrypoint(command_line: Sequence[str]) -> str:
@@ -45,87 +75,123 @@ def entrypoint(command_line: Sequence[str]) -> str:
     return shlex.join(["python", "-m", "cxrscale", *command_line])
 
 
-def is_recipe(argument: str) -> bool:
-    """Whether an argument is the path of a recipe."""
-    return argument.endswith((".yaml", ".yml")) and "=" not in argument and not argument.startswith("-")
-
-
-def relative_to_package(command_line: Sequence[str], root: Path, installed: bool = False) -> list[str]:
-    """The command line with the paths of recipes relative to `root`, which becomes the job's folder on the cluster.
+def prepare(
+    command_line: Sequence[str], parameters: Sequence[Parameter], root: Path, installed: bool = False
+) -> JobCommand:
+    """Check that a job can read what the command needs and that its results outlive it.
 
     Args:
         command_line: the command and its arguments.
-        root: the folder that is shipped.
+        parameters: what the command makes of them.
+        root: the folder that is shipped and becomes the job's folder.
         installed: the nodes' image has cxrscale; a recipe that does not exist here may be in the image.
 
     Raises:
-        UserError: a recipe is missing, wrong or outside `root`, another file is named by a relative path, or an output
-            would be deleted with the job's folder.
+        UserError: a recipe is missing, wrong or outside `root`, an input stays here, or an output would be deleted
+            with the job's folder.
     """
-    command = command_line[0] if command_line else ""
-    result = []
-    for argument in command_line:
-        if is_recipe(argument) and not (installed and not Path(argument).exists()):
-            path = Path(argument).resolve()
-            if not path.is_relative_to(root.resolve()):
-                raise UserError(f"recipe {argument} is outside --working-dir {root}, which is shipped; copy it there")
-            if command in RECIPE_COMMANDS:
-                _check_recipe(command_line, path)
-            result.append(path.relative_to(root.resolve()).as_posix())
-        else:
-            _refuse_local_files(argument)
-            result.append(argument)
-    if (private := _option(command_line, "--keep-map")) and not _is_permanent(private):
+    command, given = command_line[0], {parameter.name: parameter for parameter in parameters}
+    words, recipes, results = list(command_line), [], []
+    recipe = str(given["recipe"].value) if "recipe" in given and given["recipe"].value else None
+    if recipe is not None and not (installed and not Path(recipe).exists()) and "=" not in recipe:
+        path = Path(recipe).resolve()
+        if not path.is_relative_to(root.resolve()):
+            raise UserError(f"recipe {recipe} is outside --working-dir {root}, which is shipped; copy it there")
+        overrides = given["overrides"].value if "overrides" in given else None
+        results += _check_recipe(command, path, overrides or [], given)
+        recipes.append(path.relative_to(root.resolve()).as_posix())
+        words = [recipes[-1] if word == recipe else word for word in words]
+    of_split = command == "predict" and "split" in given and given["split"].value
+    into_run = command in WRITES_INTO_RUN or of_split
+    for parameter in parameters:
+        if parameter.name in OUTPUTS:
+            if not (of_split and given["id_map"].value is None):
+                results += _check_output(command, parameter)
+        elif parameter.name not in ("recipe", "overrides"):
+            _check_input(command, parameter)
+    for word in command_line[1:]:
+        if word != recipe:
+            _refuse_local_files(word)
+    if into_run:
+        results.append(str(given["run"].value))
+    return JobCommand(words, recipes, results)
+
+
+def _check_output(command: str, parameter: Parameter) -> list[str]:
+    if parameter.value is None and command != "predict":
+        return []
+    address = str(parameter.value)
+    if parameter.value is None or not _is_permanent(parameter.value):
+        reason = f"{parameter.option} {address} is relative" if parameter.given else f"{parameter.option} is missing"
         raise UserError(
-            f"--keep-map {private} is relative, and a job's folder is deleted with the job; give /shared/..."
+            f"{command}: {reason}, and a job's folder is deleted with the job; give {parameter.option} s3://... or "
+            "/shared/..."
         )
-    writes_to_run = command == "predict" and _option(command_line, "--split") is not None
-    if command in OUTPUT_COMMANDS and not writes_to_run and not _is_permanent(out := _option(command_line, "--out")):
-        reason = f"--out {out} is relative" if out else "--out is missing"
-        raise UserError(
-            f"{command}: {reason}, and a job's folder is deleted with the job; give --out s3://... or /shared/..."
-        )
-    return result
+    return [address]
 
 
 def _refuse_local_files(argument: str) -> None:
     """Refuse a file of this machine by a relative path: nothing but code and recipes is shipped."""
     for word in re.split(r"[\s=,:{}\[\]'\"]+", argument):
         is_path = ("/" in word or "." in word) and not _is_permanent(word)
-        with suppress(OSError):  # no file has a name of this length
-            if is_path and Path(word).is_file():
-                raise UserError(f"{word} is not shipped; give s3://... or an absolute path on all nodes")
+        if is_path and _is_file(word):
+            raise UserError(f"{word} is not shipped; give s3://... or an absolute path on all nodes")
 
 
-def _check_recipe(command_line: Sequence[str], path: Path) -> None:
-    """Refuse a wrong recipe before the job starts, and datasets or runs in the job's own folder."""
-    overrides = [argument for argument in command_line[1:] if "=" in argument and not argument.startswith("-")]
-    recipe = config.load_recipe(path, overrides)
-    if command_line[0] == "config":
-        return
-    for shards in recipe.data.shards:
-        if not _is_permanent(shards):
-            raise UserError(f"data.shards={shards} is not shipped; give s3://... or an absolute path on all nodes")
+def _is_file(path: str) -> bool:
+    with suppress(OSError, ValueError):  # no file has a name of this length
+        return Path(path).is_file()
+    return False
+
+
+def _check_input(command: str, parameter: Parameter) -> None:
+    values = parameter.value if isinstance(parameter.value, list | tuple) else [parameter.value]
+    for value in values:
+        if not isinstance(value, str | Path) or _is_permanent(value):
+            continue
+        if parameter.name in INPUTS:
+            raise UserError(
+                f"{command}: {parameter.option} {value} is not shipped; give s3://... or an absolute path on all nodes"
+            )
+
+
+def _check_recipe(command: str, path: Path, overrides: Sequence[str], parameters: Mapping[str, Parameter]) -> list[str]:
+    """Refuse a wrong recipe before the job starts, and inputs or runs in the job's own folder; returns the run."""
+    recipe = config.load_recipe(path, list(overrides))
+    if command == "config":
+        return []
+    for field, value in _texts(recipe.model_dump(mode="json", exclude={"tracking", "tune", "reference", "pack"})):
+        if not _is_permanent(value) and (field == "data.shards" or _is_file(value)):
+            raise UserError(f"{field}={value} is not shipped; give s3://... or an absolute path on all nodes")
+    if command not in RUN_COMMANDS:
+        return []
     root = recipe.tracking.runs_dir
-    if command_line[0] != "preview" and not _is_permanent(root):
+    if not _is_permanent(root):
         raise UserError(
             f"tracking.runs_dir={root} is relative, and a job's folder is deleted with the job; give s3://... or an "
             "absolute path that all nodes share"
         )
+    resumed = parameters["resume"].value if "resume" in parameters else None
+    return [storage.join(root, resumed or recipe.tracking.name or f"{path.stem}-TIME")]
 
 
-def _is_permanent(address: str | None) -> bool:
-    """Whether an address is outside the job's folder."""
-    return bool(address) and (storage.is_remote(str(address)) or storage.local_path(str(address)).is_absolute())
+def _texts(tree: Any, field: str = "") -> Iterator[tuple[str, str]]:
+    """(section.field, text) of every text in a recipe."""
+    if isinstance(tree, str):
+        yield field, tree
+    elif isinstance(tree, Mapping):
+        for name, child in tree.items():
+            yield from _texts(child, f"{field}.{name}" if field else name)
+    elif isinstance(tree, list):
+        for child in tree:
+            yield from _texts(child, field)
 
 
-def _option(command_line: Sequence[str], name: str) -> str | None:
-    for index, argument in enumerate(command_line):
-        if argument.startswith(f"{name}="):
-            return argument.partition("=")[2]
-        if argument == name and index + 1 < len(command_line):
-            return command_line[index + 1]
-    return None
+def _is_permanent(address: str | Path) -> bool:
+    """Whether an address is outside the job's folder; a Path is never remote."""
+    if isinstance(address, Path):
+        return address.is_absolute()
+    return bool(address) and (storage.is_remote(address) or storage.local_path(address).is_absolute())
 
 
 def refuse_secrets(command_line: Iterable[str]) -> None:

@@ -3,6 +3,7 @@ from . import dicom as dicom
 from . import images as images
 from . import lease as lease
 from . import rle_masks as rle_masks
+from . import scratch as scratch
 from . import storage as storage
 from . import terminal as terminal
 from .artifact import Artifact as Artifact

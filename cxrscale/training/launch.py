@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -16,7 +15,7 @@ import torch
 from cxrscale import config
 from cxrscale.cluster import nodes, ray_session
 from cxrscale.config import Recipe
-from cxrscale.io import lease, storage, write_artifact
+from cxrscale.io import lease, scratch, storage, write_artifact
 from cxrscale.loader import evaluation_batches, training_batches
 from cxrscale.models import build_model
 from cxrscale.shards import Manifest, leakage, manifest, refuse_leaks
@@ -25,6 +24,7 @@ from cxrscale.training import resume, run_info
 from cxrscale.training.distributed import LocalWorker, RayWorker, Worker, handle_stop_signals
 from cxrscale.training.loop import train
 from cxrscale.training.run_info import Outcome, RunInputs
+from cxrscale.training.tracking import require_wandb_key
 from cxrscale.types import AccessError, NonFiniteError, UserError, last_line, one_line
 
 LOG = logging.getLogger("cxrscale")
@@ -113,6 +113,7 @@ def check_inputs(recipe: Recipe, stem: str = "") -> tuple[RunInputs, Manifest]:
     Raises:
         UserError: shards, labels, splits or model do not fit the recipe.
     """
+    require_wandb_key(recipe.tracking)
     data = manifest.load(*recipe.data.shards)
     if not recipe.data.allow_leaks:
         refuse_leaks(data.split, leakage.merged_patients(leakage.join_datasets(*recipe.data.shards)), recipe.data)
@@ -178,11 +179,14 @@ def fit(
     import ray.train
     from ray.train.torch import TorchTrainer
 
+    from cxrscale.training.process_group import GroupConfig
+
     fewest, most = recipe.scaling.workers
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     trainer = TorchTrainer(
         _ray_loop,
         train_loop_config={"recipe": recipe.model_dump(mode="json"), "run": run, "owner": owner},
+        torch_config=GroupConfig(),
         scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]
             num_workers=fewest if fewest == most else (fewest, most),  # type: ignore[arg-type]
             elastic_resize_monitor_interval_s=recipe.scaling.elastic_check_seconds,
@@ -240,7 +244,7 @@ def _ray_loop(settings: dict[str, Any]) -> None:
 def _ray_folder(run: str) -> str:
     """Where Ray keeps its state of a run: in the run's folder, or on the local disk for a remote run: a resume does
     not need it."""
-    return tempfile.mkdtemp(prefix="cxrscale-ray-") if storage.is_remote(run) else storage.join(run, "ray")
+    return str(scratch.make()) if storage.is_remote(run) else storage.join(run, "ray")
 
 
 def _reason(error: Exception) -> str:

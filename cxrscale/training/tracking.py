@@ -9,7 +9,8 @@ import hashlib
 import json
 import logging
 import math
-import tempfile
+import netrc
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,13 +20,18 @@ import numpy as np
 import numpy.typing as npt
 
 from cxrscale.config import Tracking
-from cxrscale.io import encode_png, storage
+from cxrscale.io import encode_png, scratch, storage
 from cxrscale.types import UserError
 
 TRAIN_LOG = "train_log.jsonl"
 SAMPLES = "samples.png"
 REMOTE_SECONDS = 20.0
 """An object store cannot append: there train_log.jsonl is rewritten this often, and after every validation."""
+
+WANDB_KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
+"""The variables from which wandb takes a key."""
+WANDB_URL = "https://api.wandb.ai"
+"""Its server without WANDB_BASE_URL."""
 
 
 class Tracker:
@@ -46,7 +52,12 @@ class Tracker:
             storage.write(self.address, "".join(line + "\n" for line in self._lines))
             self._file = storage.local_path(self.address).open("a", buffering=1)
         self._wandb_images = tracking.wandb_images
-        self._wandb: Any = _start_wandb(run, tracking, recipe) if tracking.wandb != "disabled" else None
+        # Ray's workers change directory: wandb's files go into the run's folder, or for a remote run to it at the end.
+        self._wandb_folder: Path | None = None
+        self._wandb: Any = None
+        if tracking.wandb != "disabled":
+            self._wandb_folder = scratch.make() if storage.is_remote(run) else storage.local_path(run)
+            self._wandb = _start_wandb(run, self._wandb_folder, tracking, recipe)
 
     def log(self, kind: str, step: int, values: Mapping[str, float | int | None]) -> None:
         """Append a line; `kind` is train or val, `step` the optimizer steps done. NaN becomes null."""
@@ -80,6 +91,12 @@ class Tracker:
             self._file.close()
         self.flush()
         self._to_wandb(lambda run: run.finish())
+        if self._wandb_folder is not None and storage.is_remote(self.run):
+            for path in sorted(self._wandb_folder.glob("wandb/**/*")):
+                if path.is_file() and not path.is_symlink():
+                    name = path.relative_to(self._wandb_folder).as_posix()
+                    storage.write(storage.join(self.run, name), path.read_bytes())
+            scratch.remove(self._wandb_folder)
 
     def _to_wandb(self, action: Callable[[Any], None]) -> None:
         """Do the same in wandb. It is a copy of train_log.jsonl: when its service dies, the run goes on without."""
@@ -122,13 +139,31 @@ def _wandb_image(image_HW: npt.NDArray[np.uint8]) -> Any:
     return wandb.Image(image_HW)
 
 
-def _start_wandb(run: str, tracking: Tracking, recipe: Mapping[str, Any]) -> Any:
+def require_wandb_key(tracking: Tracking) -> None:
+    """Check that there is a key where tracking.wandb=online will need one.
+
+    Raises:
+        UserError: there is none in the environment or in ~/.netrc.
+    """
+    if tracking.wandb != "online" or any(os.environ.get(name) for name in WANDB_KEYS):
+        return
+    host = os.environ.get("WANDB_BASE_URL", WANDB_URL).rpartition("://")[2].partition("/")[0].partition(":")[0]
+    for path in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
+        try:
+            if path and netrc.netrc(os.path.expanduser(path)).authenticators(host):  # noqa: PTH111, needs no home
+                return
+        except (OSError, netrc.NetrcParseError):
+            continue
+    raise UserError(
+        f"tracking.wandb=online needs a key for {host}: run `wandb login`, set WANDB_API_KEY, or use offline"
+    )
+
+
+def _start_wandb(run: str, folder: Path, tracking: Tracking, recipe: Mapping[str, Any]) -> Any:
     import wandb
 
     # The same id after a restart joins the parts to one run: wandb sync --id ID run/wandb/offline-run-*
     run_id = hashlib.blake2b(run.encode(), digest_size=6).hexdigest()
-    # Ray's workers change directory: wandb's files go into the run's folder, or for a remote run into a temporary one.
-    folder = Path(tempfile.mkdtemp(prefix="wandb-")) if storage.is_remote(run) else storage.local_path(run)
     try:
         return wandb.init(
             project=tracking.project,

@@ -4,11 +4,15 @@ import shlex
 import subprocess
 import zipfile
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import pytest
+import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cxrscale.cli import app
+from cxrscale.cli.machines import command_parameters
 from cxrscale.cluster import job_package
 from cxrscale.types import UserError
 
@@ -79,7 +83,7 @@ def test_a_private_file_is_not_shipped_but_refused(tmp_path: Path, monkeypatch: 
         (tmp_path / name).write_text("private")
     for argument in ("pack.key_file=patient.key", "pack.split_lists={train: lists/train.txt}", "a.png"):
         with pytest.raises(UserError, match=r"is not shipped; give s3://\.\.\. or an absolute path on all nodes"):
-            job_package.relative_to_package(["shard", "nih", "/raw", argument, "--out", "/shards"], tmp_path)
+            prepare(["shard", "nih", "/raw", argument, "--out", "/shards"], tmp_path)
 
 
 def test_the_package_of_this_checkout_is_small_and_complete() -> None:
@@ -160,13 +164,27 @@ def test_variables_are_given_by_name_or_value() -> None:
         job_package.environment_variables(["NOWHERE"], {})
 
 
+def prepare(words: list[str], root: Path, installed: bool = False) -> job_package.JobCommand:
+    return job_package.prepare(words, command_parameters(words), root, installed)
+
+
 def test_recipes_become_relative_to_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = checkout(tmp_path / "here")
     monkeypatch.chdir(root / "jobs")
-    command_line = ["train", "mine.yaml", SHARDS, RUNS, "--flag"]
-    assert job_package.relative_to_package(command_line, root) == ["train", "jobs/mine.yaml", SHARDS, RUNS, "--flag"]
+    command = prepare(["train", "mine.yaml", SHARDS, RUNS, "--local"], root)
+    assert command.words == ["train", "jobs/mine.yaml", SHARDS, RUNS, "--local"]
+    assert command.recipes == ["jobs/mine.yaml"]
     image = ["train", "jobs/chexnet14.yaml", SHARDS]
-    assert job_package.relative_to_package(image, root, installed=True) == image
+    assert prepare(image, root, installed=True).words == image
+
+
+def test_a_recipe_that_git_ignores_is_shipped_when_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = checkout(tmp_path)
+    (root / "runs" / "a" / "best.yaml").write_text("train: {epochs: 1}\n")
+    monkeypatch.chdir(root)
+    assert prepare(["train", "runs/a/best.yaml", SHARDS, RUNS], root).recipes == ["runs/a/best.yaml"]
+    assert "runs/a/best.yaml" not in job_package.package_files(root)
+    assert "runs/a/best.yaml" in job_package.package_files(root, ["runs/a/best.yaml"])
 
 
 @pytest.mark.parametrize(
@@ -177,14 +195,28 @@ def test_recipes_become_relative_to_the_package(tmp_path: Path, monkeypatch: pyt
         (["train", "jobs/mine.yaml", SHARDS, RUNS, "optim.lrr=1"], "unknown field optim.lrr"),
         (["train", "jobs/mine.yaml", SHARDS], "tracking.runs_dir=runs is relative"),
         (["train", "jobs/mine.yaml", "data.shards=[shards/nih]", RUNS], "data.shards=shards/nih is not shipped"),
+        (
+            ["train", "jobs/mine.yaml", SHARDS, RUNS, "model.weights=runs/a/best.pt"],
+            "model.weights=runs/a/best.pt is not",
+        ),
         (["overfit", "jobs/mine.yaml", SHARDS], "tracking.runs_dir=runs is relative"),
         (["preview", "jobs/mine.yaml", "data.shards=[shards/nih]"], "data.shards=shards/nih is not shipped"),
         (["preview", "jobs/mine.yaml", SHARDS], "--out is missing"),
         (["predict", "s3://raw/a.dcm", "--run", "s3://runs/a"], "--out is missing"),
+        (["predict", "a.dcm", "--run", "s3://runs/a", "--out", "/o"], "FILES a.dcm is not shipped"),
+        (["predict", "--split", "val", "--run", "runs/a"], "--run runs/a is not shipped"),
         (["shard", "nih", "s3://raw/nih"], "--out is missing"),
         (["shard", "nih", "s3://raw/nih", "--out", "shards"], "--out shards is relative"),
         (["shard", "nih", "/raw", "--out", "/shards", "--keep-map", "map.csv"], "--keep-map map.csv is relative"),
+        (["shard", "nih", "data", "--out", "/shared/nih"], "ROOT data is not shipped"),
         (["audit", "s3://a", "--out=audit.html"], "--out audit.html is relative"),
+        (["audit", "a", "--out=/o/audit.html"], "SHARDS a is not shipped"),
+        (["evaluate", "runs/a"], "RUN runs/a is not shipped"),
+        (["compare", "s3://runs/a", "s3://runs/b"], "--out is missing"),
+        (["doctor", "--json", "doctor.json"], "--json doctor.json is relative"),
+        (["demo"], "--out is missing"),
+        (["submit", "config"], "there is no command 'submit' to submit"),
+        (["trian", "jobs/mine.yaml"], "there is no command 'trian' to submit"),
     ],
 )
 def test_a_path_that_the_job_cannot_use_is_one_line(
@@ -194,19 +226,45 @@ def test_a_path_that_the_job_cannot_use_is_one_line(
     (tmp_path / "else.yaml").write_text("{}")
     monkeypatch.chdir(root)
     with pytest.raises(UserError) as caught:
-        job_package.relative_to_package([argument.format(tmp=tmp_path) for argument in command_line], root)
+        prepare([argument.format(tmp=tmp_path) for argument in command_line], root)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    "command_line",
+    ("command_line", "results"),
     [
-        ["shard", "nih", "/raw", "--out", "s3://cxr/nih"],
-        ["demo", "--out=/shared/demo"],
-        ["verify", "/s"],
-        ["predict", "--split", "train", "--run", "s3://cxr/runs/a"],
+        (["shard", "nih", "/raw", "--out", "s3://cxr/nih"], ["s3://cxr/nih"]),
+        (["demo", "--out=/shared/demo"], ["/shared/demo"]),
+        (["verify", "/s"], []),
+        (["predict", "--split", "train", "--run", "s3://cxr/runs/a"], ["s3://cxr/runs/a"]),
+        (["predict", "s3://raw/a.dcm", "--run", "s3://runs/a", "--out", "s3://o/a.json"], ["s3://o/a.json"]),
+        (["evaluate", "/shared/runs/a"], ["/shared/runs/a"]),
+        (["compare", "/r/a", "/r/b", "--out", "/o/compare.json"], ["/o/compare.json"]),
+        (["doctor"], []),
+        (["doctor", "--json", "/shared/doctor.json"], ["/shared/doctor.json"]),
+        (["config", "jobs/mine.yaml"], []),
+        (["train", "jobs/mine.yaml", SHARDS, RUNS], ["s3://cxr/runs/mine-TIME"]),
+        (["train", "jobs/mine.yaml", SHARDS, RUNS, "tracking.name=a"], ["s3://cxr/runs/a"]),
+        (["tune", "jobs/mine.yaml", SHARDS, RUNS, "--resume", "b"], ["s3://cxr/runs/b"]),
     ],
 )
-def test_permanent_outputs_are_accepted(command_line: list[str], tmp_path: Path) -> None:
-    assert job_package.relative_to_package(command_line, tmp_path) == command_line
+def test_results_that_outlive_the_job_are_named(
+    command_line: list[str], results: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = checkout(tmp_path)
+    monkeypatch.chdir(root)
+    command = prepare(command_line, root)
+    assert command.words == command_line
+    assert command.results == results
+
+
+def test_every_path_of_every_command_is_an_input_or_a_result() -> None:
+    """A parameter that is added to a command has to be listed, or a job may lose what it writes."""
+    neither = {"recipe", "overrides", "source", "split", "resume", "address"}
+    commands: Any = typer.main.get_command(app.app)
+    for name, command in commands.commands.items():
+        for parameter, hint in get_type_hints(command.callback).items() if name != "submit" else ():
+            if "str" in str(hint) or "Path" in str(hint):
+                known = neither | set(job_package.INPUTS) | set(job_package.OUTPUTS)
+                assert parameter in known, f"{name} {parameter}: add it to job_package"

@@ -140,6 +140,7 @@ def test_the_exit_code_and_the_error_line_are_returned(cluster: Cluster) -> None
     command = [sys.executable, "jobs/submit.py", "verify", "/nowhere"]
     ran = subprocess.run(command, env=cluster.environment, cwd=ROOT, capture_output=True, text=True, timeout=150)
     assert ran.returncode == 2
+    assert "results:" not in ran.stderr
     assert "error: /nowhere/manifest.parquet does not exist" in ran.stdout
     assert ran.stderr.rstrip().endswith("failed with exit code 2")
 
@@ -149,12 +150,12 @@ def test_ctrl_c_stops_watching_or_stops_the_job_with_time_for_a_checkpoint(clust
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
     (package / "__main__.py").write_text(STAND_IN)
-    with cluster.start("--name", "long", "--working-dir", str(package.parent), "anything") as watching:
+    with cluster.start("--name", "long", "--working-dir", str(package.parent), "config") as watching:
         assert watching.stdout is not None
         for line in watching.stdout:
             if line.startswith("ready"):
                 break
-        assert line == "ready anything\n"  # the shipped program, not the installed one
+        assert line == "ready config\n"  # the shipped program, not the installed one
         watching.send_signal(signal.SIGINT)
         rest, _ = watching.communicate(timeout=60)
     assert watching.returncode == jobs.STOPPED_WATCHING
@@ -169,7 +170,7 @@ def test_ctrl_c_stops_watching_or_stops_the_job_with_time_for_a_checkpoint(clust
         until(master, "[s/w]")
         os.write(master, b"s\n")
         until(master, "checkpoint written")
-        assert watching.wait(60) == jobs.STOPPED_WATCHING
+        assert watching.wait(60) == jobs.STOPPED
     os.close(master)
     assert info(cluster, "long")["status"] == "STOPPED"
 
@@ -207,6 +208,7 @@ def test_a_stopped_training_writes_a_checkpoint_and_resumes(cluster: Cluster, ni
 
     code, out = cluster.submit(*arguments)
     assert code == 0, out
+    assert f"results: {run}" in out.splitlines()
     assert out.splitlines()[-1] == str(run)
     assert [line["step"] for line in tracking.read_log(str(run)) if line["kind"] == "train"] == list(range(1, 401))
     assert (run / "best.pt").is_file()

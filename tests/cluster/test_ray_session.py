@@ -1,13 +1,14 @@
-"""Checking an address before Ray connects to it; no cluster is started here."""
+"""Checking an address before Ray connects to it: nothing there, another service, a cluster without a token."""
 
 import http.server
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from cxrscale.cluster import ray_session
+from cxrscale.cluster import private_session, ray_session
 from cxrscale.types import UserError
 
 
@@ -56,3 +57,23 @@ def test_an_impossible_port_is_one_line() -> None:
 def test_another_service_at_the_port_is_one_line(web_server: http.server.ThreadingHTTPServer) -> None:
     address = f"127.0.0.1:{web_server.server_port}"
     assert message_of(address).startswith(f"the service at {address} is not Ray's control service; give its port")
+
+
+def test_a_password_in_an_address_is_not_repeated() -> None:
+    assert "secret" not in message_of("ray://me:secret@10.0.0.1:10001") + message_of("me:secret@10.0.0.1:6379")
+
+
+def test_a_cluster_without_a_token_is_joined_only_when_asked_for(
+    ray_cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    # A proxy for web pages stands in no way.
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    ray_session.reach(ray_cluster.address)
+    for mode in ("", "token"):
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+        message = message_of(ray_cluster.address)
+        assert message.startswith(f"the cluster at {ray_cluster.address} runs without a token: whoever reaches it can")
+    monkeypatch.undo()
+    private_session.reload_authentication()

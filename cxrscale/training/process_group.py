@@ -1,0 +1,81 @@
+"""The process group of a run's workers, which listens no wider than Ray itself does.
+
+Torch's store and its collectives know no token, and by default the store listens on every interface. Here it listens at
+the node's own address alone; on a private Ray or a cluster of one machine, whose nodes are at 127.0.0.1, everything
+stays on loopback.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import ray
+import torch.distributed
+from ray.train.torch import TorchConfig
+from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
+from torch._C._distributed_c10d import TCPStore
+
+_listener: socket.socket | None = None
+
+
+@dataclass
+class GroupConfig(TorchConfig):
+    """Ray Train's torch configuration with `_GroupBackend`."""
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        """What sets the group up."""
+        return _GroupBackend
+
+
+class _GroupBackend(_TorchBackend):
+    """Sets up NCCL for workers with GPUs, else gloo; nothing for a single worker, which has nobody to speak to."""
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        """Called by Ray Train when all workers of a group have started."""
+        worker_group.execute(_set_torch_distributed_env_vars)
+        world = len(worker_group)
+        if world == 1:
+            return
+        backend = "nccl" if worker_group.get_resources_per_worker().get("GPU", 0) > 0 else "gloo"
+        host, port = worker_group.execute_single(0, listen)
+        arguments = {
+            "world": world,
+            "host": host,
+            "port": port,
+            "backend": backend,
+            "seconds": backend_config.timeout_s,
+        }
+        ray.get([worker_group.execute_single_async(rank, join, rank=rank, **arguments) for rank in range(world)])
+
+
+def listen() -> tuple[str, int]:
+    """Open the socket of rank 0's store at this node's address; returns (address, port)."""
+    global _listener
+    host = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    _listener = socket.create_server((host, 0), family=family, backlog=1024)
+    return host, int(_listener.getsockname()[1])
+
+
+def join(rank: int, world: int, host: str, port: int, backend: str, seconds: float) -> None:
+    """Join the group as worker `rank` of `world`; its store is rank 0's, at the host and port of `listen`."""
+    if _is_loopback(host):
+        (name,) = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+        # Both would choose the interface of the host name or a network card.
+        os.environ |= {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}
+    if backend == "nccl":
+        # A collective that waits for a lost worker ends its process, so that Ray restarts the group.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
+    timeout = timedelta(seconds=seconds)
+    handle = _listener.detach() if rank == 0 and _listener is not None else None
+    store = TCPStore(host, port, world, is_master=rank == 0, timeout=timeout, master_listen_fd=handle)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+
+
+def _is_loopback(host: str) -> bool:
+    return host == "::1" or host.startswith("127.")
