@@ -134,9 +134,8 @@ def _agree_on_token(address: str) -> None:
     own = os.environ.get("RAY_AUTH_MODE", "").lower()
     if mode == "disabled" and own != "disabled":
         raise UserError(f"the cluster at {shown} {OPEN_CLUSTER}")
-    if mode == "token" and not own and private_session.has_token():
+    if mode == "token" and not own and private_session.find_token() is not None:
         os.environ["RAY_AUTH_MODE"] = "token"
-        private_session.reload_authentication()
 
 
 def _proxy_variable(address: str) -> str:
@@ -146,11 +145,12 @@ def _proxy_variable(address: str) -> str:
 
 
 def _client(address: str) -> JobSubmissionClient:
-    """Ray's client with timeouts."""
+    """Ray's client with timeouts, and with the token of now: Ray's own has read it when it was imported."""
     from ray.job_submission import JobSubmissionClient
 
     class Client(JobSubmissionClient):
         def _do_request(self, method: str, endpoint: str, **given: Any) -> Any:
             return super()._do_request(method, endpoint, **{"timeout": TIMEOUT_S, **given})
 
-    return Client(address)
+    token = private_session.find_token() if os.environ.get("RAY_AUTH_MODE", "").lower() == "token" else None
+    return Client(address, headers={"Authorization": f"Bearer {token}"} if token else None)

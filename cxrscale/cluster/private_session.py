@@ -93,17 +93,24 @@ def end() -> None:
     reload_authentication()
 
 
-def has_token() -> bool:
-    """Whether a token is given: in the environment, or in Ray's default file."""
-    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
-
-    loader = AuthenticationTokenLoader.instance()
-    loader.reset_cache()
-    return bool(loader.has_token(ignore_auth_mode=True))
+def find_token() -> str | None:
+    """The token that is given, in Ray's order: in the environment, in a file that it names, in ~/.ray/auth_token."""
+    if given := os.environ.get("RAY_AUTH_TOKEN"):
+        return given
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")  # noqa: PTH111, needs no home
+    try:
+        return Path(path).read_text().strip() or None
+    except OSError:
+        return None
 
 
 def reload_authentication() -> None:
-    """Have this process take RAY_AUTH_MODE and the token from the environment again; Ray reads them once."""
+    """Have this process take RAY_AUTH_MODE and the token from the environment again; Ray reads them once.
+
+    Not while it is connected: the new configuration would lack what the cluster has set.
+    """
+    if ray.is_initialized():
+        return
     from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
     Config.initialize("")

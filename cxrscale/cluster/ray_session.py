@@ -111,7 +111,7 @@ def _agree_on_token(address: str) -> None:
         raise UserError(f"the cluster at {address} {OPEN_CLUSTER}")
     if is_open:
         return
-    if not mode and private_session.has_token():
+    if not mode and private_session.find_token() is not None:
         os.environ["RAY_AUTH_MODE"] = "token"
         private_session.reload_authentication()
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token" or not control_service_answers(address, with_token=True):

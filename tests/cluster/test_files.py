@@ -1,5 +1,6 @@
 """The files in cluster/: validated with the tools that read them, and with our own rules where no tool exists."""
 
+import json
 import os
 import re
 import shlex
@@ -30,6 +31,8 @@ PIN = next(
 """The Ray version of every file in cluster/."""
 TAG = f"{__version__}-ray{PIN}"
 """The image's tag: the version of cxrscale, and the Ray version, which all nodes of a cluster must share."""
+DIGEST = "@sha256:" + 64 * "0"
+"""The place of an image's digest: no image has this one, so nothing starts before the right one is written there."""
 KUBERAY = {"kuberay-raycluster.yaml": "ray.io_rayclusters.yaml", "kuberay-rayjob.yaml": "ray.io_rayjobs.yaml"}
 """Our file -> the KubeRay CRD of its kind."""
 SECRET = re.compile(r"(key|token|password|secret)$", re.IGNORECASE)
@@ -123,9 +126,12 @@ def test_ray_up_starts_nodes_with_the_profiles_of_the_cloudformation_stack(launc
     from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 
     stacks = boto3.client("cloudformation", region_name="us-east-1")
+    # The local server knows no bucket policies; the next test reads it.
+    template, count = re.subn(r"  ShardsPolicy:\n(    .*\n)+", "", (CLUSTER / "aws-bucket.yaml").read_text())
+    assert count == 1
     stacks.create_stack(
         StackName="cxrscale",
-        TemplateBody=(CLUSTER / "aws-bucket.yaml").read_text(),
+        TemplateBody=template,
         Parameters=[{"ParameterKey": "Bucket", "ParameterValue": "my-bucket"}],
         Capabilities=["CAPABILITY_NAMED_IAM"],
     )
@@ -146,6 +152,47 @@ def test_ray_up_starts_nodes_with_the_profiles_of_the_cloudformation_stack(launc
         for machine in group["Instances"]
     }
     assert profiles == {"head": "cxrscale-head", "gpu-spot": "cxrscale-worker", "gpu-on-demand": "cxrscale-worker"}
+    roles = boto3.client("iam")
+    for role, may_write in (("cxrscale-worker", "runs/*"), ("cxrscale-head", "runs/*"), ("cxrscale-packer", "*")):
+        attached = roles.list_attached_role_policies(RoleName=role)["AttachedPolicies"]
+        documents = [
+            roles.get_policy_version(PolicyArn=one["PolicyArn"], VersionId="v1")["PolicyVersion"]["Document"]
+            for one in attached
+        ]
+        statements = [statement for document in documents for statement in document["Statement"]]
+        writes = {s["Resource"] for s in statements if "s3:PutObject" in s["Action"]}
+        assert writes == {f"arn:aws:s3:::my-bucket/{may_write}"}
+        assert not [one for one in attached if one["PolicyArn"].startswith("arn:aws:iam::aws:")], "a policy of Amazon's"
+
+
+def test_the_bucket_keeps_older_versions_and_is_reached_over_tls_alone() -> None:
+    template = yaml.load((CLUSTER / "aws-bucket.yaml").read_text(), yaml.BaseLoader)
+    assert template["Resources"]["Shards"]["Properties"]["VersioningConfiguration"] == {"Status": "Enabled"}
+    policy = template["Resources"]["ShardsPolicy"]
+    assert (policy["Type"], policy["Properties"]["Bucket"]) == ("AWS::S3::BucketPolicy", "Shards")
+    (rule,) = policy["Properties"]["PolicyDocument"]["Statement"]
+    assert (rule["Effect"], rule["Principal"], rule["Action"]) == ("Deny", "*", "s3:*")
+    assert rule["Resource"] == ["Shards.Arn", "${Shards.Arn}/*"]
+    assert rule["Condition"] == {"Bool": {"aws:SecureTransport": "false"}}
+
+
+def test_no_role_may_do_everything_to_everything() -> None:
+    template = yaml.load((CLUSTER / "aws-bucket.yaml").read_text(), yaml.BaseLoader)
+    allowed = [one for one in dicts(template) if one.get("Effect") == "Allow" and "Resource" in one]
+    assert len(allowed) > 10
+    for statement in allowed:
+        actions = statement["Action"] if isinstance(statement["Action"], list) else [statement["Action"]]
+        assert not [action for action in actions if "*" in action], statement
+        reads = all(action.partition(":")[2].startswith("Describe") for action in actions)
+        assert reads or statement["Resource"] != "*", statement
+        if {"ec2:TerminateInstances", "ec2:CreateTags", "iam:PassRole"} & set(actions):
+            assert "Condition" in statement
+
+
+def test_aws_machines_give_their_credentials_only_to_sessions(launcher: dict[str, Any]) -> None:
+    for kind in launcher["available_node_types"].values():
+        options = kind["node_config"]["MetadataOptions"]
+        assert options == {"HttpEndpoint": "enabled", "HttpTokens": "required", "HttpPutResponseHopLimit": 1}
 
 
 def test_cloudformation_template_passes_cfn_lint() -> None:
@@ -223,7 +270,7 @@ def gib(quantity: str) -> float:
 def test_kube_uses_the_pinned_ray(kube: dict[str, Any]) -> None:
     assert kube["apiVersion"] == "ray.io/v1"
     assert cluster_of(kube)["rayVersion"] == PIN
-    assert {container(group)["image"].rsplit(":")[-1] for group in groups(kube)} == {TAG}
+    assert {container(group)["image"].partition(":")[2] for group in groups(kube)} == {TAG + DIGEST}
 
 
 def test_kube_requests_are_equal_to_limits(kube: dict[str, Any]) -> None:
@@ -264,7 +311,7 @@ def test_kube_dataset_cache_is_smaller_than_its_volume(kube: dict[str, Any]) -> 
 def test_kube_names_its_queue_and_survives_its_head(kube: dict[str, Any]) -> None:
     assert set(kube["metadata"]["labels"]) & {"volcano.sh/queue-name", "kueue.x-k8s.io/queue-name"}
     redis = cluster_of(kube)["gcsFaultToleranceOptions"]
-    services = {d["metadata"]["name"]: d for d in yaml.safe_load_all((CLUSTER / "kuberay-once.yaml").read_text())}
+    services = {d["metadata"]["name"]: d for d in once() if d["kind"] != "NetworkPolicy"}
     name, port = redis["redisAddress"].split(":")
     assert int(port) in [p["port"] for p in services[name].get("spec", {}).get("ports", [])] or name in services
     accounts = {group["template"]["spec"]["serviceAccountName"] for group in groups(kube)}
@@ -277,6 +324,61 @@ def test_kube_pods_are_not_root(kube: dict[str, Any]) -> None:
         security = group["template"]["spec"]["securityContext"]
         assert security["runAsNonRoot"]
         assert [str(security["runAsUser"])] == user
+
+
+def pods(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """The pod templates of a KubeRay document."""
+    submitter = document["spec"].get("submitterPodTemplate")
+    return [*(group["template"] for group in groups(document)), *([submitter] if submitter else [])]
+
+
+def test_kube_pods_have_no_more_rights_than_they_need(kube: dict[str, Any]) -> None:
+    redis = next(d for d in once() if d["kind"] == "StatefulSet")["spec"]["template"]
+    for template in [*pods(kube), redis]:
+        pod = template["spec"]
+        assert pod["securityContext"]["runAsNonRoot"]
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for one in pod["containers"]:
+            assert one["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+            assert one["image"].endswith(DIGEST)
+            assert re.search(r":\d[\w.-]*@", one["image"]), "no version"
+    for template in pods(kube):
+        (one,) = template["spec"]["containers"]
+        written = {mount["mountPath"] for mount in one["volumeMounts"]}
+        home = re.findall(r"^ENV HOME=(\S+)", (CLUSTER / "Dockerfile").read_text(), re.MULTILINE)
+        assert {"/tmp", *home} <= written
+    autoscaler = cluster_of(kube).get("autoscalerOptions")
+    assert autoscaler is None or autoscaler["securityContext"]["readOnlyRootFilesystem"]
+
+
+def once() -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((CLUSTER / "kuberay-once.yaml").read_text()))
+
+
+def test_kube_pods_are_reached_by_each_other_and_the_operator_alone(kube: dict[str, Any]) -> None:
+    policies = {d["metadata"]["name"]: d["spec"] for d in once() if d["kind"] == "NetworkPolicy"}
+    assert set(policies) == {"cxrscale", "cxrscale-redis"}
+    assert all(policy["policyTypes"] == ["Ingress", "Egress"] for policy in policies.values())
+    own = policies["cxrscale"]["podSelector"]["matchLabels"]
+    for template in pods(kube):
+        assert own.items() <= template["metadata"]["labels"].items()
+    among_nodes, operator = policies["cxrscale"]["ingress"]
+    assert among_nodes == {"from": [{"podSelector": {"matchLabels": own}}]}
+    assert operator["ports"] == [{"protocol": "TCP", "port": 8265}]
+    redis = policies["cxrscale-redis"]
+    pod = next(d for d in once() if d["kind"] == "StatefulSet")["spec"]["template"]
+    assert redis["podSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    assert redis["ingress"] == [
+        {"from": [{"podSelector": {"matchLabels": own}}], "ports": [{"protocol": "TCP", "port": 6379}]}
+    ]
+    assert redis.get("egress", []) == []
+    # The metadata of a machine would give its role to whoever runs code in a pod.
+    blocks = [to["ipBlock"] for rule in policies["cxrscale"]["egress"] for to in rule["to"] if "ipBlock" in to]
+    assert all(block["except"] for block in blocks)
 
 
 def test_rayjob_runs_a_real_command_of_cxrscale() -> None:
@@ -300,8 +402,6 @@ def test_rayjob_gives_a_stopped_job_time_for_a_checkpoint() -> None:
 
 
 def test_driver_pods_have_the_resources_of_the_entrypoint() -> None:
-    import json
-
     spec = load("kuberay-rayjob.yaml")["spec"]
     required = json.loads(spec["entrypointResources"])
     for document in (load("kuberay-rayjob.yaml"), load("kuberay-raycluster.yaml")):
@@ -357,8 +457,10 @@ def test_one_image_for_every_node(launcher: dict[str, Any]) -> None:
     assert names == {launcher["docker"]["image"]}
     assert not {"head_image", "worker_image"} & set(launcher["docker"])
     text = (CLUSTER / "Dockerfile").read_text()
-    assert f"-t {launcher['docker']['image']} ." in text
-    assert launcher["docker"]["image"].endswith(f":{TAG}")
+    image, place, rest = launcher["docker"]["image"].partition(DIGEST)
+    assert (place, rest) == (DIGEST, "")
+    assert f"-t {image} ." in text
+    assert image.endswith(f":{TAG}")
     assert re.search(rf"^ray=={re.escape(PIN)}$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
 
 

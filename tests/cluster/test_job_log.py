@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cxrscale.cluster import job_log, job_server, jobs, private_session
+from cxrscale.cluster import job_log, job_server, jobs
 from cxrscale.types import UserError
 from tests.cluster.job_server import FakeJobServer, as_json
 
@@ -26,17 +26,10 @@ def token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
-    private_session.reload_authentication()
     monkeypatch.setattr(job_log, "POLL_S", 0.1)
     monkeypatch.setattr(job_log, "PENDING_S", 0.2)
     monkeypatch.setattr(job_log, "SILENCE_S", 1.0)
     monkeypatch.setattr(job_log, "SILENT_STREAM_S", 0.3)
-
-
-@pytest.fixture(autouse=True)
-def _authentication_as_before() -> Any:
-    yield
-    private_session.reload_authentication()
 
 
 def follow(server: FakeJobServer, name: str = "job") -> int:
@@ -220,7 +213,6 @@ def test_a_token_that_is_there_is_used_where_the_cluster_wants_one(
     job_server: FakeJobServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAY_AUTH_MODE")
-    private_session.reload_authentication()
     assert submit(job_server) == "job"
     assert job_server.authorization[-1] == "Bearer " + "0" * 64
     assert "0" * 64 not in as_json(job_server)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cxrscale.cluster import private_session, ray_session
+from cxrscale.cluster import ray_session
 from cxrscale.types import UserError
 
 
@@ -75,5 +75,3 @@ def test_a_cluster_without_a_token_is_joined_only_when_asked_for(
         monkeypatch.setenv("RAY_AUTH_MODE", mode)
         message = message_of(ray_cluster.address)
         assert message.startswith(f"the cluster at {ray_cluster.address} runs without a token: whoever reaches it can")
-    monkeypatch.undo()
-    private_session.reload_authentication()
