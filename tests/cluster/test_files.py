@@ -152,17 +152,21 @@ def test_ray_up_starts_nodes_with_the_profiles_of_the_cloudformation_stack(launc
         for machine in group["Instances"]
     }
     assert profiles == {"head": "cxrscale-head", "gpu-spot": "cxrscale-worker", "gpu-on-demand": "cxrscale-worker"}
-    roles = boto3.client("iam")
-    for role, may_write in (("cxrscale-worker", "runs/*"), ("cxrscale-head", "runs/*"), ("cxrscale-packer", "*")):
-        attached = roles.list_attached_role_policies(RoleName=role)["AttachedPolicies"]
-        documents = [
-            roles.get_policy_version(PolicyArn=one["PolicyArn"], VersionId="v1")["PolicyVersion"]["Document"]
-            for one in attached
+
+
+def test_only_who_packs_may_overwrite_shards() -> None:
+    resources = yaml.load((CLUSTER / "aws-bucket.yaml").read_text(), yaml.BaseLoader)["Resources"]
+    for role, may_write in (("WorkerRole", "runs/*"), ("HeadRole", "runs/*"), ("PackerRole", "*")):
+        policies = resources[role]["Properties"]["ManagedPolicyArns"]
+        assert set(policies) <= set(resources), "a policy of Amazon's"
+        statements = [
+            statement
+            for policy in policies
+            for statement in resources[policy]["Properties"]["PolicyDocument"]["Statement"]
         ]
-        statements = [statement for document in documents for statement in document["Statement"]]
         writes = {s["Resource"] for s in statements if "s3:PutObject" in s["Action"]}
-        assert writes == {f"arn:aws:s3:::my-bucket/{may_write}"}
-        assert not [one for one in attached if one["PolicyArn"].startswith("arn:aws:iam::aws:")], "a policy of Amazon's"
+        assert writes == {f"${{Shards.Arn}}/{may_write}"}
+        assert not [s for s in statements if "s3:DeleteObjectVersion" in s["Action"]]
 
 
 def test_the_bucket_keeps_older_versions_and_is_reached_over_tls_alone() -> None:
