@@ -10,7 +10,7 @@ PYTEST := $(BIN)/pytest $(IN_TWO)
 unexport PYTHONDONTWRITEBYTECODE
 export UV_COMPILE_BYTECODE := 1
 
-.PHONY: setup packages demo test test-slow test-pythons test-lowest smoke smoke-tests smoke-pythons lint types clean
+.PHONY: setup packages demo test test-slow test-pythons test-lowest smoke smoke-tests smoke-pythons lint types sbom clean
 
 # A venv that is broken, of a checkout that has moved, of another Python than PYTHON, or of one out of the range is remade.
 # In a second make: this one may have looked at the removed files already.
@@ -63,6 +63,13 @@ test-lowest: setup
 	"$$(.ci/find-python 3.11)" -m venv --clear .venv-lowest
 	$(BIN)/uv pip install -q -p .venv-lowest/bin/python --resolution lowest-direct -e '.[dev]'
 	.venv-lowest/bin/pytest $(IN_TWO) -m "not gpu and not slow"
+
+# A CycloneDX list of what is installed, in build/sbom.json; its tool has an environment of its own.
+SBOM := build/sbom-tool
+sbom: setup
+	test -x $(SBOM)/bin/cyclonedx-py || { $(BIN)/python -m venv $(SBOM) && $(SBOM)/bin/pip install -q 'cyclonedx-bom>=7.5,<8'; }
+	$(SBOM)/bin/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml -o build/sbom.json $(BIN)/python
+	@echo build/sbom.json
 
 clean:
 	rm -rf .venv .venv-* runs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

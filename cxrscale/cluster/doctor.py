@@ -103,8 +103,11 @@ def judge(node: str, report: Mapping[str, Any], cluster: bool) -> list[Row]:
         remedy = "unset PYTHONDONTWRITEBYTECODE where Ray starts: each worker recompiles torch, 11 s instead of 5"
         rows.append(Row("bytecode", node, "not saved", WARN, remedy))
     if report["auth_mode"] is None and cluster:
-        remedy = "set RAY_AUTH_MODE to token or disabled on every node; Ray's default differs between its commands"
+        remedy = "set RAY_AUTH_MODE=token on every node; Ray's default differs between its commands"
         rows.append(Row("RAY_AUTH_MODE", node, "not set", WARN, remedy))
+    elif report["auth_mode"] == "disabled" and cluster:
+        remedy = "whoever reaches the cluster can run code: start it with RAY_AUTH_MODE=token"
+        rows.append(Row("RAY_AUTH_MODE", node, "disabled", WARN, remedy))
     elif report["auth_mode"] is not None:
         rows.append(Row("RAY_AUTH_MODE", node, report["auth_mode"]))
     rows += [_disk(node, name, disk) for name, disk in report["disks"].items()]

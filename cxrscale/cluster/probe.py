@@ -100,7 +100,10 @@ def measure_disk(folder: str, size: int = SAMPLE_BYTES) -> dict[str, Any]:
     import shutil
     import uuid
 
-    path = Path(folder).expanduser()
+    try:
+        path = Path(folder).expanduser()
+    except RuntimeError:
+        return {"path": folder, "free": 0, "error": "no home folder"}
     existing = next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())
     sample = existing / f".tmp-doctor-{uuid.uuid4().hex}"
     result: dict[str, Any] = {"path": str(path), "free": shutil.disk_usage(existing).free}

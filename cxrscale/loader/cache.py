@@ -48,7 +48,10 @@ def staged_copy(shard: RemoteShard) -> BinaryIO:
     Raises:
         UserError: it does not exist, differs from the manifest, or does not fit into the cache.
     """
-    folder = Path(os.environ.get(CACHE_FOLDER) or DEFAULT_CACHE_FOLDER).expanduser()
+    try:
+        folder = Path(os.environ.get(CACHE_FOLDER) or DEFAULT_CACHE_FOLDER).expanduser()
+    except RuntimeError:
+        raise UserError(f"no home folder for copies of remote shards; point {CACHE_FOLDER} to a folder") from None
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

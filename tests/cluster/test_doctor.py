@@ -49,6 +49,7 @@ def test_a_healthy_node_has_only_good_rows() -> None:
         ({"open_files": 1024}, "open files", WARN, "ulimit -n"),
         ({"no_bytecode": True}, "bytecode", WARN, "unset PYTHONDONTWRITEBYTECODE"),
         ({"auth_mode": None}, "RAY_AUTH_MODE", WARN, "on every node"),
+        ({"auth_mode": "disabled"}, "RAY_AUTH_MODE", WARN, "can run code"),
         ({"gpus": []}, "GPUs", WRONG, "update the driver"),
         ({"dali": {"cpu": "ok", "cuda:0": "no nvJPEG"}}, "DALI on cuda:0", WRONG, "nvidia-dali-cuda"),
         ({"nccl": None}, "collectives", WRONG, "torch build with nccl"),

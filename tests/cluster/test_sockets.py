@@ -79,7 +79,7 @@ def watch(arguments: list[str], folder: Path, visit: Callable[[int], None]) -> s
                     visit(control.port)
                 finally:
                     process.send_signal(signal.SIGCONT)
-            time.sleep(0.05)
+            time.sleep(0.3)
     assert process.returncode == 0, log.read_text()
     assert list(temporary.iterdir()) == [], "left in the temporary folder"
     assert visited

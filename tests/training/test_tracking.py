@@ -9,10 +9,13 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pytest
 
 from cxrscale.config import Tracking
+from cxrscale.io import scratch, storage
 from cxrscale.training import tracking
-from cxrscale.training.tracking import Tracker
+from cxrscale.training.tracking import Tracker, require_wandb_key
+from cxrscale.types import UserError
 
 
 def test_a_resumed_run_drops_the_lines_that_it_will_repeat(tmp_path: Path) -> None:
@@ -113,3 +116,39 @@ def test_wandb_disabled_writes_nothing(tmp_path: Path) -> None:
     tracker.log("train", 1, {"loss": 1.0})
     tracker.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["samples.png", "train_log.jsonl"]
+
+
+def test_wandb_online_without_a_key_is_one_line_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.hospital.example:8443/api")
+    online = Tracking(wandb="online")
+    for home in ("/proc/nowhere", str(tmp_path)):
+        monkeypatch.setenv("HOME", home)
+        with pytest.raises(
+            UserError, match=r"needs a key for wandb\.hospital\.example: run `wandb login`, set WANDB_API"
+        ):
+            require_wandb_key(online)
+    require_wandb_key(Tracking(wandb="offline"))
+    netrc = tmp_path / ".netrc"
+    netrc.write_text("machine wandb.hospital.example login user password 0123\n")
+    netrc.chmod(0o600)
+    require_wandb_key(online)
+    netrc.unlink()
+    monkeypatch.setenv("WANDB_API_KEY", "0123")
+    require_wandb_key(online)
+
+
+def test_wandb_files_of_a_run_in_a_bucket_go_there_and_leave_nothing_here(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    run = f"{s3}/runs/wandb-files"
+    tracker = Tracker(run, Tracking(wandb="offline"), {}, 0)
+    tracker.log("train", 1, {"loss": 0.5})
+    tracker.close()
+    (folder,) = [name for name in storage.listing(f"{run}/wandb") if name.startswith("offline-run-")]
+    assert [name for name in storage.listing(f"{run}/wandb/{folder}") if name.endswith(".wandb")]
+    assert [path for path in tmp_path.iterdir() if path.name.startswith(scratch.PREFIX)] == []
