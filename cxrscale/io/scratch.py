@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import fcntl
 import os
 import shutil
@@ -21,6 +22,7 @@ LONGEST = 40
 
 _open: dict[Path, int] = {}
 _created_by: int | None = None
+_shared: Path | None = None
 
 
 def make(short: bool = False) -> Path:
@@ -37,13 +39,14 @@ def make(short: bool = False) -> Path:
     global _created_by
     base = _base(short)
     remove_stale(base)
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
-        handle = os.open(folder / OWNER, os.O_CREAT | os.O_RDWR, 0o600)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"temporary folder {base}: {reason}; free space there, or set TMPDIR to another") from None
-    fcntl.flock(handle, fcntl.LOCK_EX)
+    handle = None
+    while handle is None:
+        try:
+            folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
+            handle = _lock(folder / OWNER)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"temporary folder {base}: {reason}; free space there, or set TMPDIR to another") from None
     if _created_by != os.getpid():
         # A forked child has its parent's folders in the table and must leave them alone.
         _open.clear()
@@ -51,6 +54,24 @@ def make(short: bool = False) -> Path:
         atexit.register(_remove_all)
     _open[folder] = handle
     return folder
+
+
+def shared() -> Path:
+    """The folder of `make` for all of this process's temporary files that need none of their own."""
+    global _shared
+    if _shared is None or _created_by != os.getpid() or _shared not in _open:
+        _shared = make()
+    return _shared
+
+
+def _lock(owner: Path) -> int | None:
+    """Create and lock the file; None where another process took the folder for stale in between."""
+    handle = os.open(owner, os.O_CREAT | os.O_RDWR, 0o600)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    if os.fstat(handle).st_nlink:
+        return handle
+    os.close(handle)
+    return None
 
 
 def remove(folder: Path) -> None:
@@ -74,13 +95,18 @@ def remove_stale(base: Path) -> None:
             continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # A folder in the making is not locked yet.
-            if time.time() - os.fstat(handle).st_mtime > 10:
-                shutil.rmtree(owner.parent, ignore_errors=True)
+            # The lock's file first: who makes this folder just now, and has not locked it yet, sees that it is gone.
+            owner.unlink(missing_ok=True)
+            shutil.rmtree(owner.parent, ignore_errors=True)
         except BlockingIOError:
             pass
         finally:
             os.close(handle)
+    for folder in base.glob(f"{PREFIX}*"):
+        # Of a process that was killed before it had locked its folder.
+        with contextlib.suppress(OSError):
+            if time.time() - folder.lstat().st_mtime > 60:
+                folder.rmdir()
 
 
 def _base(short: bool) -> Path:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import fsspec
 from blake3 import blake3
 
+from cxrscale.io import scratch
 from cxrscale.io.address import absolute as absolute
 from cxrscale.io.address import is_remote as is_remote
 from cxrscale.io.address import join as join
@@ -155,7 +156,7 @@ def publishing(address: str, *, private: bool = False) -> Iterator[Path]:
     with _user_errors(address):
         if not remote:
             final.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.gettempdir()) if remote else final.parent
+        folder = scratch.shared() if remote else final.parent
         temporary = folder / f"{TEMPORARY_PREFIX}{final.name}-{secrets.token_hex(4)}"
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600 if private or remote else 0o666))
         try:
@@ -297,7 +298,7 @@ def _is_stream(path: Path) -> bool:
 @contextmanager
 def _writing_to_stream(stream: Path) -> Iterator[Path]:
     """A temporary path, whose content is copied into the stream at the end."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=scratch.shared()) as folder:
         temporary = Path(folder, "output")
         yield temporary
         with _user_errors(str(stream)), stream.open("wb") as target:

@@ -1,9 +1,9 @@
 """Temporary folders that go with their process."""
 
+import fcntl
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -56,15 +56,36 @@ def test_what_a_killed_process_left_goes_with_the_next_and_nothing_else(temporar
         left, kept = (Path(stream.readline().strip()) for stream in (killed.stdout, alive.stdout))
         killed.kill()
         killed.wait()
-        old = time.time() - 60
-        for folder in (left, kept):
-            os.utime(folder / scratch.OWNER, (old, old))
         own = scratch.make()
         assert not left.exists()
         assert (kept / "big" / "file").exists()
         alive.kill()
     scratch.remove(own)
     assert sorted(path.name for path in temporary.iterdir()) == sorted([kept.name, f"{scratch.PREFIX}of-somebody"])
+
+
+def test_a_folder_that_was_taken_for_stale_while_it_was_made_is_made_again(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+
+    def flock(handle: int, kind: int) -> None:
+        if kind == fcntl.LOCK_EX and not taken:
+            taken.extend(temporary.iterdir())
+            scratch.remove_stale(temporary)
+        fcntl_flock(handle, kind)
+
+    fcntl_flock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", flock)
+    folder = scratch.make()
+    assert folder.is_dir()
+    assert taken
+    assert folder not in taken
+    assert list(temporary.iterdir()) == [folder]
+    assert scratch.shared() == scratch.shared() != folder
+    scratch.remove(scratch.shared())
+    scratch.remove(folder)
+    assert list(temporary.iterdir()) == []
 
 
 def test_a_path_that_is_too_long_for_sockets_is_replaced(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
