@@ -43,14 +43,8 @@ class _GroupBackend(_TorchBackend):
             return
         backend = "nccl" if worker_group.get_resources_per_worker().get("GPU", 0) > 0 else "gloo"
         host, port = worker_group.execute_single(0, listen)
-        arguments = {
-            "world": world,
-            "host": host,
-            "port": port,
-            "backend": backend,
-            "seconds": backend_config.timeout_s,
-        }
-        ray.get([worker_group.execute_single_async(rank, join, rank=rank, **arguments) for rank in range(world)])
+        given = (world, host, port, backend, float(backend_config.timeout_s))
+        ray.get([worker_group.execute_single_async(rank, join, rank, *given) for rank in range(world)])
 
 
 def listen() -> tuple[str, int]:
