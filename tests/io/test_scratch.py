@@ -67,7 +67,7 @@ def test_what_a_killed_process_left_goes_with_the_next_and_nothing_else(temporar
 def test_a_folder_that_was_taken_for_stale_while_it_was_made_is_made_again(
     temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taken = []
+    taken: list[Path] = []
 
     def flock(handle: int, kind: int) -> None:
         if kind == fcntl.LOCK_EX and not taken:
