@@ -59,7 +59,8 @@ def make(short: bool = False) -> Path:
 def shared() -> Path:
     """The folder of `make` for all of this process's temporary files that need none of their own."""
     global _shared
-    if _shared is None or _created_by != os.getpid() or _shared not in _open:
+    # Long runs outlive what cleans a temporary folder of old files.
+    if _shared is None or _created_by != os.getpid() or not _shared.is_dir():
         _shared = make()
     return _shared
 

@@ -151,4 +151,6 @@ def test_wandb_files_of_a_run_in_a_bucket_go_there_and_leave_nothing_here(
     tracker.close()
     (folder,) = [name for name in storage.listing(f"{run}/wandb") if name.startswith("offline-run-")]
     assert [name for name in storage.listing(f"{run}/wandb/{folder}") if name.endswith(".wandb")]
-    assert [path for path in tmp_path.iterdir() if path.name.startswith(scratch.PREFIX)] == []
+    left = {path for path in tmp_path.iterdir() if path.name.startswith(scratch.PREFIX)}
+    assert left <= {scratch.shared()}
+    assert list(scratch.shared().iterdir()) == [scratch.shared() / scratch.OWNER]
