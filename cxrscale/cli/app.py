@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import logging
+import signal
 import sys
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -33,4 +35,19 @@ def main() -> None:
             # A file's name need not be UTF-8; its bytes go out as they came in.
             stream.reconfigure(errors="surrogateescape")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    end_as_ctrl_c()
     app()
+
+
+def end_as_ctrl_c() -> None:
+    """SIGTERM and SIGHUP end a command as Ctrl-C does: it cleans up behind it, and the same command goes on later.
+
+    One that the process ignores, as SIGHUP under nohup, stays ignored.
+    """
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, interrupt)

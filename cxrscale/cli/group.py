@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Annotated, Any
 
@@ -40,7 +41,10 @@ class CommandGroup(TyperGroup):
                 print(f"error: {old} is now called {RENAMED_OPTIONS[old]}", file=sys.stderr)
                 raise typer.Exit(2) from None
             raise
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit) as ended:
+            # Ray, once connected, turns SIGTERM into this exit.
+            if isinstance(ended, SystemExit) and ended.code != signal.SIGTERM:
+                raise
             print("stopped; run the same command again to resume", file=sys.stderr)
             raise typer.Exit(130) from None
 

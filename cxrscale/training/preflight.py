@@ -1,24 +1,6 @@
 """What is tried and counted before a worker starts or a file is written: in this process, in seconds.
 
-| refused | found by |
-| --- | --- |
-| a number out of its range, no loss, a finding twice, an unknown metric | the recipe's own fields |
-| a model that cannot do a training step: input size, batch normalization over one value | a pass on the meta device |
-| parameters that get no gradient, with several workers | the same pass |
-| a finding without a label in the training split | the labels |
-| `loss.class_balance` alone, with a finding that every or no image has: its weights are 0 and 1 | the labels |
-| a `train.monitor` that the validation labels leave undefined | the labels |
-| a sampling policy without the images that it needs | the labels |
-| a batch smaller than the number of workers | the recipe |
-
-| warned of | in numbers |
-| --- | --- |
-| sampling and loss weights that correct the same imbalance twice | the best constant prediction, and the prevalence |
-| a finding that every or no training image has | how many images |
-| fields that change nothing | what they would need |
-| a warm-up longer than the run | the highest learning rate that is reached |
-| a moving average that forgets its start too slowly | the share of the initial weights at the end |
-| AdamW with `optim.lr` times `optim.weight_decay` of 1 or more | the product |
+The tables of jobs/README.md ('Before it starts') say what is refused, and what is warned of in numbers.
 """
 
 from __future__ import annotations
@@ -51,13 +33,30 @@ def check(recipe: Recipe, data: Manifest, workers: int) -> list[str]:
         workers: the most workers that will train.
 
     Raises:
-        UserError: the table above.
+        UserError: what cannot be trained.
+    """
+    refuse(recipe, data, workers)
+    return warnings(recipe, data)
+
+
+def refuse(recipe: Recipe, data: Manifest, workers: int, tried: set[str] | None = None) -> None:
+    """The part of `check` that refuses.
+
+    Args:
+        workers: the most workers that will train.
+        tried: steps that have been tried, which are not tried again; this one is added.
+
+    Raises:
+        UserError: what cannot be trained.
     """
     check_batch(recipe, workers)
     check_training_labels(recipe, data)
     check_monitor(recipe, data)
-    try_step(recipe, workers)
-    return warnings(recipe, data)
+    shape = (recipe.model, recipe.data.task, recipe.augment.size, smallest_microbatch(recipe, workers))
+    if tried is None or repr(shape) not in tried:
+        try_step(recipe, workers)
+    if tried is not None:
+        tried.add(repr(shape))
 
 
 def check_batch(recipe: Recipe, workers: int) -> None:

@@ -22,7 +22,8 @@ from cxrscale import config
 from cxrscale.cluster import ray_session
 from cxrscale.config import LOWER_IS_BETTER, Recipe
 from cxrscale.io import lease, storage
-from cxrscale.training import RunInputs, launch, resume, run_info
+from cxrscale.shards import manifest
+from cxrscale.training import RunInputs, launch, preflight, resume, run_info
 from cxrscale.tuning import results, trial
 from cxrscale.tuning.follower import Follower, bars
 from cxrscale.tuning.results import TrialRow
@@ -35,7 +36,7 @@ from cxrscale.types import UserError, last_line, one_line
 RAY_FOLDER = "ray"
 """Ray's own state of the search, from which it resumes after a kill."""
 FREE_TO_CHANGE = frozenset({"tune.max_concurrent_trials", "tune.retry_failed"})
-"""Fields of `tune` that may differ when a search is resumed: they change neither its trials nor how they are judged."""
+"""Fields of `tune` that may differ when a search is resumed."""
 LOG = logging.getLogger("cxrscale")
 
 ShowBar = Callable[[str, int | None, str | None], AbstractContextManager[Any]]
@@ -119,11 +120,13 @@ def _preflight(recipe: Recipe, space: Space, stem: str) -> RunInputs:
             f"tune.grace_epochs={recipe.tune.grace_epochs} is more than train.epochs={recipe.train.epochs}; lower it"
         )
     inputs = launch.preflight(recipe, stem, recipe.tune.workers)
+    data, tried = manifest.load(*recipe.data.shards), set[str]()
     names = [name for name, domain in space.items() for _ in domain.probes]
     for name, end in zip(names, ends, strict=True):
         if name.startswith(("data.", "sampler.", "augment.", "model.")):
             # Leaks do not depend on these fields; checking for them once is enough.
-            launch.preflight(end.model_copy(update={"data": end.data.model_copy(update={"allow_leaks": True})}))
+            launch.check_inputs(end.model_copy(update={"data": end.data.model_copy(update={"allow_leaks": True})}))
+        preflight.refuse(end, data, recipe.tune.workers, tried)
     return inputs
 
 

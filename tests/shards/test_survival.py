@@ -140,7 +140,14 @@ def test_a_killed_driver_costs_only_the_unfinished_shards(
 
 
 @pytest.mark.smoke
-def test_ctrl_c_leaves_no_temporary_file(trap: Trap, nih_shards: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGINT, *(pytest.param(other, marks=pytest.mark.slow) for other in (signal.SIGTERM, signal.SIGHUP))],
+    ids=["SIGINT", "SIGTERM", "SIGHUP"],
+)
+def test_a_signal_to_end_leaves_no_temporary_file(
+    number: signal.Signals, trap: Trap, nih_shards: str, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "cxrscale", "shard", "nih", str(trap.root), "--out", str(out), "--local"]
     command += ["pack.size=64", "pack.samples_per_shard=20"]
@@ -148,7 +155,7 @@ def test_ctrl_c_leaves_no_temporary_file(trap: Trap, nih_shards: str, tmp_path: 
         try:
             trap.wait_for_reader()
             wait_until_reading(process.pid)
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             _, err = process.communicate(timeout=30)
         finally:
             process.kill()
