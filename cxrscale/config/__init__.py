@@ -34,7 +34,7 @@ from cxrscale.config.recipe import Recipe, fields, learned_fields, load_recipe, 
 from cxrscale.config.reference import PublishedFigure, Reference
 from cxrscale.config.runtime import Scaling, Threshold, Tracking, Tune
 from cxrscale.config.section import Names, Section
-from cxrscale.config.training import LOSS_WEIGHTS, LOWER_IS_BETTER, Loss, Model, Optim, Train
+from cxrscale.config.training import LOSS_WEIGHTS, LOWER_IS_BETTER, METRICS, Loss, Model, Optim, Train
 from cxrscale.config.unused import unused, unused_settings
 from cxrscale.config.yaml_text import read_yaml, write_yaml
 
@@ -48,6 +48,7 @@ __all__ = [
     "DEFAULT_STATE_HOME",
     "LOSS_WEIGHTS",
     "LOWER_IS_BETTER",
+    "METRICS",
     "NIH14",
     "NO_FINDING",
     "PATIENT_KEY",

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from cxrscale.config import ABSENT, PRESENT, Recipe, unused_settings
+from cxrscale.config import ABSENT, METRICS, PRESENT, Recipe, unused_settings
 from cxrscale.loader import expected_prevalence, open_training_stream, sampler, usable_rows
 from cxrscale.models import build_model, forward, losses, train_mode
 from cxrscale.shards import Manifest
@@ -249,9 +249,10 @@ def check_monitor(recipe: Recipe, data: Manifest) -> None:
 
 def _defined_metrics(label_NF: npt.NDArray[np.float32], findings: Sequence[str]) -> list[str]:
     """The metrics that validation can report whatever the scores: those of perfect ones."""
-    logit_NF = np.nan_to_num(label_NF, nan=0.0).astype(np.float32)
+    logit_NF = np.where(label_NF == PRESENT, 1, -1).astype(np.float32)
     rows = scoring.ScoredRows(np.arange(len(label_NF)), logit_NF, None, 0.0, 0)
-    return [name for name, value in scoring.summary(rows, label_NF, findings).items() if np.isfinite(value)]
+    values = scoring.summary(rows, label_NF, findings)
+    return [name for name, value in values.items() if np.isfinite(value) and name.partition(".")[0] in METRICS]
 
 
 def warnings(recipe: Recipe, data: Manifest) -> list[str]:
