@@ -16,11 +16,10 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from pydantic import ValidationError
 
-from cxrscale.io import storage
+from cxrscale.io import process, storage
 from cxrscale.io.artifact import ArtifactPart
 from cxrscale.types import AccessError, UserError
 
@@ -109,9 +108,9 @@ def _take(folder: str, what: str) -> Lease:
     mine = Owner(
         id=uuid.uuid4().hex,
         host=socket.gethostname(),
-        place=_place(),
+        place=process.place(),
         pid=os.getpid(),
-        started=_started(os.getpid()) or "",
+        started=process.started(os.getpid()) or "",
         began=round(time.time(), 1),
     )
     address = storage.join(folder, NAME)
@@ -166,23 +165,4 @@ def _read(folder: str) -> Owner | None:
 
 def _is_gone(owner: Owner) -> bool:
     """Whether its process was on this machine and has ended."""
-    return owner.place == _place() and (_started(owner.pid) != owner.started or not owner.started)
-
-
-def _place() -> str:
-    """Identifies this boot of this machine and its namespace of process numbers; the host where neither is known."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {Path('/proc/self/ns/pid').stat().st_ino}"
-    except OSError:
-        return socket.gethostname()
-
-
-def _started(pid: int) -> str | None:
-    """When a process began, in clock ticks since the boot; None where there is none, or only its remains."""
-    try:
-        # The name, in brackets, may hold spaces: what follows it begins with the state.
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if state in "ZX" else fields[18]
+    return owner.place == process.place() and (process.started(owner.pid) != owner.started or not owner.started)

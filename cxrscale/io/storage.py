@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import secrets
 import tempfile
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 import fsspec
 from blake3 import blake3
 
-from cxrscale.io import scratch
+from cxrscale.io import process, scratch
 from cxrscale.io.address import absolute as absolute
 from cxrscale.io.address import is_remote as is_remote
 from cxrscale.io.address import join as join
@@ -157,7 +158,8 @@ def publishing(address: str, *, private: bool = False) -> Iterator[Path]:
         if not remote:
             final.parent.mkdir(parents=True, exist_ok=True)
         folder = scratch.shared() if remote else final.parent
-        temporary = folder / f"{TEMPORARY_PREFIX}{final.name}-{secrets.token_hex(4)}"
+        temporary = folder / f"{_temporary_stem(final.name)}{os.getpid()}-{secrets.token_hex(4)}"
+        _remove_leftovers(folder, final.name)
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600 if private or remote else 0o666))
         try:
             yield temporary
@@ -309,6 +311,20 @@ def write(address: str, data: bytes | str, *, private: bool = False) -> None:
     """Write a file atomically; a private one can be read by its owner only."""
     with publishing(address, private=private) as path:
         path.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def _temporary_stem(name: str) -> str:
+    """How this machine's temporary files for a name begin; the number of their process follows."""
+    return f"{TEMPORARY_PREFIX}{name[:100]}-{digest(process.place().encode())[:8]}-"
+
+
+def _remove_leftovers(folder: Path, name: str) -> None:
+    """Remove the temporary files for this name that killed processes of this machine have left."""
+    stem = _temporary_stem(name)
+    for path in folder.glob(f"{glob.escape(stem)}*"):
+        pid = path.name.removeprefix(stem).partition("-")[0]
+        if pid.isdecimal() and process.started(int(pid)) is None:
+            path.unlink(missing_ok=True)
 
 
 def remove_temporary_files(address: str) -> int:

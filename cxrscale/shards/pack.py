@@ -129,6 +129,7 @@ def pack(
     digest = _input_digest(plans, settings)
     finished = _published_result(out, digest, prepared.key_fingerprint)
     if finished is not None:
+        _remove_leftovers(out)
         return finished
     with lease.held(out, f"dataset {out}") as owned:
         storage.remove_temporary_files(out)
@@ -406,7 +407,19 @@ def _publish(
     }
     names = [*(name for name, _ in manifest.FIELDS), *(manifest.LABEL + name for name in findings)]
     manifest.write(storage.join(out, manifest.NAME), rows.select(names), metadata)
-    for plan in plans:
-        storage.remove(storage.join(out, PARTS, plan.name + ".parquet"))
-    storage.remove_empty_folder(storage.join(out, PARTS))
+    _remove_parts(out)
     return PackResult(out, len(rows), len(quarantined), fresh=True, burned_in=burned_in, tiny_masks=tiny_masks)
+
+
+def _remove_parts(out: str) -> None:
+    for name in storage.listing(storage.join(out, PARTS)):
+        storage.remove(storage.join(out, PARTS, name))
+    storage.remove_empty_folder(storage.join(out, PARTS))
+
+
+def _remove_leftovers(out: str) -> None:
+    """Remove what a process left that was killed after it had published the manifest."""
+    if storage.exists(storage.join(out, lease.NAME)) or storage.listing(storage.join(out, PARTS)):
+        # Else that process is alive, and removes them itself.
+        with suppress(lease.BusyError), lease.held(out, f"dataset {out}"):
+            _remove_parts(out)

@@ -22,7 +22,7 @@ from cxrscale.training.checkpoint import CheckpointWriter
 from cxrscale.training.distributed import Requests, Worker, all_gather, all_reduce_sum, no_sync, wrap_ddp
 from cxrscale.training.health import Window, bad_rows_error, check_weights
 from cxrscale.training.state import Progress, TrainState, to_host
-from cxrscale.training.tracking import Tracker
+from cxrscale.training.tracking import Start, Tracker
 from cxrscale.types import Batch, UserError
 
 LOG = logging.getLogger("cxrscale")
@@ -93,7 +93,8 @@ def train(recipe: Recipe, run: str, worker: Worker) -> TrainResult:
         "pixels": pixel_format(data),
     }
     writer = CheckpointWriter(storage.join(run, checkpoint.FOLDER), recipe.train.keep_checkpoints)
-    tracker = Tracker(run, recipe.tracking, metadata["recipe"], start_step) if dist.rank == 0 else None
+    start = Start(start_step, progress.epoch)
+    tracker = Tracker(run, recipe.tracking, metadata["recipe"], start) if dist.rank == 0 else None
     batches = training_batches(data, recipe, dist, progress.epoch, progress.step)
     context = make_context(recipe, worker, data, state, steps, tracker)
 

@@ -269,7 +269,7 @@ def _train(recipe: Recipe, data: Manifest, folder: str, on_step: OnStep | None) 
     state = loop.build_state(recipe, worker.dist.device)
     initial = _trainable_weights(state.model)
     steps = sampler.steps_per_epoch(training_epoch_length(data, recipe), recipe.sampler)
-    tracker = Tracker(folder, recipe.tracking, {}, 0)
+    tracker = Tracker(folder, recipe.tracking, {})
     batches = training_batches(data, recipe, worker.dist)
     context = loop.make_context(recipe, worker, data, state, steps, tracker)
     name, _ = PASS_RULES[recipe.data.task]

@@ -13,6 +13,7 @@ import netrc
 import os
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +35,32 @@ WANDB_URL = "https://api.wandb.ai"
 """Its server without WANDB_BASE_URL."""
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a run goes on."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    epoch: int = 0
+    """Epochs that are validated. A checkpoint of an epoch's last step may be from before its validation."""
+
+    def keeps(self, line: Mapping[str, Any]) -> bool:
+        """Whether a line of the log is of work that will not be done again."""
+        return bool(line["step"] <= self.step and (line["kind"] != "val" or line["epoch"] <= self.epoch))
+
+
 class Tracker:
     """Writes train_log.jsonl and, when asked, a wandb run that survives restarts."""
 
-    def __init__(self, run: str, tracking: Tracking, recipe: Mapping[str, Any], start_step: int) -> None:
-        """Lines of steps that a resumed run will repeat are dropped first.
+    def __init__(self, run: str, tracking: Tracking, recipe: Mapping[str, Any], start: Start = Start()) -> None:
+        """Lines of work that a resumed run will repeat are dropped first.
 
         Args:
             run: the run's folder or address.
-            start_step: the step that the run resumes from.
+            start: where the run goes on.
         """
         self.run, self.address = run, storage.join(run, TRAIN_LOG)
-        self._lines = [json.dumps(line) for line in read_log(run) if line["step"] <= start_step]
+        self._lines = [json.dumps(line) for line in read_log(run) if start.keeps(line)]
         self._written_at = time.monotonic()
         self._file = None
         if not storage.is_remote(run):

@@ -235,7 +235,7 @@ def recipe_alone(path: str, shards: tuple[str, str], device: torch.device, steps
     state = loop.build_state(recipe, worker.dist.device)
     waits: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        tracker = Tracker(folder, recipe.tracking, {}, 0)
+        tracker = Tracker(folder, recipe.tracking, {})
         context = loop.make_context(recipe, worker, data, state, steps, tracker)
 
         def both() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cxrscale.io import lease, storage
+from cxrscale.io import lease, process, storage
 from cxrscale.io.lease import BusyError
 
 HOLDER = """
@@ -54,11 +54,11 @@ def test_a_second_writer_gets_one_line_and_its_own_exit_code(folder: str) -> Non
 
 
 def test_the_lease_of_a_killed_process_is_taken_over_at_once(folder: str) -> None:
-    with holder(folder) as process:
+    with holder(folder) as other:
         with pytest.raises(BusyError):
             lease._take(folder, "run x")
-        process.kill()
-        process.wait()
+        other.kill()
+        other.wait()
         with lease.held(folder, "run x"):
             assert storage.listing(folder) == [lease.NAME]
     assert storage.listing(folder) == []
@@ -67,9 +67,9 @@ def test_the_lease_of_a_killed_process_is_taken_over_at_once(folder: str) -> Non
 def test_a_process_that_stood_still_publishes_nothing_more(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "STALE_SECONDS", 2.0)
     # As from another machine, whose processes cannot be looked at.
-    monkeypatch.setattr(lease, "_place", lambda: "another machine")
-    with holder(folder) as process:
-        process.send_signal(signal.SIGSTOP)
+    monkeypatch.setattr(process, "place", lambda: "another machine")
+    with holder(folder) as other:
+        other.send_signal(signal.SIGSTOP)
         end = time.monotonic() + 30
         while True:
             try:
@@ -78,9 +78,9 @@ def test_a_process_that_stood_still_publishes_nothing_more(folder: str, monkeypa
             except BusyError:
                 assert time.monotonic() < end
                 time.sleep(0.2)
-        process.send_signal(signal.SIGCONT)
-        _, err = process.communicate("go on\n", timeout=30)
-    assert process.returncode == 1
+        other.send_signal(signal.SIGCONT)
+        _, err = other.communicate("go on\n", timeout=30)
+    assert other.returncode == 1
     assert "BusyError" in err
     assert "nothing more is written" in err
     assert not storage.exists(storage.join(folder, "late.txt"))
@@ -89,14 +89,14 @@ def test_a_process_that_stood_still_publishes_nothing_more(folder: str, monkeypa
 
 def test_a_living_owner_is_never_taken_for_stale(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "STALE_SECONDS", 1.5)
-    monkeypatch.setattr(lease, "_place", lambda: "another machine")
-    with holder(folder) as process:
+    monkeypatch.setattr(process, "place", lambda: "another machine")
+    with holder(folder) as other:
         for _ in range(8):
             with pytest.raises(BusyError):
                 lease._take(folder, "run x")
             time.sleep(0.3)
-        process.communicate("go on\n", timeout=30)
-    assert process.returncode == 0
+        other.communicate("go on\n", timeout=30)
+    assert other.returncode == 0
     assert storage.listing(folder) == ["late.txt"]
 
 
@@ -127,11 +127,11 @@ def test_of_many_processes_one_gets_it(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(6), context.Queue()
     processes = [context.Process(target=_try, args=(str(tmp_path / "run"), barrier, results)) for _ in range(6)]
-    for process in processes:
-        process.start()
+    for one in processes:
+        one.start()
     assert sorted(results.get(timeout=30) for _ in processes) == [False] * 5 + [True]
-    for process in processes:
-        process.join()
+    for one in processes:
+        one.join()
 
 
 def test_a_damaged_lease_ends_like_any_other(tmp_path: Path) -> None:

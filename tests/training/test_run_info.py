@@ -82,7 +82,7 @@ from cxrscale.config import Tracking
 from cxrscale.training import RunInputs, run_info
 from cxrscale.training.tracking import Tracker
 with run_info.record_session(sys.argv[1], RunInputs(manifest="m"), workers=2, price=None):
-    tracker = Tracker(sys.argv[1], Tracking(), {}, 0)
+    tracker = Tracker(sys.argv[1], Tracking(), {})
     time.sleep(0.5)
     tracker.log("train", 1, {"loss": 1.0})
     print("logged", flush=True)

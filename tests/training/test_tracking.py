@@ -14,16 +14,16 @@ import pytest
 from cxrscale.config import Tracking
 from cxrscale.io import scratch, storage
 from cxrscale.training import tracking
-from cxrscale.training.tracking import Tracker, require_wandb_key
+from cxrscale.training.tracking import Start, Tracker, require_wandb_key
 from cxrscale.types import UserError
 
 
 def test_a_resumed_run_drops_the_lines_that_it_will_repeat(tmp_path: Path) -> None:
-    first = Tracker(str(tmp_path), Tracking(), {}, start_step=0)
+    first = Tracker(str(tmp_path), Tracking(), {})
     for step in range(1, 6):
         first.log("train", step, {"loss": step / 10})
     first.close()
-    second = Tracker(str(tmp_path), Tracking(), {}, start_step=3)
+    second = Tracker(str(tmp_path), Tracking(), {}, Start(3))
     second.log("train", 4, {"loss": 9.0})
     second.close()
     assert [(line["step"], line["loss"]) for line in tracking.read_log(str(tmp_path))] == [
@@ -34,13 +34,24 @@ def test_a_resumed_run_drops_the_lines_that_it_will_repeat(tmp_path: Path) -> No
     ]
 
 
+def test_a_validation_that_will_be_repeated_is_dropped_too(tmp_path: Path) -> None:
+    first = Tracker(str(tmp_path), Tracking(), {})
+    first.log("train", 4, {"epoch": 0, "loss": 0.1})
+    first.log("val", 4, {"epoch": 1, "loss": 0.2})
+    first.close()
+    # The checkpoint of step 4 is from before the first epoch's validation, then from after it.
+    for start, kinds in ((Start(4, 1), ["train", "val"]), (Start(4, 0), ["train"])):
+        Tracker(str(tmp_path), Tracking(), {}, start).close()
+        assert [line["kind"] for line in tracking.read_log(str(tmp_path))] == kinds
+
+
 def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "train_log.jsonl").write_text(json.dumps({"kind": "train", "step": 1}) + "\n" + '{"kind": "tra')
     assert [line["step"] for line in tracking.read_log(str(tmp_path))] == [1]
 
 
 def test_an_undefined_metric_is_null(tmp_path: Path) -> None:
-    tracker = Tracker(str(tmp_path), Tracking(), {}, start_step=0)
+    tracker = Tracker(str(tmp_path), Tracking(), {})
     tracker.log("val", 1, {"auroc": math.nan})
     tracker.close()
     assert tracking.read_log(str(tmp_path))[0]["auroc"] is None
@@ -48,7 +59,7 @@ def test_an_undefined_metric_is_null(tmp_path: Path) -> None:
 
 def test_wandb_offline_keeps_one_run_over_restarts(tmp_path: Path) -> None:
     for start in (0, 2):
-        tracker = Tracker(str(tmp_path), Tracking(wandb="offline"), {"optim": {"lr": 0.1}}, start)
+        tracker = Tracker(str(tmp_path), Tracking(wandb="offline"), {"optim": {"lr": 0.1}}, Start(start))
         tracker.log("train", start + 1, {"loss": 1.0})
         tracker.close()
     runs = list((tmp_path / "wandb").glob("offline-run-*"))
@@ -57,7 +68,7 @@ def test_wandb_offline_keeps_one_run_over_restarts(tmp_path: Path) -> None:
 
 
 def test_wandb_gets_no_image_unless_asked(tmp_path: Path) -> None:
-    tracker = Tracker(str(tmp_path), Tracking(wandb="offline"), {}, 0)
+    tracker = Tracker(str(tmp_path), Tracking(wandb="offline"), {})
     tracker.samples(np.zeros((5, 1, 8, 8), np.float32))
     tracker.close()
     assert (tmp_path / "samples.png").is_file()
@@ -69,7 +80,7 @@ def test_wandb_gets_no_image_unless_asked(tmp_path: Path) -> None:
 
 def test_wandb_gets_the_sample_images_when_asked_and_the_log_stays(tmp_path: Path) -> None:
     image_BCHW = np.random.default_rng(0).normal(size=(5, 1, 8, 8)).astype(np.float32)
-    tracker = Tracker(str(tmp_path), Tracking(wandb="offline", wandb_images=True), {}, 0)
+    tracker = Tracker(str(tmp_path), Tracking(wandb="offline", wandb_images=True), {})
     tracker.samples(image_BCHW)
     tracker.log("train", 1, {"loss": 1.0})
     tracker.close()
@@ -88,9 +99,9 @@ def test_wandb_gets_the_sample_images_when_asked_and_the_log_stays(tmp_path: Pat
 DYING = """
 import sys, psutil
 from cxrscale.config import Tracking
-from cxrscale.training.tracking import Tracker
+from cxrscale.training.tracking import Start, Tracker
 
-tracker = Tracker(sys.argv[1], Tracking(wandb="offline"), {}, 0)
+tracker = Tracker(sys.argv[1], Tracking(wandb="offline"), {})
 tracker.log("train", 1, {"loss": 1.0})
 (service,) = [child for child in psutil.Process().children(recursive=True) if "wandb-core" in child.name()]
 service.kill()
@@ -111,7 +122,7 @@ def test_the_run_goes_on_when_wandb_dies(tmp_path: Path) -> None:
 
 
 def test_wandb_disabled_writes_nothing(tmp_path: Path) -> None:
-    tracker = Tracker(str(tmp_path), Tracking(wandb="disabled"), {}, 0)
+    tracker = Tracker(str(tmp_path), Tracking(wandb="disabled"), {})
     tracker.samples(np.zeros((2, 1, 8, 8), np.float32))
     tracker.log("train", 1, {"loss": 1.0})
     tracker.close()
@@ -146,7 +157,7 @@ def test_wandb_files_of_a_run_in_a_bucket_go_there_and_leave_nothing_here(
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     run = f"{s3}/runs/wandb-files"
-    tracker = Tracker(run, Tracking(wandb="offline"), {}, 0)
+    tracker = Tracker(run, Tracking(wandb="offline"), {})
     tracker.log("train", 1, {"loss": 0.5})
     tracker.close()
     (folder,) = [name for name in storage.listing(f"{run}/wandb") if name.startswith("offline-run-")]

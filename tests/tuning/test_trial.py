@@ -11,7 +11,7 @@ from cxrscale.tuning import trial
 
 
 def test_an_epoch_is_reported_once_its_checkpoint_or_a_later_one_is_written(tmp_path: Path) -> None:
-    tracker = Tracker(str(tmp_path), Tracking(), {}, 0)
+    tracker = Tracker(str(tmp_path), Tracking(), {})
     tracker.log("val", 12, {"auroc": 0.5})
     tracker.close()
     (tmp_path / "checkpoints").mkdir()
