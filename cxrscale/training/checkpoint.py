@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -68,26 +68,47 @@ def save_checkpoint(folder: str, step: int, state: Mapping[str, Any], keep: int)
     content = dump(state)
     written = f"step-{step:09d}-{storage.digest(content)[:16]}.pt"
     storage.write(storage.join(folder, written), content)
+    prune(folder, written, keep)
+
+
+def prune(folder: str, newest: str, keep: int) -> None:
+    """Of the checkpoints up to `newest`, keep it and those before it, `keep` in total; later ones are damaged."""
     stored = steps(folder)
     # Another file of the same step, from before the epoch's validation, is older but its name may sort as newer.
-    names = [name for name, of_step in stored.items() if name == written or of_step != step]
-    for name in set(stored) - set(names[-keep:]):
+    names = [name for name, step in stored.items() if name == newest or step < stored[newest]]
+    superseded = {name for name, step in stored.items() if step <= stored[newest]}
+    for name in superseded - set(names[-keep:]):
         storage.remove(storage.join(folder, name))
 
 
-def resume(folder: str, state: TrainState, manifest_digest: str) -> bool:
-    """Load the newest intact checkpoint into the state; False where there is none.
+def resume(folder: str, state: TrainState, manifest_digest: str) -> str | None:
+    """Load the newest intact checkpoint into the state; returns its name, None where there is none.
 
-    One that is damaged, or whose weights are not finite, is skipped with a warning, and the one before it is used.
+    Of two of the same step, one is from before the epoch's validation and the other, which is newer, from after it. One
+    that is damaged, or whose weights are not finite, is skipped with a warning, and the one before it is used.
 
     Raises:
         UserError: the checkpoint was trained on other shards.
     """
-    for name in reversed(steps(folder)):
+    newest: tuple[str, int, dict[str, Any]] | None = None
+    for name, step, stored in _usable(folder):
+        if newest is not None and step != newest[1]:
+            break
+        if newest is None or stored["progress"]["epoch"] > newest[2]["progress"]["epoch"]:
+            newest = name, step, stored
+    if newest is None:
+        return None
+    if newest[2]["manifest"] != manifest_digest:
+        raise UserError(f"{folder}: this run was trained on other shards; give tracking.name another name")
+    state.load_state_dict(newest[2])
+    return newest[0]
+
+
+def _usable(folder: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """(name, step, content) of the checkpoints, the newest first; those that cannot be used are named in a warning."""
+    for name, step in reversed(steps(folder).items()):
         content = storage.read(storage.join(folder, name))
-        match = _NAME.fullmatch(name)
-        assert match is not None
-        if storage.digest(content)[:16] != match[2]:
+        if storage.digest(content)[:16] != name[-19:-3]:
             LOG.warning("%s is damaged; falling back to the checkpoint before it", storage.join(folder, name))
             continue
         stored = read(content, name)
@@ -96,11 +117,7 @@ def resume(folder: str, state: TrainState, manifest_digest: str) -> bool:
                 "%s holds infinite or NaN weights; falling back to the one before it", storage.join(folder, name)
             )
             continue
-        if stored["manifest"] != manifest_digest:
-            raise UserError(f"{folder}: this run was trained on other shards; give tracking.name another name")
-        state.load_state_dict(stored)
-        return True
-    return False
+        yield name, step, stored
 
 
 def dump(state: Mapping[str, Any]) -> bytes:

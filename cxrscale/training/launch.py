@@ -20,7 +20,7 @@ from cxrscale.loader import evaluation_batches, training_batches
 from cxrscale.models import build_model
 from cxrscale.shards import Manifest, leakage, manifest, refuse_leaks
 from cxrscale.training import preflight as preflight_checks
-from cxrscale.training import resume, run_info
+from cxrscale.training import checkpoint, resume, run_info
 from cxrscale.training.distributed import LocalWorker, RayWorker, Worker, handle_stop_signals
 from cxrscale.training.loop import train
 from cxrscale.training.run_info import Outcome, RunInputs
@@ -72,9 +72,11 @@ def launch(recipe: Recipe, stem: str, watch: Watcher, *, local: bool = False) ->
     run = run_address(recipe, inputs)
     workers = 1 if local else recipe.scaling.workers[1]
     with lease.held(run, f"run {run.rsplit('/', 1)[-1]}") as owned:
-        changed = resume.prepare(recipe, inputs, run)
+        for folder in (run, storage.join(run, checkpoint.FOLDER)):
+            storage.remove_temporary_files(folder)
         for leftover in (ERROR_FILE, STOP_FILE, run_info.OUTCOME):
             storage.remove(storage.join(run, leftover))
+        changed = resume.prepare(recipe, inputs, run)
         with run_info.record_session(run, inputs, workers, recipe.tracking.gpu_hour_price, changed), watch(run):
             if local:
                 received = _in_process(recipe, run)

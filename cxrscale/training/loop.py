@@ -82,7 +82,7 @@ def train(recipe: Recipe, run: str, worker: Worker) -> TrainResult:
     data = manifest.load(*recipe.data.shards)
     splits.refuse_leaks(data.split, data.patient.tolist(), recipe.data)
     state, dist = build_state(recipe, worker.dist.device), worker.dist
-    checkpoint.resume(storage.join(run, checkpoint.FOLDER), state, data.digest)
+    resumed = checkpoint.resume(storage.join(run, checkpoint.FOLDER), state, data.digest)
     progress = state.progress
     steps = sampler.steps_per_epoch(training_epoch_length(data, recipe), recipe.sampler)
     start_step = progress.epoch * steps + progress.step
@@ -92,6 +92,9 @@ def train(recipe: Recipe, run: str, worker: Worker) -> TrainResult:
         "manifest": data.digest,
         "pixels": pixel_format(data),
     }
+    if resumed and dist.rank == 0:
+        # A kill may have come between the writing of this one and the removal of those that it replaces.
+        checkpoint.prune(storage.join(run, checkpoint.FOLDER), resumed, recipe.train.keep_checkpoints)
     writer = CheckpointWriter(storage.join(run, checkpoint.FOLDER), recipe.train.keep_checkpoints)
     start = Start(start_step, progress.epoch)
     tracker = Tracker(run, recipe.tracking, metadata["recipe"], start) if dist.rank == 0 else None
