@@ -19,8 +19,8 @@ from cxrscale.io import lease, scratch, storage, write_artifact
 from cxrscale.loader import evaluation_batches, training_batches
 from cxrscale.models import build_model
 from cxrscale.shards import Manifest, leakage, manifest, refuse_leaks
-from cxrscale.training import preflight as preflight_checks
 from cxrscale.training import checkpoint, resume, run_info
+from cxrscale.training import preflight as preflight_checks
 from cxrscale.training.distributed import LocalWorker, RayWorker, Worker, handle_stop_signals
 from cxrscale.training.loop import train
 from cxrscale.training.run_info import Outcome, RunInputs
