@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict
 from typing import Annotated
 
@@ -10,7 +11,7 @@ import typer
 
 from cxrscale.cli import progress
 from cxrscale.cli.group import Overrides, Resamples, RunFolder, app
-from cxrscale.io import storage, terminal
+from cxrscale.io import storage
 from cxrscale.types import UserError
 
 # Each command imports what it runs: torch, Ray and DALI take seconds that `--help` and a typing mistake need not.
@@ -132,7 +133,7 @@ def predict_command(
     out = out or "predictions.json"
     predictor = Predictor(run)
     for note in predictor.provenance.notes:
-        terminal.note(f"{run}: {note}")
+        logging.getLogger("cxrscale").warning("%s: %s", run, note)
     results = predictor.predict(files or [])
     for prediction in results:
         print(prediction.path)

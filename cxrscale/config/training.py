@@ -25,6 +25,9 @@ class Model(Section):
     """segment only: the encoder, by segmentation_models_pytorch's name."""
     weights: str = "imagenet"
     """Initial weights: imagenet, none, or a file: a run's best.pt or a public CheXNet checkpoint."""
+    encoder_weights: str | None = None
+    """segment only: a file whose weights start the encoder, instead of those of `weights`: ImageNet weights, a
+    classifier's or another segmenter's best.pt. Encoders with timm's weights are called tu-NAME (tu-resnet18)."""
     reset_head: bool = False
     """Initialize the last layer anew instead of reading it from the file in `weights`, to train other findings."""
     freeze_children: int = Field(0, ge=0)
@@ -33,6 +36,15 @@ class Model(Section):
     """Parameters whose names start with one of these prefixes keep their weights, e.g. [encoder]."""
     options: dict[str, Any] = Field({})
     """More arguments of the model's constructor, e.g. {growth_rate: 16}."""
+
+    def weight_files(self) -> dict[str, str]:
+        """The files that weights are read from, by field."""
+        weights = {} if self.weights in ("imagenet", "none") else {"weights": self.weights}
+        return weights | ({"encoder_weights": self.encoder_weights} if self.encoder_weights else {})
+
+    def without_weights(self) -> Model:
+        """The same model with random weights, which need no file and no network."""
+        return self.model_copy(update={"weights": "none", "encoder_weights": None})
 
 
 Weight = Annotated[float, Field(ge=0)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -18,13 +19,14 @@ from pydantic import ValidationError
 
 from cxrscale.config import Recipe
 from cxrscale.inference.predictor import load_model
-from cxrscale.io import Artifact, storage, terminal
+from cxrscale.io import Artifact, storage
 from cxrscale.loader import evaluation_batches
 from cxrscale.models import forward, probabilities
 from cxrscale.shards import Manifest, ids, leakage, manifest
 from cxrscale.training import LocalWorker, scoring
 from cxrscale.types import Batch, ScoreHistograms, Scores, UserError, logits_of
 
+LOG = logging.getLogger("cxrscale")
 MASK = "mask."
 """Prefix of the columns that hold score histograms of segmentation maps at the size of the model's input."""
 OWN_MASK = "own_mask."
@@ -193,7 +195,7 @@ def read_info(path: str | Path) -> PredictionsInfo:
 
 
 def read_predictions(path: str | Path) -> Scores:
-    """The scores that `write_predictions` stored. A file of schema version 1 is read too, with a note on stderr.
+    """The scores that `write_predictions` stored. A file of schema version 1 is read too, with a warning in the log.
 
     Raises:
         UserError: no such file, or it holds no scores.
@@ -230,9 +232,10 @@ def read_predictions(path: str | Path) -> Scores:
 @lru_cache
 def _note_older(path: str) -> None:
     """Once per file: a command reads it several times."""
-    terminal.note(
-        f"{path} holds float32 probabilities, as earlier versions wrote them: those near 0 and 1 may tie, and patients "
-        "of several datasets may count twice; remove it, and it is made again"
+    LOG.warning(
+        "%s holds float32 probabilities, as earlier versions wrote them: those near 0 and 1 may tie, and patients of "
+        "several datasets may count twice; remove it, and it is made again",
+        path,
     )
 
 

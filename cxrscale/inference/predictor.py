@@ -270,8 +270,7 @@ def load_model(run: str | Path, device: torch.device) -> TrainedModel:
     content = storage.read(path)
     state = checkpoint.read(content, path)
     recipe = config.parse(Recipe, state["recipe"], where=path)
-    settings = recipe.model.model_copy(update={"weights": "none"})
-    model = build_model(settings, recipe.data)
+    model = build_model(recipe.model.without_weights(), recipe.data)
     model.load_state_dict(state["model"])
     return TrainedModel(model.to(device).eval(), recipe, state["manifest"], storage.digest(content), state["pixels"])
 

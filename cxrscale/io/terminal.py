@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from typing import Any
 
 from rich.console import Console
@@ -20,11 +19,6 @@ def console(*, stderr: bool = False, width: int | None = None) -> Console:
 def printable(text: Any) -> str:
     """The text for one line of a terminal: line breaks, control codes and direction marks become escapes (\\x1b)."""
     return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
-
-
-def note(text: Any) -> None:
-    """Print one line on stderr about something that is used, left out or assumed; the command goes on."""
-    print(f"note: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def show(table: Any, width: int = 200) -> None:

@@ -14,7 +14,7 @@ import timm
 from torch import nn
 
 from cxrscale.config import Data, Model
-from cxrscale.models.weights import load_weights
+from cxrscale.models.weights import load_encoder_weights, load_weights
 from cxrscale.types import UserError, one_line
 
 
@@ -27,15 +27,48 @@ def build_model(settings: Model, data: Data) -> nn.Module:
         UserError: an unknown architecture or constructor argument, weights that cannot be loaded or do not fit, more
             children to freeze than there are, a prefix to freeze that no parameter has.
     """
-    pretrained = settings.weights == "imagenet"
+    return _build(settings, data)[0]
+
+
+def initial_weights(settings: Model, data: Data) -> tuple[str, ...]:
+    """Sentences on the files that a recipe's weights come from: what is used of them, and what they do not say.
+
+    Raises:
+        UserError: as `build_model`.
+    """
+    return _build(settings, data)[1]
+
+
+def _build(settings: Model, data: Data) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model, and the sentences of `initial_weights`."""
+    if settings.encoder_weights is not None:
+        _check_encoder_weights(settings, data)
+    pretrained = settings.weights == "imagenet" and settings.encoder_weights is None
     try:
         model = _segmenter(settings, pretrained) if data.task == "segment" else _classifier(settings, data, pretrained)
     except (TypeError, KeyError, ValueError) as error:
         raise UserError(f"model.options={settings.options}: {one_line(error)}; see the constructor") from None
-    if settings.weights not in ("imagenet", "none"):
-        load_weights(model, settings.weights, settings.reset_head, data.findings)
+    notes: tuple[str, ...] = ()
+    if settings.encoder_weights is not None:
+        encoder: Any = model.encoder
+        notes = load_encoder_weights(encoder, settings.encoder_weights, settings.encoder)
+    elif settings.weights not in ("imagenet", "none"):
+        notes = load_weights(model, settings.weights, settings.reset_head, data.findings)
     freeze(model, settings.freeze_children, settings.freeze_prefixes)
-    return model
+    return model, notes
+
+
+def _check_encoder_weights(settings: Model, data: Data) -> None:
+    if data.task != "segment":
+        raise UserError(
+            f"model.encoder_weights={settings.encoder_weights} starts the encoder of a segmenter; to start a "
+            f"classifier from it, set model.weights={settings.encoder_weights} model.reset_head=true"
+        )
+    if settings.weights not in ("imagenet", "none"):
+        raise UserError(
+            f"model.encoder_weights={settings.encoder_weights} and model.weights={settings.weights} both name a file; "
+            "give one of them"
+        )
 
 
 def freeze(model: nn.Module, children: int = 0, prefixes: Sequence[str] = ()) -> None:

@@ -12,13 +12,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from cxrscale.config import NIH14
 from cxrscale.io import storage
 from cxrscale.types import UserError, one_line
 
 Weights = dict[str, torch.Tensor]
 
 
+NAMES_SHOWN = 4
+"""Names in a message before it says how many more there are."""
+ENCODER_PREFIXES = ("", "encoder.", "encoder.model.", "model.")
+"""What may stand before an encoder's keys: in a classifier nothing; the second and third in a segmenter of
+segmentation_models_pytorch, whose tu- encoders wrap timm's model."""
+WRAPPED = "model."
+"""The prefix of all keys in a tu- encoder."""
 HEADS = ("segmentation_head",)
 """Last layers of segmentation_models_pytorch's models; timm's models name theirs in `pretrained_cfg`."""
 
@@ -34,7 +40,7 @@ class StoredWeights:
 
 def load_weights(
     model: nn.Module, address: str, reset_head: bool = False, findings: Sequence[str] | None = None
-) -> None:
+) -> tuple[str, ...]:
     """Load a file's weights into a model; every key must fit.
 
     The file is a run's best.pt or checkpoint, a public CheXNet (arnoweng/CheXNet and zoogzog/chexnet: torchvision's
@@ -47,11 +53,15 @@ def load_weights(
         reset_head: leave the file's last layer out and keep the model's.
         findings: the meaning of the model's outputs; compared with the file's, where it says.
 
+    Returns:
+        Sentences for the user: that the file does not say what the outputs of its last layer mean. A public CheXNet
+        does not: the layout of ChestX-ray14's 14 findings is also that of CheXpert's 14.
+
     Raises:
         UserError: no such file, no weights in it, other findings, or keys that are missing or unexpected (they
             are listed).
     """
-    stored = read_weights(address)
+    stored = read_weights(address, "model.weights")
     if findings is not None and stored.findings not in (None, tuple(findings)) and not reset_head:
         trained = ", ".join(stored.findings or ())
         raise UserError(
@@ -67,35 +77,91 @@ def load_weights(
     _sum_channels(weights, own)
     _refuse_misfits(address, own, weights)
     model.load_state_dict(weights)
+    if findings is None or reset_head or stored.findings is not None:
+        return ()
+    outputs = f"its {len(findings)} outputs are" if len(findings) > 1 else "its output is"
+    return (
+        f"model.weights={address} does not say what its last layer was trained for: {outputs} taken for "
+        f"{', '.join(findings)}, in this order; where that is not so, set model.reset_head=true",
+    )
 
 
-def read_weights(address: str) -> StoredWeights:
+def load_encoder_weights(encoder: nn.Module, address: str, name: str) -> tuple[str, ...]:
+    """Load the weights of a file into a segmenter's encoder; every key of the encoder must be there.
+
+    The file holds a classifier (ImageNet weights, a run's best.pt), or a segmenter of the same encoder. A first
+    convolution of three input channels is summed over them, as in `load_weights`.
+
+    Args:
+        address: a local path or an fsspec address.
+        name: the encoder's, for messages.
+
+    Returns:
+        A sentence for the user: how many tensors are used, and which of the file are not.
+
+    Raises:
+        UserError: no such file, no weights in it, or tensors that are missing or of another shape.
+    """
+    stored = read_weights(address, "model.encoder_weights").weights
+    own = encoder.state_dict()
+    inner = WRAPPED if all(key.startswith(WRAPPED) for key in own) else ""
+    wanted = {key.removeprefix(inner): key for key in own}
+    prefix = max(ENCODER_PREFIXES, key=lambda prefix: sum(prefix + key in stored for key in wanted))
+    weights = {wanted[key]: stored[prefix + key] for key in wanted if prefix + key in stored}
+    used = {prefix + key for key in wanted if prefix + key in stored}
+    _sum_channels(weights, own)
+    missing = sorted(own.keys() - weights.keys())
+    lacking = [key for key in missing if not key.endswith("num_batches_tracked")]
+    wrong = sorted(key for key in weights if weights[key].shape != own[key].shape)
+    if lacking or wrong:
+        raise UserError(
+            f"model.encoder_weights={address} does not fit model.encoder={name} "
+            f"({_listed({'missing': lacking, 'of other shape': wrong})}); name the encoder that the file is of, for "
+            "timm's weights as tu-NAME"
+        )
+    encoder.load_state_dict({**{key: own[key] for key in missing}, **weights})
+    left = sorted(stored.keys() - used)
+    rest = f"not used are {', '.join(_modules(left))}" if left else "nothing is left over"
+    return (f"model.encoder_weights={address}: {len(used)} tensors start the encoder {name}; {rest}",)
+
+
+def _modules(keys: Sequence[str]) -> list[str]:
+    """The modules that hold the keys, shortened where they are many."""
+    names = list(dict.fromkeys(key.rpartition(".")[0] or key for key in keys))
+    return names if len(names) <= NAMES_SHOWN else [*names[:NAMES_SHOWN], f"{len(names) - NAMES_SHOWN} more"]
+
+
+def read_weights(address: str, field: str) -> StoredWeights:
     """The weights of a file, under the names of our models (see `load_weights`).
+
+    Args:
+        field: of the recipe, for messages.
 
     Raises:
         UserError: no such file, or no weights in it.
     """
     if not storage.exists(address):
-        raise UserError(f"model.weights={address}: no such file; give imagenet, none, or a checkpoint's path")
+        other = "imagenet, none, or " if field == "model.weights" else ""
+        raise UserError(f"{field}={address}: no such file; give {other}a checkpoint's path")
     try:
         state = torch.load(io.BytesIO(storage.read(address)), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error):  # it names a class or function that tensors have no need of
             raise UserError(
-                f"model.weights={address} holds pickled objects, which could run code as they load; if you trust it, "
+                f"{field}={address} holds pickled objects, which could run code as they load; if you trust it, "
                 "keep its tensors alone: s = torch.load(FILE, 'cpu', weights_only=False); "
                 "torch.save({'state_dict': s['state_dict']}, NEW), and give NEW"
             ) from None
-        raise _no_weights(address, "no PyTorch file") from None
+        raise _no_weights(field, address, "no PyTorch file") from None
     except Exception as error:  # torch.load raises whatever the zip reader does
-        raise _no_weights(address, error) from None
+        raise _no_weights(field, address, error) from None
     weights: Any = state
     for name in ("model", "state_dict"):
         if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
             weights = state[name]
             break
     if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise _no_weights(address, "it has neither model nor state_dict")
+        raise _no_weights(field, address, "it has neither model nor state_dict")
     return _renamed(weights, _findings(state))
 
 
@@ -111,6 +177,7 @@ def _renamed(stored: Mapping[str, torch.Tensor], findings: tuple[str, ...] | Non
 
     torchvision renamed `denselayer1.norm.1` to `denselayer1.norm1` in 2018, since a module's name may hold no dot;
     timm has its names. The public CheXNets end in Sequential(Linear, Sigmoid): their `classifier.0` is our classifier.
+    Which findings its outputs are the file does not say.
     """
     weights = {key.removeprefix("module."): value for key, value in stored.items()}
     if not any(key.startswith("densenet121.") for key in weights):
@@ -119,8 +186,7 @@ def _renamed(stored: Mapping[str, torch.Tensor], findings: tuple[str, ...] | Non
     for key, value in weights.items():
         key = key.removeprefix("densenet121.").replace("classifier.0.", "classifier.")
         renamed[re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", key)] = value
-    outputs = renamed["classifier.bias"].numel() if "classifier.bias" in renamed else 0
-    return StoredWeights(renamed, NIH14 if outputs == len(NIH14) else findings)
+    return StoredWeights(renamed, findings)
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
@@ -148,18 +214,21 @@ def _refuse_misfits(address: str, own: Mapping[str, torch.Tensor], weights: Mapp
     missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     wrong = sorted(key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape)
     if missing or unexpected or wrong:
-        parts = [
-            f"{len(keys)} {kind}: {', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''}"
-            for kind, keys in (("missing", missing), ("left over", unexpected), ("of other shape", wrong))
-            if keys
-        ]
+        parts = _listed({"missing": missing, "left over": unexpected, "of other shape": wrong})
         raise UserError(
-            f"model.weights={address} does not fit the model ({'; '.join(parts)}); check model.arch and model.options, "
-            "or set model.reset_head=true for another last layer"
+            f"model.weights={address} does not fit the model ({parts}); check model.arch and model.options, or set "
+            "model.reset_head=true for another last layer"
         )
 
 
-def _no_weights(address: str, reason: object) -> UserError:
-    return UserError(
-        f"model.weights={address}: no weights in it ({one_line(str(reason), limit=120)}); give a run's best.pt"
+def _listed(keys_of: Mapping[str, Sequence[str]]) -> str:
+    """3 missing: a, b, c; 1 left over: d."""
+    return "; ".join(
+        f"{len(keys)} {kind}: {', '.join(keys[:NAMES_SHOWN])}{' ...' if len(keys) > NAMES_SHOWN else ''}"
+        for kind, keys in keys_of.items()
+        if keys
     )
+
+
+def _no_weights(field: str, address: str, reason: object) -> UserError:
+    return UserError(f"{field}={address}: no weights in it ({one_line(str(reason), limit=120)}); give a run's best.pt")

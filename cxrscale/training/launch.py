@@ -17,7 +17,7 @@ from cxrscale.cluster import nodes, ray_session
 from cxrscale.config import Recipe
 from cxrscale.io import lease, scratch, storage, write_artifact
 from cxrscale.loader import evaluation_batches, training_batches
-from cxrscale.models import build_model
+from cxrscale.models import initial_weights
 from cxrscale.shards import Manifest, leakage, manifest, refuse_leaks
 from cxrscale.training import checkpoint, resume, run_info
 from cxrscale.training import preflight as preflight_checks
@@ -122,8 +122,9 @@ def check_inputs(recipe: Recipe, stem: str = "") -> tuple[RunInputs, Manifest]:
     data.labels(recipe.data.findings)
     training_batches(data, recipe).close()
     evaluation_batches(data, recipe.data.val_split, recipe).close()
-    if recipe.model.weights not in ("imagenet", "none"):
-        build_model(recipe.model, recipe.data)
+    if recipe.model.weight_files():
+        for line in initial_weights(recipe.model, recipe.data):
+            LOG.warning("%s", line)
     inputs = RunInputs(
         recipe=stem,
         shards=recipe.data.shards,
@@ -264,8 +265,9 @@ def _reason(error: Exception) -> str:
 
 def _files(recipe: Recipe) -> list[str]:
     """Files whose content the training depends on."""
-    weights = [recipe.model.weights] if recipe.model.weights not in ("imagenet", "none") else []
-    return weights + ([recipe.sampler.hard_predictions] if recipe.sampler.hard_predictions else [])
+    return [*recipe.model.weight_files().values()] + (
+        [recipe.sampler.hard_predictions] if recipe.sampler.hard_predictions else []
+    )
 
 
 def absolute_paths(recipe: Recipe) -> Recipe:
@@ -274,8 +276,8 @@ def absolute_paths(recipe: Recipe) -> Recipe:
         "data": {"shards": tuple(storage.absolute(shards) for shards in recipe.data.shards)},
         "tracking": {"runs_dir": storage.absolute(recipe.tracking.runs_dir)},
     }
-    if recipe.model.weights not in ("imagenet", "none"):
-        changes["model"] = {"weights": storage.absolute(recipe.model.weights)}
+    if files := recipe.model.weight_files():
+        changes["model"] = {name: storage.absolute(path) for name, path in files.items()}
     if recipe.sampler.hard_predictions:
         changes["sampler"] = {"hard_predictions": storage.absolute(recipe.sampler.hard_predictions)}
     return recipe.model_copy(

@@ -127,7 +127,7 @@ def _meta_model(recipe: Recipe) -> nn.Module | None:
     """The model without memory; None where its constructor needs values."""
     try:
         with torch.device("meta"):
-            return build_model(recipe.model.model_copy(update={"weights": "none"}), recipe.data)
+            return build_model(recipe.model.without_weights(), recipe.data)
     except UserError:
         raise
     except (RuntimeError, NotImplementedError) as error:

@@ -278,7 +278,7 @@ def absolute_space(space: Space) -> Space:
     def absolute(choice: Any) -> Any:
         return storage.absolute(choice) if isinstance(choice, str) and choice not in ("imagenet", "none") else choice
 
-    paths = {name for name in ("model.weights", "sampler.hard_predictions") if name in space}
+    paths = {name for name in ("model.weights", "model.encoder_weights", "sampler.hard_predictions") if name in space}
     return {
         **space,
         **{name: Domain("choice", choices=tuple(map(absolute, space[name].choices))) for name in sorted(paths)},

@@ -143,7 +143,7 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
 def sent_bytes(recipe: Recipe) -> tuple[int, int]:
     """Bytes of the model's gradients and of its buffers, counted without its memory."""
     with torch.device("meta"):
-        model = build_model(recipe.model.model_copy(update={"weights": "none"}), recipe.data)
+        model = build_model(recipe.model.without_weights(), recipe.data)
     gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     return gradients, sum(b.numel() * b.element_size() for b in model.buffers())
 

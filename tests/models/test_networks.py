@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from cxrscale.config import Data, Model
 from cxrscale.config.findings import NIH14
 from cxrscale.io import storage
-from cxrscale.models.networks import build_model, count_trainable, train_mode
+from cxrscale.models.networks import build_model, count_trainable, initial_weights, train_mode
 from cxrscale.models.weights import head_names, load_weights
 from cxrscale.types import UserError
 
@@ -224,12 +224,118 @@ def test_a_public_chexnet_that_is_not_whole_is_refused(change: str, public: Publ
         build_model(Model(weights=str(tmp_path / "model.pth.tar")), Data())
 
 
-def test_a_public_chexnet_has_its_findings_in_its_order(public: PublicCheXNet, tmp_path: Path) -> None:
+def test_a_last_layer_that_says_nothing_of_its_findings_is_said_and_not_assumed(
+    public: PublicCheXNet, tmp_path: Path
+) -> None:
+    """CheXpert's 14 findings have the layout of ChestX-ray14's: a file of one would pass for the other."""
     torch.save({"state_dict": as_published(public)}, tmp_path / "model.pth.tar")
-    with pytest.raises(UserError, match="was trained for Atelectasis, Cardiomegaly"):
-        build_model(Model(weights=str(tmp_path / "model.pth.tar")), Data(findings=NIH14[::-1]))
-    one = Data(findings=("Pneumonia",))
-    build_model(Model(weights=str(tmp_path / "model.pth.tar"), reset_head=True), one)
+    start = Model(weights=str(tmp_path / "model.pth.tar"))
+    for findings in (NIH14, NIH14[::-1]):
+        (line,) = initial_weights(start, Data(findings=findings))
+        assert "does not say what its last layer was trained for: its 14 outputs are taken for" in line
+        assert f"{', '.join(findings)}, in this order; where that is not so, set model.reset_head=true" in line
+        assert "\n" not in line
+    new_head = start.model_copy(update={"reset_head": True})
+    assert initial_weights(new_head, ONE) == ()
+    with pytest.raises(UserError, match=r"2 of other shape: classifier\.bias"):
+        build_model(start, TWO)
+    # A run's checkpoint says it.
+    state = {"model": build_model(SMALL, TWO).state_dict(), "recipe": {"data": {"findings": ["Mass", "Nodule"]}}}
+    torch.save(state, tmp_path / "best.pt")
+    assert initial_weights(using(SMALL, tmp_path / "best.pt"), TWO) == ()
+
+
+UNET18 = Model(arch="Unet", encoder="resnet18", weights="none")
+
+
+def starting_from(model_config: Model, weights: Path | str, encoder: str = "resnet18") -> Model:
+    return model_config.model_copy(update={"encoder_weights": str(weights), "encoder": encoder})
+
+
+@pytest.mark.parametrize("encoder", ["resnet18", "tu-resnet18"])
+def test_a_classifier_starts_a_segmenters_encoder(encoder: str, tmp_path: Path) -> None:
+    """The first run's features are the second's, whichever library wraps the encoder; its last layer is said to be
+    left out."""
+    first = build_model(Model(arch="resnet18", weights="none"), TWO)
+    with torch.no_grad():
+        first.train()(torch.randn(4, 1, 64, 64))
+    torch.save({"model": first.state_dict()}, tmp_path / "best.pt")
+    settings = starting_from(UNET18, tmp_path / "best.pt", encoder)
+    (line,) = initial_weights(settings, ONE_MASK)
+    assert line.endswith(f"best.pt: 120 tensors start the encoder {encoder}; not used are fc")
+    second: Any = build_model(settings, ONE_MASK)
+    gray = torch.randn(2, 1, 64, 64)
+    features: Any = first.eval().double()
+    with torch.no_grad():
+        ours = second.eval().double().encoder(gray.double())[-1]
+        torch.testing.assert_close(ours, features.forward_features(gray.double()))
+
+
+def test_a_segmenter_starts_another_ones_encoder_and_not_its_decoder(tmp_path: Path) -> None:
+    first: Any = build_model(UNET18, ONE_MASK)
+    torch.save({"model": first.state_dict()}, tmp_path / "best.pt")
+    settings = starting_from(UNET18.model_copy(update={"arch": "FPN"}), tmp_path / "best.pt")
+    (line,) = initial_weights(settings, ONE_MASK)
+    assert "120 tensors start the encoder resnet18; not used are decoder." in line
+    second: Any = build_model(settings, ONE_MASK)
+    assert same_weights(first.encoder, second.encoder)
+
+
+def test_an_encoders_three_channels_become_one(tmp_path: Path) -> None:
+    three = timm.create_model("resnet18", in_chans=3, num_classes=1000)
+    torch.save(three.state_dict(), tmp_path / "imagenet.pth")
+    ours: Any = build_model(starting_from(UNET18, tmp_path / "imagenet.pth"), ONE_MASK)
+    gray = torch.randn(2, 1, 64, 64).double()
+    with torch.no_grad():
+        expected = three.double().eval().forward_features(gray.expand(-1, 3, -1, -1))
+        torch.testing.assert_close(ours.double().eval().encoder(gray)[-1], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "data", "message"),
+    [
+        ({"encoder": "resnet34"}, ONE_MASK, r"does not fit model\.encoder=resnet34 \(.* missing: layer1\.2\.bn1\.bias"),
+        ({"encoder": "efficientnet-b0"}, ONE_MASK, r"does not fit .* missing: _blocks.*for timm's weights as tu-NAME"),
+        ({"encoder": "resnet50"}, ONE_MASK, r"[0-9]+ of other shape: layer1"),
+        ({"arch": "resnet18"}, ONE, r"starts the encoder of a segmenter; .*model\.reset_head=true"),
+        ({"weights": "runs/a/best.pt"}, ONE_MASK, r"and model\.weights=runs/a/best\.pt both name a file"),
+        (
+            {"encoder_weights": "nowhere.pt"},
+            ONE_MASK,
+            r"model\.encoder_weights=nowhere\.pt: no such file; give",
+        ),
+    ],
+)
+def test_encoder_weights_that_do_not_fit_are_one_line(
+    changes: dict[str, Any], data: Data, message: str, tmp_path: Path
+) -> None:
+    torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "resnet18.pth")
+    settings = starting_from(UNET18, tmp_path / "resnet18.pth").model_copy(update=changes)
+    with pytest.raises(UserError, match=message) as caught:
+        build_model(settings, data)
+    assert "\n" not in str(caught.value)
+
+
+def test_real_imagenet_weights_start_a_classifier_and_a_unet(real: Path) -> None:
+    path = real / "weights/tf_efficientnet_lite0_imagenet.pth"
+    lite0 = timm.create_model("tf_efficientnet_lite0", in_chans=3, num_classes=1000)
+    lite0.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    gray = torch.randn(2, 1, 64, 64).double()
+    classifier = Model(arch="tf_efficientnet_lite0", weights=str(path), reset_head=True)
+    assert initial_weights(classifier, ONE) == ()
+    ours: Any = build_model(classifier, ONE)
+    unet: Any = build_model(starting_from(UNET18, path, "tu-tf_efficientnet_lite0"), ONE_MASK)
+    (line,) = initial_weights(starting_from(UNET18, path, "tu-tf_efficientnet_lite0"), ONE_MASK)
+    assert line.endswith("tensors start the encoder tu-tf_efficientnet_lite0; not used are bn2, classifier, conv_head")
+    with torch.no_grad():
+        rgb = gray.expand(-1, 3, -1, -1)
+        expected = lite0.double().eval().forward_features(rgb)
+        torch.testing.assert_close(ours.double().eval().forward_features(gray), expected, rtol=1e-4, atol=1e-5)
+        levels = timm.create_model("tf_efficientnet_lite0", in_chans=3, features_only=True)
+        known = levels.state_dict()
+        levels.load_state_dict({key: value for key, value in lite0.state_dict().items() if key in known})
+        deepest = levels.double().eval()(rgb)[-1]
+        torch.testing.assert_close(unet.double().eval().encoder(gray)[-1], deepest, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "densenet121", "Unet"])
