@@ -48,7 +48,7 @@ def exists(address: str) -> bool:
         files.invalidate_cache()
         return bool(files.exists(path))
 
-    return _patiently(address, ask)
+    return patiently(address, ask)
 
 
 def read(address: str, *, listed: bool = False) -> bytes:
@@ -63,7 +63,7 @@ def read(address: str, *, listed: bool = False) -> bytes:
             size each time.
         UserError: it does not exist, or the path can be no file.
     """
-    return _patiently(address, lambda: _read_completely(address), listed=listed)
+    return patiently(address, lambda: _read_completely(address), listed=listed)
 
 
 def read_start(address: str, length: int) -> bytes:
@@ -80,7 +80,7 @@ def read_start(address: str, length: int) -> bytes:
         files, path = _store(address)
         return bytes(files.cat_file(path, start=0, end=length))
 
-    return _patiently(address, start, listed=True)
+    return patiently(address, start, listed=True)
 
 
 def _read_completely(address: str) -> bytes:
@@ -101,7 +101,7 @@ def listing(address: str, suffix: str = "") -> list[str]:
     Raises:
         AccessError: the folder cannot be read.
     """
-    return _patiently(address, lambda: _names(address, suffix))
+    return patiently(address, lambda: _names(address, suffix))
 
 
 def _names(address: str, suffix: str) -> list[str]:
@@ -125,7 +125,7 @@ def remove(address: str) -> None:
         if files.exists(path):
             files.rm_file(path)
 
-    _patiently(address, rm)
+    patiently(address, rm)
 
 
 def remove_empty_folder(address: str) -> None:
@@ -165,7 +165,7 @@ def publishing(address: str, *, private: bool = False) -> Iterator[Path]:
             yield temporary
             _check_fences(address)
             if remote:
-                _patiently(address, lambda: _put(temporary, address))
+                patiently(address, lambda: _put(temporary, address))
             else:
                 _sync(temporary)
                 temporary.replace(final)
@@ -189,7 +189,7 @@ def create(address: str, text: str) -> bool:
                 return False
             return True
 
-        return _patiently(address, put)
+        return patiently(address, put)
     final = local_path(address)
     with _user_errors(address):
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -209,7 +209,7 @@ def touch(address: str) -> None:
     """Make the file as young as one that is written now."""
     if is_remote(address):
         data = read(address)
-        _patiently(address, lambda: _store(address)[0].pipe_file(_store(address)[1], data))
+        patiently(address, lambda: _store(address)[0].pipe_file(_store(address)[1], data))
     else:
         os.utime(local_path(address))
 
@@ -230,7 +230,7 @@ def age(address: str) -> float | None:
             now = files.modified(f"{path}{probe.removeprefix(address)}")
             return float((now - files.modified(path)).total_seconds())
 
-        return _patiently(address, compare)
+        return patiently(address, compare)
     except FileNotFoundError:
         return None
     except AccessError:
@@ -362,7 +362,7 @@ def _store(address: str) -> tuple[Any, str]:
 Result = TypeVar("Result")
 
 
-def _patiently(address: str, action: Callable[[], Result], *, listed: bool = False) -> Result:
+def patiently(address: str, action: Callable[[], Result], *, listed: bool = False) -> Result:
     """The action's result; what may pass is tried again, and what does not pass is one line.
 
     Raises:

@@ -69,7 +69,7 @@ def _problem_of_link(entry: os.DirEntry[str], above: frozenset[tuple[int, int]])
 
 
 def _remote(root: str) -> Iterator[FoundFile]:
-    above, names = storage._patiently(root, lambda: _names(root))
+    above, names = storage.patiently(root, lambda: _names(root))
     for name in names:
         parts = tuple(name.removeprefix(above).split("/"))
         yield FoundFile(parts, addresses.join(root, *parts))

@@ -5,16 +5,20 @@ name only when it is complete and its digest is right. A lock per shard lets one
 The folder is CXRSCALE_CACHE, or ~/.cache/cxrscale; it holds at most CXRSCALE_CACHE_GB gigabytes (default 200), and a
 running download counts with its full size from the start.
 
-A copy is locked for as long as any process has it mapped, and only unlocked copies are removed to make room: a removed
-file that is still mapped would go on filling the disk.
+A copy is locked while any process has it open, and by each reader that uses it for as long as the reader lives (a
+reader of thousands of shards has few of them open at once). Only unlocked copies are removed to make room: they would
+be downloaded again for the next batch, and one that is still open would go on filling the disk.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import math
 import os
+import struct
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +32,7 @@ from cxrscale.io import storage
 from cxrscale.types import UserError
 
 _log = logging.getLogger("cxrscale")
+_USERS = "users.lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +45,31 @@ class RemoteShard:
     """Bytes."""
 
 
-def staged_copy(shard: RemoteShard) -> BinaryIO:
+class CacheUse:
+    """The copies that a reader uses: none of them is removed to make room while this object lives, in no process.
+
+    They are locked in one file, a byte each, so that thousands of them cost one file descriptor.
+    """
+
+    def __init__(self) -> None:
+        self._file: BinaryIO | None = None
+        self._names: set[str] = set()
+
+    def add(self, name: str, folder: Path) -> None:
+        """Lock a copy; the caller holds the lock of its name."""
+        if name in self._names:
+            return
+        if self._file is None:
+            self._file = (folder / _USERS).open("a+b")
+            weakref.finalize(self, self._file.close)
+        _lock_byte(self._file, name, fcntl.F_RDLCK)
+        self._names.add(name)
+
+
+def staged_copy(shard: RemoteShard, use: CacheUse | None = None) -> BinaryIO:
     """The local copy of a remote shard, downloaded if necessary, open for reading.
 
-    It is not removed to make room while this file, or a map of it, is open in any process.
+    It is not removed to make room while this file, or a map of it, is open in any process, or while `use` lives.
 
     Raises:
         UserError: it does not exist, differs from the manifest, or does not fit into the cache.
@@ -63,6 +89,8 @@ def staged_copy(shard: RemoteShard) -> BinaryIO:
             if not _complete(final, shard):
                 _download(shard, final)
             os.utime(final)
+            if use is not None:
+                use.add(name, folder)
             file = final.open("rb")
             # Taken before the name's lock is released, so that no process can remove the copy in between. A map
             # duplicates the descriptor and with it the lock, which therefore lasts as long as the map.
@@ -81,7 +109,6 @@ def _download(shard: RemoteShard, final: Path) -> None:
     """Copy the shard, within the limit; the caller holds the lock of its name."""
     size = _remote_size(shard)
     part, room = final.with_suffix(".part"), final.with_suffix(".room")
-    files, path = fsspec.core.url_to_fs(shard.address)
     try:
         with _locked(final.parent / "cache.lock"):
             # A copy of another size is unusable, and the process that left the others is dead: we hold the name's lock.
@@ -90,7 +117,7 @@ def _download(shard: RemoteShard, final: Path) -> None:
             _make_room(shard, size, final.parent)
             room.write_text(str(size))
         _log.info("copying %s to %s", shard.address, final)
-        files.get_file(path, str(part))
+        storage.patiently(shard.address, lambda: _copy(shard, part, size), listed=True)
         if shard.blake3 is not None and storage.file_digest(part) != shard.blake3:
             raise UserError(f"{shard.address} differs from its manifest's digest; run `cxrscale verify`")
         part.replace(final)
@@ -103,14 +130,27 @@ def _download(shard: RemoteShard, final: Path) -> None:
         room.unlink(missing_ok=True)
 
 
-def _remote_size(shard: RemoteShard) -> int:
+def _copy(shard: RemoteShard, part: Path, size: int) -> None:
     files, path = fsspec.core.url_to_fs(shard.address)
     try:
-        size = int(files.size(path))
-    except FileNotFoundError:
-        raise UserError(f"{shard.address} is missing; run `cxrscale verify`, then shard again") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{shard.address} cannot be read ({error}); check network and credentials") from None
+        files.get_file(path, str(part))
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise UserError(f"{part.parent} is full; free space there, or point {CACHE_FOLDER} elsewhere") from None
+        raise
+    if (came := part.stat().st_size) != size:
+        raise OSError(f"{came} of {size} bytes came")
+
+
+def _remote_size(shard: RemoteShard) -> int:
+    def ask() -> int:
+        files, path = fsspec.core.url_to_fs(shard.address)
+        try:
+            return int(files.size(path))
+        except FileNotFoundError:
+            raise UserError(f"{shard.address} is missing; run `cxrscale verify`, then shard again") from None
+
+    size = storage.patiently(shard.address, ask)
     if shard.size is not None and size != shard.size:
         raise UserError(f"{shard.address} has {size} bytes, its manifest says {shard.size}; run `cxrscale verify`")
     return size
@@ -179,8 +219,9 @@ def _remove_if_free(path: Path) -> bool:
     try:
         with _locked(path.with_suffix(".lock"), wait=False):
             if path.suffix == ".tar":
-                with path.open("r+b") as copy:
+                with path.open("r+b") as copy, (path.parent / _USERS).open("a+b") as users:
                     fcntl.flock(copy, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    _lock_byte(users, path.stem, fcntl.F_WRLCK)
             path.unlink()
     except (BlockingIOError, PermissionError):
         return False
@@ -199,3 +240,14 @@ def _locked(path: Path, wait: bool = True) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
+
+
+def _lock_byte(file: BinaryIO, name: str, kind: int) -> None:
+    """Lock the byte that stands for a copy until the file is closed.
+
+    Raises:
+        BlockingIOError: another open file has a lock that excludes this one.
+    """
+    # The lock of an open file description; a plain one would go as soon as this process closes any file of the name.
+    whole = struct.pack("@hhqqi4x", kind, os.SEEK_SET, int(name[:15], 16), 1, 0)
+    fcntl.fcntl(file, fcntl.F_OFD_SETLK, whole)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
-import mmap
+import os
+import resource
+import weakref
 import zlib
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
 from cxrscale.io import storage
-from cxrscale.loader.cache import RemoteShard, staged_copy
+from cxrscale.loader.cache import CacheUse, RemoteShard, staged_copy
 from cxrscale.loader.hashing import Rows
 from cxrscale.shards import Manifest
 from cxrscale.types import UserError
@@ -53,7 +56,7 @@ class Reader(Protocol):
     """Bad rows so far, each once."""
 
     def read(self, row_B: Rows, masks: bool) -> EncodedBatch:
-        """The rows' files; the arrays may be views of mapped files: do not write to them."""
+        """The rows' files; the arrays are read-only."""
 
     def sizes(self, row_B: Rows) -> tuple[Rows, Rows]:
         """(height_B, width_B) of the stored images in pixels."""
@@ -62,8 +65,85 @@ class Reader(Protocol):
         """From now on deliver this row as bad: a backend could not decode its bytes."""
 
 
+class OpenShards:
+    """Shards, of which the most recently used ones are open: a dataset can have more than a process may open files."""
+
+    def __init__(self, shards: Sequence[RemoteShard], limit: int | None = None) -> None:
+        """Opens none yet.
+
+        Args:
+            limit: how many are open at most; None: an eighth of what the process may open, at most 1024.
+        """
+        self.shards = shards
+        self._limit = limit or min(1024, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8))
+        self._use = CacheUse()
+        self._handles: OrderedDict[int, int] = OrderedDict()
+        weakref.finalize(self, _close_all, self._handles)
+
+    def read(self, number: int, offset: int, length: int) -> bytes:
+        """Bytes of a shard.
+
+        A map of the file would save the copy, but a file that is truncated under its map ends the process (SIGBUS).
+
+        Raises:
+            UserError: the shard is missing or too short.
+            AccessError: it cannot be read.
+        """
+        address = self.shards[number].address
+        try:
+            data = self._read(number, offset, length)
+        except OSError:
+            # Perhaps a network disk has another file by now, of which only a new handle knows.
+            data = storage.patiently(address, lambda: self._read(number, offset, length))
+        if len(data) < length:
+            raise UserError(f"{address} is shorter than its manifest says; run `cxrscale verify` and shard again")
+        return data
+
+    def _read(self, number: int, offset: int, length: int) -> bytes:
+        try:
+            data = os.pread(self._handle(number), length, offset)
+            # A signal, or the system's limit of 2 GB, can have cut it short, as can the end of the file.
+            while len(data) < length and (
+                more := os.pread(self._handle(number), length - len(data), offset + len(data))
+            ):
+                data += more
+        except FileNotFoundError:
+            address = self.shards[number].address
+            raise UserError(f"{address} is missing; run `cxrscale verify`, then shard again") from None
+        except OSError:
+            self._close(number)
+            raise
+        return data
+
+    def _handle(self, number: int) -> int:
+        handle = self._handles.get(number)
+        if handle is not None:
+            self._handles.move_to_end(number)
+            return handle
+        while len(self._handles) >= self._limit:
+            self._close(next(iter(self._handles)))
+        shard = self.shards[number]
+        if storage.is_remote(shard.address):
+            with staged_copy(shard, self._use) as file:
+                handle = os.dup(file.fileno())
+        else:
+            handle = os.open(storage.local_path(shard.address), os.O_RDONLY | os.O_CLOEXEC)
+        self._handles[number] = handle
+        return handle
+
+    def _close(self, number: int) -> None:
+        handle = self._handles.pop(number, None)
+        if handle is not None:
+            os.close(handle)
+
+
+def _close_all(handles: OrderedDict[int, int]) -> None:
+    while handles:
+        os.close(handles.popitem()[1])
+
+
 class ShardReader:
-    """Slices of memory-mapped shards, each compared with its CRC-32.
+    """Members of shards, each compared with its CRC-32.
 
     A row whose bytes are bad, or that a backend rejects, is logged and listed in `bad` once, and delivered as a gray
     image with valid = False.
@@ -72,11 +152,11 @@ class ShardReader:
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
         self.bad: list[BadSample] = []
-        self._shard_N, self._shards = _shards(manifest)
+        self._shard_N, shards = _shards(manifest)
+        self._open = OpenShards(shards)
         self._image_N3 = _members(manifest, "image")
         self._mask_N3 = _members(manifest, "mask")
         self._height_N, self._width_N = _stored_sizes(manifest)
-        self._maps: dict[int, EncodedBytes] = {}
         self._rejected: set[int] = set()
 
     def sizes(self, row_B: Rows) -> tuple[Rows, Rows]:
@@ -113,36 +193,16 @@ class ShardReader:
         offset, length, crc = member_N3[row].tolist()
         if offset < 0:
             raise _Damaged(f"has no {kind}")
-        number = int(self._shard_N[row])
-        if number not in self._maps:
-            self._maps[number] = self._mapped(self._shards[number])
-        data = self._maps[number][offset : offset + length]
-        if len(data) < length:
-            address = self._shards[number].address
-            raise UserError(f"{address} is shorter than its manifest says; run `cxrscale verify` and shard again")
-        if zlib.crc32(data.data) != crc:
+        data = self._open.read(int(self._shard_N[row]), offset, length)
+        if zlib.crc32(data) != crc:
             raise _Damaged(f"the {kind}'s bytes do not match their CRC-32")
-        return data
-
-    def _mapped(self, shard: RemoteShard) -> EncodedBytes:
-        if storage.is_remote(shard.address):
-            with staged_copy(shard) as file:
-                return _mapped(file)
-        try:
-            with storage.local_path(shard.address).open("rb") as file:
-                return _mapped(file)
-        except FileNotFoundError:
-            raise UserError(f"{shard.address} is missing; run `cxrscale verify`, then shard again") from None
-        except OSError as error:
-            raise UserError(
-                f"{shard.address} cannot be read ({error.strerror}); check the disk and its permissions"
-            ) from None
+        return np.frombuffer(data, np.uint8)
 
     def _record(self, row: int, reason: str, remedy: str) -> None:
         if any(sample.row == row for sample in self.bad):
             return
         self.bad.append(BadSample(row, reason))
-        name, shard = self.manifest.image_id[row], self._shards[int(self._shard_N[row])].address
+        name, shard = self.manifest.image_id[row], self._open.shards[int(self._shard_N[row])].address
         _log.warning("%s in %s: %s; left out, %s", name, shard, reason, remedy)
 
 
@@ -249,14 +309,6 @@ def _stored_sizes(manifest: Manifest) -> tuple[Rows, Rows]:
         if metadata["pack"]["codec"] != "source":
             height_N[roots == root] = width_N[roots == root] = metadata["pack"]["size"]
     return height_N, width_N
-
-
-def _mapped(file: BinaryIO) -> EncodedBytes:
-    """A local shard as an array over its mapped file, which stays mapped for as long as the array lives."""
-    try:
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-    except ValueError:
-        raise UserError(f"{file.name} is empty; run `cxrscale verify`, then shard again") from None
 
 
 def _plain(image: EncodedBytes) -> EncodedBytes:

@@ -19,9 +19,9 @@ import pytest
 
 from cxrscale.io import storage
 from cxrscale.loader.cache import RemoteShard, staged_copy
-from cxrscale.loader.reader import ShardReader
+from cxrscale.loader.reader import OpenShards, ShardReader
 from cxrscale.shards import manifest as manifests
-from cxrscale.types import UserError
+from cxrscale.types import AccessError, UserError
 from tests.small_datasets import MakeShards
 
 
@@ -136,6 +136,47 @@ def test_a_copy_in_use_is_never_removed(
     mapped.close()
     content(shards[1])
     assert copies(cache) == {f"{shards[1].blake3}.tar", f"{shards[2].blake3}.tar"}
+
+
+def test_a_reader_keeps_its_copies_while_their_files_are_closed(
+    bucket: fsspec.AbstractFileSystem, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader of thousands of shards has few open at once; all others would be downloaded for each batch again."""
+    monkeypatch.setenv("CXRSCALE_CACHE_GB", "2e-6")
+    shards = [remote(bucket, f"{name}.tar", name.encode() * 1000) for name in "abc"]
+    first, second = (OpenShards(shards, limit=1) for _ in range(2))
+    for number in (0, 1, 0):
+        assert first.read(number, 10, 1) == b"ab"[number : number + 1]
+    assert second.read(0, 0, 1) == b"a"
+    with pytest.raises(UserError, match="in use at once; raise CXRSCALE_CACHE_GB"):
+        first.read(2, 0, 1)
+    del first
+    assert second.read(2, 0, 1) == b"c"
+    assert copies(cache) == {f"{shards[0].blake3}.tar", f"{shards[2].blake3}.tar"}
+
+
+@pytest.mark.parametrize("fault", ["error", "short"])
+def test_a_download_that_fails_for_a_moment_is_tried_again(
+    fault: str, bucket: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = remote(bucket, "a.tar", b"x" * 1000)
+    get_file, faults = bucket.get_file, [fault, fault]
+
+    def failing(source: str, target: str) -> None:
+        if not faults:
+            get_file(source, target)
+        elif faults.pop() == "error":
+            raise PermissionError("Forbidden")
+        else:
+            Path(target).write_bytes(b"x" * 10)
+
+    monkeypatch.setattr(bucket, "get_file", failing)
+    monkeypatch.setattr(storage, "RETRY_SECONDS", (0.01, 0.01))
+    assert content(shard) == b"x" * 1000
+    Path(os.environ["CXRSCALE_CACHE"], f"{shard.blake3}.tar").unlink()
+    faults += [fault] * 3
+    with pytest.raises(AccessError, match=r"a.tar cannot be reached \("):
+        staged_copy(shard)
 
 
 @pytest.mark.parametrize(

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import io
 import logging
+import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import pytest
 import webdataset
 from nvidia.dali import fn, pipeline_def, types
 
+from cxrscale.io import storage
 from cxrscale.loader import reader
 from cxrscale.loader.opencv import decoded
 from cxrscale.loader.reader import MemoryReader, ShardReader
+from cxrscale.shards import manifest as manifests
 from cxrscale.shards.manifest import Manifest
-from cxrscale.types import UserError
+from cxrscale.types import AccessError, UserError
 from tests.small_datasets import MakeShards, chest
 
 
@@ -89,6 +96,68 @@ def test_a_missing_or_short_shard_ends_the_run_with_a_remedy(make_shards: MakeSh
         assert ShardReader(manifest).read(np.arange(10), masks=False).valid_B.all()
 
 
+def test_a_shard_that_is_cut_short_while_it_is_read_is_one_line(make_shards: MakeShards) -> None:
+    """Under a memory map the process would end by SIGBUS, without a word."""
+    manifest = make_shards()
+    source = ShardReader(manifest)
+    source.read(np.arange(10), masks=False)
+    with (root(manifest) / "part-00000.tar").open("r+b") as shard:
+        shard.truncate(4096)
+    with pytest.raises(UserError, match=r"part-00000.tar is shorter than its manifest says; run `cxrscale verify`"):
+        source.read(np.arange(10), masks=False)
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE])
+def test_a_network_disk_that_fails_for_a_moment_costs_nothing(
+    error: int, shards: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = ShardReader(shards).read(np.arange(10), masks=False).images
+    source, pread, failures = ShardReader(shards), os.pread, [OSError(error, os.strerror(error))] * 2
+
+    def failing(*arguments: int) -> bytes:
+        if failures:
+            raise failures.pop()
+        return pread(*arguments)
+
+    monkeypatch.setattr(storage, "RETRY_SECONDS", (0.01, 0.01))
+    monkeypatch.setattr(os, "pread", failing)
+    images = source.read(np.arange(10), masks=False).images
+    assert [image.tobytes() for image in images] == [image.tobytes() for image in expected]
+    failures += [OSError(error, os.strerror(error))] * 4
+    with pytest.raises(AccessError, match=r"part-00000.tar cannot be reached \(.*\); check the disk"):
+        source.read(np.arange(10), masks=False)
+    assert not failures
+
+
+MANY = """
+import resource, sys
+import numpy as np
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+from cxrscale.loader.reader import ShardReader
+from cxrscale.shards import manifest
+data = manifest.load(*sys.argv[1:])
+readers = ShardReader(data), ShardReader(data)  # as in training and in the validation between
+rows = np.random.default_rng(0).permutation(len(data))
+for _ in range(2):
+    for reader in readers:
+        assert reader.read(rows, masks=False).valid_B.all()
+print(len(data))
+"""
+
+
+def test_5000_shards_need_256_open_files_at_most(make_shards: MakeShards) -> None:
+    data = make_shards(count=1, masks=False)
+    folder = root(data)
+    names = [f"{number:04d}.tar" for number in range(5000)]
+    for name in names:
+        os.link(folder / "part-00000.tar", folder / name)
+    columns = data.table.drop_columns(["root", "shard", "image_id"]).take(np.zeros(5000, np.int64))
+    table = columns.append_column("shard", pa.array(names)).append_column("image_id", pa.array(names))
+    manifests.write(str(folder / "manifest.parquet"), table, data.metadata[0])
+    ran = subprocess.run([sys.executable, "-c", MANY, str(folder)], capture_output=True, text=True)
+    assert ran.stdout == "5000\n", ran.stderr
+
+
 def test_sizes_are_those_of_the_stored_images(make_shards: MakeShards) -> None:
     packed, untouched = make_shards("a", size=40), make_shards("b", size=48, codec="source")
     for manifest, side in ((packed, 40), (untouched, 48)):
@@ -99,8 +168,6 @@ def test_sizes_are_those_of_the_stored_images(make_shards: MakeShards) -> None:
 def test_sizes_of_joined_datasets(make_shards: MakeShards, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = make_shards("a", size=40, count=4), make_shards("b", size=64, count=5)
     monkeypatch.setattr("cxrscale.shards.manifest._check_unique", lambda _: None)
-    from cxrscale.shards import manifest as manifests
-
     joined = manifests.load(str(root(first)), str(root(second)))
     assert ShardReader(joined).sizes(np.arange(9))[0].tolist() == [40] * 4 + [64] * 5
     batch = ShardReader(joined).read(np.arange(9), masks=False)
