@@ -12,6 +12,7 @@ from pathlib import Path
 import ray
 from ray._private import ray_constants
 
+from cxrscale.config import PATIENT_KEY
 from cxrscale.io import scratch
 from cxrscale.types import UserError, last_line
 
@@ -63,6 +64,8 @@ def start() -> None:
     temporary = folder / "tmp"
     temporary.mkdir(0o700)
     os.environ["TMPDIR"] = str(temporary)
+    # Workers inherit this environment, and ids are hashed in this process alone.
+    key = os.environ.pop(PATIENT_KEY, None)
     try:
         ray.init(
             address="local",
@@ -77,7 +80,7 @@ def start() -> None:
             f"Ray does not start on this machine: {last_line(error)}; use --local, or see `cxrscale doctor`"
         ) from None
     finally:
-        _restore({"TMPDIR": before["TMPDIR"]})
+        _restore({"TMPDIR": before["TMPDIR"], PATIENT_KEY: key})
 
 
 def end() -> None:
