@@ -29,6 +29,8 @@ class Worker(Protocol):
     """What the loop needs of the process that it runs in."""
 
     dist: DistContext
+    reports_when_written: bool
+    """Whether `report` has to come after the files of the epoch; else they are written while training goes on."""
 
     def report(self, metrics: Mapping[str, float]) -> None:
         """Called by every rank at the end of an epoch."""
@@ -42,6 +44,8 @@ class Worker(Protocol):
 
 class LocalWorker:
     """The only worker of a run, in this very process: breakpoints work."""
+
+    reports_when_written = False
 
     def __init__(self, device: str | None = None) -> None:
         name = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -66,6 +70,8 @@ class LocalWorker:
 
 class RayWorker:
     """A worker of Ray Train, whose process group Ray has set up."""
+
+    reports_when_written = False
 
     LOOK_SECONDS = 0.5
     """How often a thread looks for requests: never the training itself, which would wait for an object store."""

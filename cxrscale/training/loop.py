@@ -135,6 +135,8 @@ def train(recipe: Recipe, run: str, worker: Worker) -> TrainResult:
             if tracker:
                 tracker.log("val", progress.epoch * steps, {"epoch": progress.epoch, **metrics})
             save(progress.epoch * steps)
+            if worker.reports_when_written:
+                writer.wait()
             worker.report({"epoch": progress.epoch, **metrics})
     finally:
         batches.close()

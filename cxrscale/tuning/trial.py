@@ -102,14 +102,16 @@ class BestMetric:
 class TrialWorker(LocalWorker):
     """The only worker of a trial, in a process of Ray Tune."""
 
-    def __init__(self, run: str, best: BestMetric, use_gpu: bool) -> None:
+    reports_when_written = True
+    """A killed search loses nothing that it was told of, and a disk that is full fails the trial at once."""
+
+    def __init__(self, best: BestMetric, use_gpu: bool) -> None:
         # On a machine with GPUs, Ray hides none from a process that asked for none.
         super().__init__(None if use_gpu else "cpu")
-        self._run, self._best = run, best
+        self._best = best
 
     def report(self, metrics: Mapping[str, float]) -> None:
-        """Report the epoch to Tune once its files are on disk, so that a killed search loses nothing."""
-        wait_for_checkpoint(self._run)
+        """Report the epoch, whose files are written, to Tune."""
         ray.tune.report(self._best.report(metrics))
 
 
@@ -151,7 +153,7 @@ def _run_trial(settings: dict[str, Any], study: Study) -> None:
         storage.write(storage.join(folder, resume.RECIPE), config.to_yaml(recipe))
         with run_info.record_session(folder, study.inputs, recipe.tune.workers, recipe.tracking.gpu_hour_price):
             if recipe.tune.workers == 1:
-                launch.train_here(recipe, folder, TrialWorker(folder, best, study.use_gpu))
+                launch.train_here(recipe, folder, TrialWorker(best, study.use_gpu))
             else:
                 launch.fit(recipe, folder, study.use_gpu, [ForwardReports(folder, best)])
     except Exception as error:  # whatever a combination of settings may lead to; other trials go on

@@ -20,6 +20,8 @@ from cxrscale.types import DistContext
 class TorchrunWorker:
     """A process of torchrun as the loop's worker; it is never stopped, and its reports go nowhere."""
 
+    reports_when_written = False
+
     def __init__(self) -> None:
         """Join the group that torchrun's variables describe."""
         gpu = torch.cuda.is_available()

@@ -17,6 +17,8 @@ from cxrscale.types import DistContext
 class GlooWorker:
     """A rank of a gloo group."""
 
+    reports_when_written = False
+
     def __init__(self, rank: int, world: int, stop: bool = False) -> None:
         self.dist, self._stop = DistContext(rank, world), stop
 
