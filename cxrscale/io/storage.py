@@ -7,28 +7,20 @@ import glob
 import os
 import secrets
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
 
-import fsspec
 from blake3 import blake3
 
 from cxrscale.io import process, scratch
+from cxrscale.io.access import patiently as patiently
+from cxrscale.io.access import store, user_errors
 from cxrscale.io.address import absolute as absolute
 from cxrscale.io.address import is_remote as is_remote
 from cxrscale.io.address import join as join
 from cxrscale.io.address import local_path as local_path
-from cxrscale.io.address import normalize
-from cxrscale.types import AccessError, UserError, one_line
-
-RETRY_SECONDS = (0.2, 1.0, 3.0, 8.0)
-"""Pauses between attempts to read an image of a source; the store's own client retries within each attempt."""
-
-_MAY_PASS = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN})
-"""Errors of network disks that a second attempt may not see."""
+from cxrscale.types import AccessError, UserError
 
 TEMPORARY_PREFIX = ".tmp-"
 """Prefix of the name of an unfinished file, which has no suffix, so that a pattern such as `*.tar` never matches it."""
@@ -44,7 +36,7 @@ def exists(address: str) -> bool:
         return local_path(address).exists()
 
     def ask() -> bool:
-        files, path = _store(address)
+        files, path = store(address)
         files.invalidate_cache()
         return bool(files.exists(path))
 
@@ -77,7 +69,7 @@ def read_start(address: str, length: int) -> bytes:
         if not is_remote(address):
             with local_path(address).open("rb") as file:
                 return file.read(length)
-        files, path = _store(address)
+        files, path = store(address)
         return bytes(files.cat_file(path, start=0, end=length))
 
     return patiently(address, start, listed=True)
@@ -86,7 +78,7 @@ def read_start(address: str, length: int) -> bytes:
 def _read_completely(address: str) -> bytes:
     if not is_remote(address):
         return local_path(address).read_bytes()
-    files, path = _store(address)
+    files, path = store(address)
     size = files.info(path).get("size")
     data: bytes = files.cat_file(path)
     if size is not None and len(data) != size:
@@ -108,7 +100,7 @@ def _names(address: str, suffix: str) -> list[str]:
     if not is_remote(address):
         root = local_path(address)
         return sorted(entry.name for entry in root.iterdir() if entry.name.endswith(suffix)) if root.is_dir() else []
-    files, path = _store(address)
+    files, path = store(address)
     files.invalidate_cache()
     names = files.ls(path, detail=False) if files.exists(path) else []
     return sorted(name.rsplit("/", 1)[-1] for name in names if name.endswith(suffix))
@@ -121,7 +113,7 @@ def remove(address: str) -> None:
         return
 
     def rm() -> None:
-        files, path = _store(address)
+        files, path = store(address)
         if files.exists(path):
             files.rm_file(path)
 
@@ -154,12 +146,11 @@ def publishing(address: str, *, private: bool = False) -> Iterator[Path]:
         with _writing_to_stream(final) as temporary:
             yield temporary
         return
-    with _user_errors(address):
+    with user_errors(address):
         if not remote:
             final.parent.mkdir(parents=True, exist_ok=True)
         folder = scratch.shared() if remote else final.parent
-        temporary = folder / f"{_temporary_stem(final.name)}{os.getpid()}-{secrets.token_hex(4)}"
-        _remove_leftovers(folder, final.name)
+        temporary = _temporary(folder, final.name)
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600 if private or remote else 0o666))
         try:
             yield temporary
@@ -179,7 +170,7 @@ def create(address: str, text: str) -> bool:
     if is_remote(address):
 
         def put() -> bool:
-            files, path = _store(address)
+            files, path = store(address)
             files.invalidate_cache()
             if files.exists(path):
                 return False
@@ -191,9 +182,9 @@ def create(address: str, text: str) -> bool:
 
         return patiently(address, put)
     final = local_path(address)
-    with _user_errors(address):
+    with user_errors(address):
         final.parent.mkdir(parents=True, exist_ok=True)
-        draft = final.with_name(f"{TEMPORARY_PREFIX}{final.name}-{secrets.token_hex(8)}")
+        draft = _temporary(final.parent, final.name)
         draft.write_text(text)
         try:
             # Unlike a rename, a link is refused where the name exists, on network disks too.
@@ -209,7 +200,7 @@ def touch(address: str) -> None:
     """Make the file as young as one that is written now."""
     if is_remote(address):
         data = read(address)
-        patiently(address, lambda: _store(address)[0].pipe_file(_store(address)[1], data))
+        patiently(address, lambda: store(address)[0].pipe_file(store(address)[1], data))
     else:
         os.utime(local_path(address))
 
@@ -224,7 +215,7 @@ def age(address: str) -> float | None:
             return path.stat().st_mtime - local_path(address).stat().st_mtime
 
         def compare() -> float:
-            files, path = _store(address)
+            files, path = store(address)
             files.invalidate_cache()
             files.pipe_file(f"{path}{probe.removeprefix(address)}", b"")
             now = files.modified(f"{path}{probe.removeprefix(address)}")
@@ -265,7 +256,7 @@ def _check_fences(address: str) -> None:
 
 
 def _put(file: Path, address: str) -> None:
-    files, path = _store(address)
+    files, path = store(address)
     files.put_file(str(file), path)
 
 
@@ -276,7 +267,7 @@ def _target(address: str) -> Path:
         UserError: a folder, a socket, a block device or a link that leads in a circle is there.
     """
     path = local_path(address)
-    with _user_errors(address):
+    with user_errors(address):
         if _is_stream(path):
             return path
         if path.is_symlink():
@@ -303,7 +294,7 @@ def _writing_to_stream(stream: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=scratch.shared()) as folder:
         temporary = Path(folder, "output")
         yield temporary
-        with _user_errors(str(stream)), stream.open("wb") as target:
+        with user_errors(str(stream)), stream.open("wb") as target:
             target.write(temporary.read_bytes())
 
 
@@ -313,18 +304,15 @@ def write(address: str, data: bytes | str, *, private: bool = False) -> None:
         path.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
-def _temporary_stem(name: str) -> str:
-    """How this machine's temporary files for a name begin; the number of their process follows."""
-    return f"{TEMPORARY_PREFIX}{name[:100]}-{digest(process.place().encode())[:8]}-"
-
-
-def _remove_leftovers(folder: Path, name: str) -> None:
-    """Remove the temporary files for this name that killed processes of this machine have left."""
-    stem = _temporary_stem(name)
+def _temporary(folder: Path, name: str) -> Path:
+    """A new path for an unfinished file; those that killed processes of this machine have left for it are removed."""
+    # It says whose it is: this machine, then the number of the process.
+    stem = f"{TEMPORARY_PREFIX}{name[:100]}-{digest(process.place().encode())[:8]}-"
     for path in folder.glob(f"{glob.escape(stem)}*"):
         pid = path.name.removeprefix(stem).partition("-")[0]
         if pid.isdecimal() and process.started(int(pid)) is None:
             path.unlink(missing_ok=True)
+    return folder / f"{stem}{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def remove_temporary_files(address: str) -> int:
@@ -351,71 +339,3 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _store(address: str) -> tuple[Any, str]:
-    """fsspec's file system of a remote address, and the path in it."""
-    files, path = fsspec.core.url_to_fs(normalize(address))
-    return files, path
-
-
-Result = TypeVar("Result")
-
-
-def patiently(address: str, action: Callable[[], Result], *, listed: bool = False) -> Result:
-    """The action's result; what may pass is tried again, and what does not pass is one line.
-
-    Raises:
-        AccessError: the file cannot be reached.
-        UserError: the path is wrong; nothing would change that.
-    """
-    pauses = list(RETRY_SECONDS)
-    while True:
-        try:
-            with _user_errors(address):
-                return action()
-        except UserError:
-            raise
-        except FileNotFoundError as error:
-            if not listed:
-                raise UserError(f"{error.filename or address} does not exist; check the path") from None
-            failure: Exception = error
-        except Exception as error:  # a store's errors have types of their own
-            failure = error
-        if not pauses or not _may_pass(address, failure):
-            remedy = "check the network, AWS_ENDPOINT_URL and the credentials"
-            remedy = remedy if is_remote(address) else "check the disk"
-            reason = (failure.strerror if isinstance(failure, OSError) else None) or failure
-            raise AccessError(f"{address} cannot be reached ({one_line(reason, limit=200)}); {remedy}")
-        time.sleep(pauses.pop(0))
-
-
-def _may_pass(address: str, failure: Exception) -> bool:
-    if type(failure).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"):
-        return False
-    return is_remote(address) or (isinstance(failure, OSError) and failure.errno in _MAY_PASS)
-
-
-@contextmanager
-def _user_errors(address: str) -> Iterator[None]:
-    """Turn errors that say what is wrong with a path into one line with the address and how to fix it."""
-    try:
-        yield
-    except PermissionError as error:
-        if is_remote(address):
-            raise
-        raise AccessError(f"{error.filename or address}: permission denied; choose a folder with permission") from None
-    except IsADirectoryError:
-        raise UserError(f"{address} is a folder; give a file") from None
-    except (NotADirectoryError, FileExistsError):
-        raise UserError(f"{address}: a part of this path is a file, not a folder") from None
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UserError(f"{address}: no space left on the disk; free some, then re-run the command") from None
-        if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
-            raise UserError(f"{address}: {(error.strerror or '').lower()}; correct the path") from None
-        if error.errno == errno.EROFS:
-            raise UserError(f"{address}: the disk is read-only; choose another folder") from None
-        raise
-    except ImportError as error:
-        raise UserError(f"{address}: {error}; install cxrscale[s3] for s3:// addresses") from None

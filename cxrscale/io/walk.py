@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from cxrscale.io import access
 from cxrscale.io import address as addresses
-from cxrscale.io import storage
 from cxrscale.types import AccessError
 
 
@@ -69,7 +69,7 @@ def _problem_of_link(entry: os.DirEntry[str], above: frozenset[tuple[int, int]])
 
 
 def _remote(root: str) -> Iterator[FoundFile]:
-    above, names = storage.patiently(root, lambda: _names(root))
+    above, names = access.patiently(root, lambda: _names(root))
     for name in names:
         parts = tuple(name.removeprefix(above).split("/"))
         yield FoundFile(parts, addresses.join(root, *parts))
@@ -77,7 +77,7 @@ def _remote(root: str) -> Iterator[FoundFile]:
 
 def _names(root: str) -> tuple[str, list[str]]:
     """(the folder's path in the store with a slash, the sorted paths of all files below it)."""
-    files, path = storage._store(root)
+    files, path = access.store(root)
     files.invalidate_cache()
     names = sorted(files.find(path)) if files.exists(path) else []
     return path.rstrip("/") + "/", names

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cxrscale.io import storage
+from cxrscale.io import access, storage
 from cxrscale.types import UserError
 
 
@@ -72,7 +72,7 @@ def test_a_full_disk_is_one_line() -> None:
         pytest.skip("only Linux has /dev/full, a device that is always full")
 
     def fill() -> None:
-        with storage._user_errors("/data/out.tar"), full.open("wb", buffering=0) as disk:
+        with access.user_errors("/data/out.tar"), full.open("wb", buffering=0) as disk:
             disk.write(b"x")
 
     with pytest.raises(UserError, match=r"/data/out.tar: no space left on the disk; free some"):

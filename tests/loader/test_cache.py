@@ -17,7 +17,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from cxrscale.io import storage
+from cxrscale.io import access, storage
 from cxrscale.loader.cache import RemoteShard, staged_copy
 from cxrscale.loader.reader import OpenShards, ShardReader
 from cxrscale.shards import manifest as manifests
@@ -171,7 +171,7 @@ def test_a_download_that_fails_for_a_moment_is_tried_again(
             Path(target).write_bytes(b"x" * 10)
 
     monkeypatch.setattr(bucket, "get_file", failing)
-    monkeypatch.setattr(storage, "RETRY_SECONDS", (0.01, 0.01))
+    monkeypatch.setattr(access, "RETRY_SECONDS", (0.01, 0.01))
     assert content(shard) == b"x" * 1000
     Path(os.environ["CXRSCALE_CACHE"], f"{shard.blake3}.tar").unlink()
     faults += [fault] * 3

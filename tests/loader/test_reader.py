@@ -19,7 +19,7 @@ import pytest
 import webdataset
 from nvidia.dali import fn, pipeline_def, types
 
-from cxrscale.io import storage
+from cxrscale.io import access
 from cxrscale.loader import reader
 from cxrscale.loader.opencv import decoded
 from cxrscale.loader.reader import MemoryReader, ShardReader
@@ -119,7 +119,7 @@ def test_a_network_disk_that_fails_for_a_moment_costs_nothing(
             raise failures.pop()
         return pread(*arguments)
 
-    monkeypatch.setattr(storage, "RETRY_SECONDS", (0.01, 0.01))
+    monkeypatch.setattr(access, "RETRY_SECONDS", (0.01, 0.01))
     monkeypatch.setattr(os, "pread", failing)
     images = source.read(np.arange(10), masks=False).images
     assert [image.tobytes() for image in images] == [image.tobytes() for image in expected]

@@ -10,7 +10,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from cxrscale.io import storage
+from cxrscale.io import access, storage
 from cxrscale.shards import build, manifest
 from cxrscale.sources.synthetic.archive import SyntheticPaths
 from cxrscale.types import AccessError, UserError
@@ -44,7 +44,7 @@ def remote(few: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]
     root = f"{s3}/faulty/nih"
     if not storage.exists(root):
         fsspec.filesystem("s3").put(str(few), root.removeprefix("s3://"), recursive=True)
-    monkeypatch.setattr(storage, "RETRY_SECONDS", (0.01, 0.02, 0.05))
+    monkeypatch.setattr(access, "RETRY_SECONDS", (0.01, 0.02, 0.05))
     yield root
     _forget_connections()
 
