@@ -73,7 +73,7 @@ def shard_command(
     print(f"{packed.images} images, {packed.quarantined} quarantined{note}")
     print(packed.root if storage.is_remote(packed.root) else Path(packed.root).resolve())
     if packed.quarantined > settings.max_quarantined:
-        quarantine = storage.join(packed.root, "quarantine.jsonl")
+        quarantine = storage.join(packed.root, pack.QUARANTINE)
         raise UserError(f"{packed.quarantined} unreadable images, more than pack.max_quarantined; see {quarantine}")
 
 
@@ -81,7 +81,9 @@ def _show_quarantined(packed: PackResult, path_of: Mapping[str, str], at_most: i
     """Name the files to whoever sits at a terminal; logs and quarantine.jsonl have their ids only."""
     if not packed.quarantined or not sys.stderr.isatty():
         return
-    lines = storage.read(storage.join(packed.root, "quarantine.jsonl")).decode().splitlines()
+    from cxrscale.shards import pack
+
+    lines = storage.read(storage.join(packed.root, pack.QUARANTINE)).decode().splitlines()
     for line in map(json.loads, lines[:at_most]):
         print(terminal.printable(f"quarantined {path_of[line['image_id']]}: {line['reason']}"), file=sys.stderr)
     if len(lines) > at_most:

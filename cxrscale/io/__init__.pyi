@@ -17,9 +17,9 @@ from .images import encode_jpeg as encode_jpeg
 from .images import encode_mask as encode_mask
 from .images import encode_png as encode_png
 from .images import load_image as load_image
-from .images import mask_is_too_small as mask_is_too_small
 from .images import resize_image as resize_image
 from .images import resize_mask as resize_mask
+from .images import shrink_mask as shrink_mask
 from .metadata import strip_metadata as strip_metadata
 from .metadata import without_quotes as without_quotes
 from .strictness import Strictness as Strictness

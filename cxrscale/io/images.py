@@ -225,6 +225,14 @@ def resize_mask(mask_HW: npt.NDArray[np.bool_], size: int) -> npt.NDArray[np.boo
     Raises:
         ValueError: not bool (H, W), or a size below 1.
     """
+    return shrink_mask(mask_HW, size)[0]
+
+
+def shrink_mask(mask_HW: npt.NDArray[np.bool_], size: int) -> tuple[npt.NDArray[np.bool_], bool]:
+    """`resize_mask`, and whether the mask covers no pixel by half, so that only the one that it covers most is kept.
+
+    Args, raises: as `resize_mask`.
+    """
     cover_HW = _cover(mask_HW, size)
     inside_HW: npt.NDArray[np.bool_] = cover_HW > 0.5 + _TIE
     half_P = np.flatnonzero((cover_HW >= 0.5 - _TIE) & ~inside_HW)
@@ -233,16 +241,7 @@ def resize_mask(mask_HW: npt.NDArray[np.bool_], size: int) -> npt.NDArray[np.boo
         inside_HW.flat[half_P[np.arange(count) * len(half_P) // count]] = True
     if not inside_HW.any() and mask_HW.any():
         inside_HW.flat[int(cover_HW.argmax())] = True
-    return inside_HW
-
-
-def mask_is_too_small(mask_HW: npt.NDArray[np.bool_], size: int) -> bool:
-    """Whether a mask covers no pixel by half at this size, so that `resize_mask` keeps only the pixel nearest to it.
-
-    Args:
-        mask_HW, size: as for `resize_mask`.
-    """
-    return bool(mask_HW.any()) and float(_cover(mask_HW, size).max()) < 0.5 - _TIE
+    return inside_HW, bool(mask_HW.any()) and float(cover_HW.max()) < 0.5 - _TIE
 
 
 def _cover(mask_HW: npt.NDArray[np.bool_], size: int) -> npt.NDArray[np.float32]:

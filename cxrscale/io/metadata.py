@@ -7,13 +7,13 @@ compressed pixel data is copied as it is, so that the pixels are the same bit fo
 from __future__ import annotations
 
 import re
-import struct
+from functools import cache
 
 from pydicom.uid import UID_dictionary
 
+from cxrscale.io import png
 from cxrscale.types import UnreadableImageError
 
-_PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_KEPT = frozenset({b"IHDR", b"PLTE", b"tRNS", b"sBIT", b"IDAT", b"IEND"})
 """sBIT says which bits of a sample are significant; the other ancillary chunks change no pixel."""
 _END_OF_IMAGE, _START_OF_SCAN, _COMMENT, _APP0, _APP14, _APP15 = 0xD9, 0xDA, 0xFE, 0xE0, 0xEE, 0xEF
@@ -49,7 +49,7 @@ def strip_metadata(data: bytes) -> bytes:
     Raises:
         UnreadableImageError: another format, or the structure of the file is damaged.
     """
-    if data.startswith(_PNG):
+    if data.startswith(png.SIGNATURE):
         return _strip_png(data)
     if data.startswith(b"\xff\xd8\xff"):
         return _strip_jpeg(data)
@@ -69,23 +69,13 @@ def without_quotes(reason: str) -> str:
     return _QUOTED.sub(shown, reason)
 
 
+@cache
 def _uid_names() -> frozenset[str]:
     return frozenset(entry[0][:64] for entry in UID_dictionary.values())
 
 
 def _strip_png(data: bytes) -> bytes:
-    kept, offset = [_PNG], len(_PNG)
-    while offset + 12 <= len(data):
-        (length,), kind = struct.unpack_from(">I", data, offset), data[offset + 4 : offset + 8]
-        end = offset + 12 + length
-        if end > len(data):
-            break
-        if kind in _PNG_KEPT:
-            kept.append(data[offset:end])
-        if kind == b"IEND":
-            return b"".join(kept)
-        offset = end
-    raise UnreadableImageError("PNG is truncated: its metadata cannot be removed")
+    return b"".join([png.SIGNATURE, *(chunk for kind, _, chunk in png.chunks(data) if kind in _PNG_KEPT)])
 
 
 def _strip_jpeg(data: bytes) -> bytes:

@@ -41,15 +41,15 @@ def decode_png(data: bytes) -> tuple[GrayImage, bool]:
     Raises:
         UnreadableImageError: truncated, damaged, too large, animated, colored or transparent.
     """
-    chunks = list(_chunks(data))
-    kind, header = chunks[0]
+    bodies = [(kind, body) for kind, body, _ in chunks(data)]
+    kind, header = bodies[0]
     if kind != b"IHDR" or len(header) != 13:
         raise UnreadableImageError("PNG is damaged: it does not start with IHDR")
     width, height, bits, color = struct.unpack_from(">IIBB", header)
     channels, value = _CHANNELS.get(color, 4), 2 if bits == 16 else 1
     # The decoded array, one of its channels of color in order, and that in 8 bits.
     limits.check_memory(height, width, channels * value + min(channels, 3) * (value + 1), "PNG")
-    named: Mapping[bytes, memoryview] = dict(reversed(chunks))
+    named: Mapping[bytes, memoryview] = dict(reversed(bodies))
     if b"acTL" in named:
         raise UnreadableImageError("PNG is animated, not a single image: split it")
     pixels = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_UNCHANGED)
@@ -108,8 +108,12 @@ def chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
-def _chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
-    """(type, body) of every chunk up to IEND, with its CRC checked; takes 0.2 ms for 400 kB."""
+def chunks(data: bytes) -> Iterator[tuple[bytes, memoryview, memoryview]]:
+    """(type, body, all bytes) of every chunk up to IEND, with its CRC checked; takes 0.2 ms for 400 kB.
+
+    Raises:
+        UnreadableImageError: truncated, or a checksum is wrong.
+    """
     view, offset = memoryview(data), len(SIGNATURE)
     while offset + 12 <= len(data):
         length, kind = int.from_bytes(view[offset : offset + 4], "big"), bytes(view[offset + 4 : offset + 8])
@@ -120,7 +124,7 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
             raise UnreadableImageError(
                 f"PNG is damaged: the CRC of the chunk {kind.decode('latin-1')!r} at byte {offset} is wrong"
             )
-        yield kind, view[offset + 8 : end]
+        yield kind, view[offset + 8 : end], view[offset : end + 4]
         if kind == b"IEND":
             return
         offset = end + 4

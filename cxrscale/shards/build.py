@@ -80,20 +80,20 @@ def prepare(
     Raises:
         UserError: the source or the other dataset cannot be read, its IDs have another key, or there is no key.
     """
-    key = ids.read_key(settings)
+    key, namespace = ids.read_key(settings), None
     if patients_from_dataset is not None:
-        ids.refuse_other_key(patients_from_dataset, manifest.load(patients_from_dataset).metadata[0], key)
+        other = manifest.load(patients_from_dataset).metadata[0]
+        ids.refuse_other_key(patients_from_dataset, other, key)
+        namespace = str(other["patients_from"])
     content = sources.read(source, root)
     book, records = content.book, content.records[: settings.limit]
     own_ids = [(record.image_id, record.patient) for record in records]
-    namespace = None
     if patients_from_dataset is not None:
         inherited, split = inherit_patients(records, patients_from_dataset, settings, local=local)
         own_ids = [
             (record.image_id, record.patient if patient is None else "")
             for record, patient in zip(records, inherited, strict=True)
         ]
-        namespace = str(manifest.load(patients_from_dataset).metadata[0]["patients_from"])
     else:
         if settings.duplicates == "merge":
             records = merge_duplicates(records, settings, local=local)

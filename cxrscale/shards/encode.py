@@ -18,10 +18,9 @@ from cxrscale.io import (
     encode_mask,
     encode_png,
     load_image,
-    mask_is_too_small,
     resize_image,
-    resize_mask,
     rle_masks,
+    shrink_mask,
     storage,
     strip_metadata,
 )
@@ -73,8 +72,7 @@ def encode_sample(record: ImageRecord, split: str, pack: Pack, findings: tuple[s
         mask_HW = _draw_mask(record.rles, loaded.image_HW.shape)
         stored_mask_HW = mask_HW
         if stored_HW.shape != mask_HW.shape:
-            stored_mask_HW = resize_mask(mask_HW, pack.size)
-            measured["tiny_mask"] = mask_is_too_small(mask_HW, pack.size)
+            stored_mask_HW, measured["tiny_mask"] = shrink_mask(mask_HW, pack.size)
         members["mask.png"] = encode_mask(stored_mask_HW)
         measured["mask_pixels"] = int(stored_mask_HW.sum())
         measured["mask_rle"] = rle_masks.encode(mask_HW) if mask_HW.any() else None

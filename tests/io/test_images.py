@@ -24,9 +24,9 @@ from cxrscale.io.images import (
     encode_mask,
     encode_png,
     load_image,
-    mask_is_too_small,
     resize_image,
     resize_mask,
+    shrink_mask,
 )
 from cxrscale.types import GrayImage, UnreadableImageError
 from tests.dicom_files import dicom_file, encoded, gray_image
@@ -378,8 +378,8 @@ def test_a_smaller_mask_has_pixels_covered_by_half(mask: np.ndarray[Any, np.dtyp
     resized = resize_mask(mask, size)
     assert resized.dtype == np.bool_
     assert resized.any() == mask.any()
-    assert mask_is_too_small(mask, size) == (mask.any() and bool((cover < 0.5 - 1e-4).all()))
-    if not mask_is_too_small(mask, size):
+    assert shrink_mask(mask, size)[1] == (mask.any() and bool((cover < 0.5 - 1e-4).all()))
+    if not shrink_mask(mask, size)[1]:
         assert np.array_equal(resized[sure], (cover > 0.5)[sure])
         # Of the pixels that are covered by half, as many are inside as the mask's area asks for.
         assert resized.sum() == max((cover > 0.5 + 1e-4).sum(), min(round(cover.sum()), (cover > 0.5 - 1e-4).sum()))
@@ -398,10 +398,10 @@ def test_the_smallest_mask_keeps_the_pixel_that_it_covers_most() -> None:
     mask = np.zeros((64, 64), dtype=np.bool_)
     mask[20:22, 31] = mask[20, 32] = True
     resized = resize_mask(mask, 8)
-    assert mask_is_too_small(mask, 8)
+    assert shrink_mask(mask, 8)[1]
     assert np.argwhere(resized).tolist() == [[2, 3]]
-    assert not mask_is_too_small(np.zeros((64, 64), dtype=np.bool_), 8)
-    assert not mask_is_too_small(mask, 64)
+    assert not shrink_mask(np.zeros((64, 64), dtype=np.bool_), 8)[1]
+    assert not shrink_mask(mask, 64)[1]
 
 
 # Real images
