@@ -14,7 +14,7 @@ from cxrscale.training.state import Progress, TrainState
 from cxrscale.types import Batch, DistContext, NonFiniteError, UserError
 
 REMEDY = (
-    "lower optim.lr or set optim.max_grad_norm=1; under the same tracking.name the run then goes on from its last "
+    "lower optim.lr or set optim.max_grad_norm=1; under the same tracking.name the run then resumes from its last "
     "checkpoint"
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,41 +100,28 @@ def train(recipe: Recipe, run: str, worker: Worker) -> TrainResult:
     tracker = Tracker(run, recipe.tracking, metadata["recipe"], start) if dist.rank == 0 else None
     batches = training_batches(data, recipe, dist, progress.epoch, progress.step)
     context = make_context(recipe, worker, data, state, steps, tracker)
-
-    def save(step: int) -> None:
-        if tracker:  # rank 0's
-            # A run that resumes from this checkpoint does not write the lines before it again.
-            tracker.flush()
-            writer.save(step, {**state.state_dict(), **metadata})
-
-    def save_before_validation() -> None:
-        # The epoch's last step is done and its validation is not: a resume begins with it.
-        progress.epoch, progress.step = progress.epoch - 1, steps
-        save((progress.epoch + 1) * steps)
-        progress.epoch, progress.step = progress.epoch + 1, 0
-
+    saver = _Saver(writer, state, metadata, tracker, steps)
     try:
         while progress.epoch < recipe.train.epochs and not _out_of_patience(progress, recipe):
             for step in train_epoch(context, state, batches):
                 if context.saves_after(step):
                     check_weights(state, step, dist)
-                    save(step)
+                    saver.save(step)
                 if context.requests.stop:
                     return TrainResult(False, progress)
             check_weights(state, progress.epoch * steps, dist)
             try:
-                metrics = validate(state.eval_model, context, save_before_validation)
+                metrics = validate(state.eval_model, context, saver.save_before_validation)
             except StopRequested:
                 return TrainResult(False, progress)
             metrics["bad_rows_train"], progress.bad_rows = float(progress.bad_rows), 0
             if not math.isfinite(metrics[recipe.train.monitor]) and dist.rank == 0:
                 LOG.warning("%s is undefined after epoch %d: no improvement", recipe.train.monitor, progress.epoch)
-            if update_progress(progress, metrics, recipe) and dist.rank == 0:
-                best = {"model": state.eval_model.state_dict(), "metrics": metrics, "epoch": progress.epoch, **metadata}
-                writer.write(storage.join(run, checkpoint.BEST), to_host(best))
+            if update_progress(progress, metrics, recipe):
+                saver.save_best(storage.join(run, checkpoint.BEST), metrics)
             if tracker:
                 tracker.log("val", progress.epoch * steps, {"epoch": progress.epoch, **metrics})
-            save(progress.epoch * steps)
+            saver.save(progress.epoch * steps)
             if worker.reports_when_written:
                 writer.wait()
             worker.report({"epoch": progress.epoch, **metrics})
@@ -144,6 +131,40 @@ def train(recipe: Recipe, run: str, worker: Worker) -> TrainResult:
         if tracker:
             tracker.close()
     return TrainResult(True, progress)
+
+
+@dataclass(frozen=True, slots=True)
+class _Saver:
+    """Saves a run's state; every rank calls it, rank 0 writes."""
+
+    writer: CheckpointWriter
+    state: TrainState
+    metadata: Mapping[str, Any]
+    tracker: Tracker | None
+    """Rank 0's; None on other ranks."""
+    steps: int
+    """Steps per epoch."""
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint of an optimizer step."""
+        if self.tracker:
+            # A run that resumes from this checkpoint does not write the lines before it again.
+            self.tracker.flush()
+            self.writer.save(step, {**self.state.state_dict(), **self.metadata})
+
+    def save_before_validation(self) -> None:
+        """Write the checkpoint of an epoch's last step, from which a resume begins with the validation."""
+        progress = self.state.progress
+        progress.epoch, progress.step = progress.epoch - 1, self.steps
+        self.save((progress.epoch + 1) * self.steps)
+        progress.epoch, progress.step = progress.epoch + 1, 0
+
+    def save_best(self, address: str, metrics: Mapping[str, float]) -> None:
+        """Write the weights that were validated last, which are the best so far."""
+        if self.tracker:
+            epoch, model = self.state.progress.epoch, self.state.eval_model.state_dict()
+            best = {"model": model, "metrics": dict(metrics), "epoch": epoch, **self.metadata}
+            self.writer.write(address, to_host(best))
 
 
 def build_state(recipe: Recipe, device: torch.device) -> TrainState:

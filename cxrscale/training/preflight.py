@@ -191,15 +191,11 @@ def check_training_labels(recipe: Recipe, data: Manifest) -> None:
         )
     loss = recipe.loss
     others = [name for name in losses.active(loss) if name != "bce"]
-    one_sided = [
-        f"{name} is {'present' if present else 'absent'} in all {present + absent} labeled images of split {split}"
-        for name, present, absent in zip(recipe.data.findings, present_F, absent_F, strict=True)
-        if not (present and absent)
-    ]
+    one_sided = _one_sided(recipe.data.findings, present_F, absent_F)
     if loss.class_balance and one_sided and not others:
         raise UserError(
-            f"loss.class_balance: {one_sided[0]}, so that its weights are 0 and 1 and nothing is learned; set "
-            "loss.class_balance=false, or leave the finding out"
+            f"loss.class_balance: {one_sided[0]} labeled images of split {split}, so that its weights are 0 and 1 and "
+            "nothing is learned; set loss.class_balance=false, or leave the finding out"
         )
 
 
@@ -278,17 +274,18 @@ def warnings(recipe: Recipe, data: Manifest) -> list[str]:
             "weights in every step; lower one of them"
         )
     if recipe.data.task == "classify":
-        found += _one_sided(recipe, data) + _corrected_twice(recipe, data)
+        rows = usable_rows(data, recipe.data.train_split, recipe.data)
+        one_sided = _one_sided(recipe.data.findings, *_label_counts(data, rows, recipe))
+        found += [f"{sentence} labeled training images: nothing tells them apart" for sentence in one_sided]
+        found += _corrected_twice(recipe, data)
     return found
 
 
-def _one_sided(recipe: Recipe, data: Manifest) -> list[str]:
-    rows = usable_rows(data, recipe.data.train_split, recipe.data)
-    counts = zip(recipe.data.findings, *_label_counts(data, rows, recipe), strict=True)
+def _one_sided(findings: Sequence[str], present_F: npt.NDArray[np.int64], absent_F: npt.NDArray[np.int64]) -> list[str]:
+    """The beginning of a sentence on each finding that all labeled images have, or none."""
     return [
-        f"{name} is {'present' if present else 'absent'} in all {present + absent} labeled training images: nothing "
-        "tells them apart"
-        for name, present, absent in counts
+        f"{name} is {'present' if present else 'absent'} in all {present + absent}"
+        for name, present, absent in zip(findings, present_F, absent_F, strict=True)
         if not (present and absent)
     ]
 

@@ -70,11 +70,7 @@ def score(
         rows.append(batch.row_B.cpu().numpy())
         valid.append(batch.valid_B.cpu().numpy())
         if logits.ndim == 4:
-            histograms = (
-                score_histograms(probabilities(logits), batch.mask_B1HW)
-                if own_mask is None
-                else own_size_histograms(probabilities(logits), batch, own_mask)
-            )
+            histograms = _histograms(probabilities(logits), batch, own_mask)
             all_pixels.append(histograms.all_NT)
             mask_pixels.append(histograms.true_NT)
             logits = logits.flatten(1).amax(dim=1, keepdim=True)
@@ -92,8 +88,7 @@ def score(
     loss = float((total[:, 0] / total[:, 1]).sum()) if len(total) else float("nan")
     unreadable = len(np.unique(row_N)) - len(order)
     logit_NF = all_gather(np.concatenate(scores), dist)[order]
-    undefined = int((~np.isfinite(logit_NF)).any(axis=1).sum())
-    if undefined:
+    if undefined := int((~np.isfinite(logit_NF)).any(axis=1).sum()):
         raise NonFiniteError(
             f"the model's scores of {undefined} of {len(order)} images are not finite: its weights are damaged, or its "
             "training has diverged"
@@ -144,6 +139,14 @@ def _finding_metrics(logit_N: npt.NDArray[np.float32], label_N: npt.NDArray[np.f
         "accuracy": at_half.accuracy.value,
         "brier": metrics.brier(probability_N, label_N).value,
     }
+
+
+def _histograms(
+    probability_B1HW: torch.Tensor, batch: Batch, own_mask: Callable[[int], npt.NDArray[np.bool_]] | None
+) -> ScoreHistograms:
+    if own_mask is None:
+        return score_histograms(probability_B1HW, batch.mask_B1HW)
+    return own_size_histograms(probability_B1HW, batch, own_mask)
 
 
 def score_histograms(probability_B1HW: torch.Tensor, mask_B1HW: torch.Tensor | None) -> ScoreHistograms:

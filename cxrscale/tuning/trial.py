@@ -103,7 +103,7 @@ class TrialWorker(LocalWorker):
     """The only worker of a trial, in a process of Ray Tune."""
 
     reports_when_written = True
-    """A killed search loses nothing that it was told of, and a disk that is full fails the trial at once."""
+    """A killed search loses nothing that was reported, and a disk that is full fails the trial at once."""
 
     def __init__(self, best: BestMetric, use_gpu: bool) -> None:
         # On a machine with GPUs, Ray hides none from a process that asked for none.
