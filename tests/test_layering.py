@@ -22,6 +22,7 @@ DOORS = {
         "training/process_group",
         "training/launch",
         "tuning/sweep",
+        "tuning/tuner",
         "tuning/trial",
         "tuning/follower",
         "tuning/schedulers",

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from cxrscale.io import Artifact, ArtifactPart, read_artifact, storage, write_artifact
-from cxrscale.training import RunInputs, run_info
-
-SEARCH_INFO = "sweep.json"
+from cxrscale.training import RunInputs, resume, run_info
 
 
 class SearchSession(ArtifactPart):
@@ -38,7 +36,7 @@ class SearchInfo(SearchTotals, run_info.Environment, RunInputs, Artifact):
 
 def is_search(run: str) -> bool:
     """Whether the folder holds a search."""
-    return storage.exists(storage.join(run, SEARCH_INFO))
+    return storage.exists(storage.join(run, resume.SEARCH_INFO))
 
 
 def read_search_info(run: str) -> SearchInfo:
@@ -47,9 +45,9 @@ def read_search_info(run: str) -> SearchInfo:
     Raises:
         UserError: there is none, or it is not one.
     """
-    return read_artifact(SearchInfo, storage.join(run, SEARCH_INFO), "give another tracking.name")
+    return read_artifact(SearchInfo, storage.join(run, resume.SEARCH_INFO), "give another tracking.name")
 
 
 def write_search_info(run: str, info: SearchInfo) -> None:
     """Write a search's sweep.json."""
-    write_artifact(storage.join(run, SEARCH_INFO), info)
+    write_artifact(storage.join(run, resume.SEARCH_INFO), info)

@@ -7,8 +7,7 @@ import pytest
 
 from cxrscale.io import storage
 from cxrscale.sources.synthetic.archive import SyntheticPaths
-from cxrscale.training import checkpoint, run_info, tracking
-from cxrscale.tuning import search_info
+from cxrscale.training import checkpoint, resume, run_info, tracking
 from tests.conftest import TINY_CLASSIFIER
 from tests.multinode.conftest import HEAD, PATIENCE_S, WORKERS, Cluster, Store
 from tests.training.test_survival import assert_equal
@@ -122,7 +121,7 @@ def test_a_search_that_loses_a_machine_ends(cluster: Cluster, shards: str, s3: s
     cluster.up(away)
     out, _ = job.communicate(timeout=PATIENCE_S)
     assert job.returncode == 0, out
-    assert json.loads(storage.read(f"{run}/{search_info.SEARCH_INFO}"))["finished"]
+    assert json.loads(storage.read(f"{run}/{resume.SEARCH_INFO}"))["finished"]
     for number in range(4):
         trial = f"{run}/trials/trial-{number:03d}"
         assert newest(trial) == 24

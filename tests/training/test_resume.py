@@ -16,7 +16,7 @@ from cxrscale.config import Recipe
 from cxrscale.io import storage
 from cxrscale.training import checkpoint, launch, loop, resume, run_info, tracking
 from cxrscale.training.run_info import Change
-from cxrscale.tuning.search_info import SEARCH_INFO
+from cxrscale.tuning.search_info import SearchInfo, read_search_info, write_search_info
 from cxrscale.types import NonFiniteError, UserError
 from tests.conftest import TINY_CLASSIFIER, TINY_SEGMENTER, tiny
 
@@ -179,8 +179,14 @@ def test_a_run_killed_before_its_recipe_and_a_search_of_that_name(nih_shards: st
         resume.prepare(recipe, run_info.RunInputs(manifest="m"), run)
 
 
-def test_the_file_of_a_search_is_known_by_its_name() -> None:
-    assert resume.SEARCH_INFO == SEARCH_INFO
+def test_the_file_of_a_search_is_known_by_its_name(nih_shards: str, tmp_path: Path) -> None:
+    recipe = tiny(nih_shards, tmp_path)
+    run = storage.join(recipe.tracking.runs_dir, "tiny")
+    search = SearchInfo(manifest="m", **dict(run_info.environment()))
+    write_search_info(run, search)
+    assert read_search_info(run) == search
+    with pytest.raises(UserError, match=r"tiny is a search; give another tracking\.name"):
+        resume.prepare(recipe, run_info.RunInputs(manifest="m"), run)
 
 
 class Diverging:
