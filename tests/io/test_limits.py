@@ -159,6 +159,7 @@ def test_the_largest_detectors_are_far_from_the_limits(bits: int) -> None:
     """20 million pixels in the most expensive encodings: JPEG 2000 in DICOM, 16-bit gray and 8-bit RGBA in PNG."""
     for bytes_per_pixel in (2 * bits // 8 + 1 + 4, 2 + 3, 4 + 6):
         limits.check_memory(4800, 4267, bytes_per_pixel, "an image")
+        assert 4800 * 4267 * bytes_per_pixel < 0.8 * limits.MAX_BYTES
 
 
 def deflated(stored: Stored) -> bytes:
