@@ -274,12 +274,14 @@ def compare_with_readers(
         UserError: the run has no thresholds; a table cannot be used, or fits no image or finding of the run.
     """
     from cxrscale.inference import predictions
+    from cxrscale.shards import ids, manifest
 
     trained = run if isinstance(run, Run) else Run(run)
     readers = reader_comparison.read_tables(tables)
     thresholds, scores = trained.thresholds(), trained.predictions(split)
     called = calls.call_split(scores.logit_NF, scores.findings, thresholds)
-    row_of = _row_finder(trained.recipe, scores)
+    metadata = manifest.load(*trained.recipe.data.shards).metadata
+    row_of = ids.row_finder(scores.image_id.tolist(), metadata, config.Pack())
     result = reader_comparison.compare_with_readers(scores, called, readers, row_of, resamples, seed)
     info = predictions.read_info(predictions.predictions_path(trained.path, split))
     side = artifacts.ComparedRun(
@@ -363,39 +365,6 @@ def _rule(recipe: Recipe, overrides: Sequence[str], findings: Sequence[str]) -> 
     if rule.prior_shift == "known" and not rule.priors:
         raise UserError("threshold.prior_shift=known needs the prevalences: threshold.priors={FINDING: 0.1}")
     return rule
-
-
-def _row_finder(recipe: Recipe, scores: Scores) -> Callable[[str], int | None]:
-    """The row of the scores that an image's name in its source means, with or without folders and suffix.
-
-    Names in datasets with keyed IDs are found with the key of this user, where that is the datasets' own.
-    """
-    from cxrscale import sources
-    from cxrscale.shards import ids, manifest
-
-    exact = {str(name): row for row, name in enumerate(scores.image_id.tolist())}
-    folded: dict[str, set[int]] = {}
-    for name, row in exact.items():
-        folded.setdefault(sources.image_key(name), set()).add(row)
-    metadata = manifest.load(*recipe.data.shards).metadata
-    keyed = [item for item in metadata if item.get("key_fingerprint")]
-    key = ids.read_key(config.Pack()) if keyed else None
-    namespaces = [item["source"] for item in keyed if key is not None and item["key_fingerprint"] == key.fingerprint]
-
-    def row_of(name: str) -> int | None:
-        if name in exact:
-            return exact[name]
-        file = name.replace("\\", "/").rpartition("/")[2]
-        stem = file.rpartition(".")[0] or file
-        for source in namespaces:
-            for spelling in (name, file, stem, f"{file}.png", f"{stem}.png", f"{stem}.jpeg"):
-                assert key is not None
-                if (row := exact.get(key.hash(source, spelling))) is not None:
-                    return row
-        rows = folded.get(sources.image_key(name), set())
-        return next(iter(rows)) if len(rows) == 1 else None
-
-    return row_of
 
 
 def _mask_rule(run: Run) -> MaskRule:

@@ -26,7 +26,7 @@ from cxrscale.loader import sampler as sampling
 from cxrscale.loader.augment import sample_params
 from cxrscale.loader.loader import training_batches
 from cxrscale.loader.policies import SampleAttributes
-from cxrscale.shards import build, manifest
+from cxrscale.shards import build, layout, manifest
 from cxrscale.shards import pack as packing
 from cxrscale.shards.ids import Key
 from cxrscale.sources.synthetic import archive
@@ -78,7 +78,7 @@ def pack(source: str, folder: Path, out: Path, patients_from: str | None = None)
         for record, patient in zip(records, patients, strict=True)
     ]
     namespace = None if patients_from is None else "nih"
-    packing.pack(packing.SplitRecords(records, split, namespace), settings, str(out), local=True)
+    packing.pack(layout.SplitRecords(records, split, namespace), settings, str(out), local=True)
     return str(out)
 
 

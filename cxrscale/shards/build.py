@@ -20,7 +20,8 @@ from cxrscale.io import load_image, storage
 from cxrscale.shards import duplicates, ids, manifest, splits
 from cxrscale.shards.encode import read_image_file
 from cxrscale.shards.ids import Key
-from cxrscale.shards.pack import PackResult, SplitRecords, pack
+from cxrscale.shards.layout import SplitRecords
+from cxrscale.shards.pack import PackResult, pack
 from cxrscale.types import ImageRecord, UnreadableImageError, UserError
 
 UNLABELED = "unlabelled"

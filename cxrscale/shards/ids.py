@@ -13,11 +13,12 @@ import io
 import logging
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cxrscale import sources
 from cxrscale.config import DEFAULT_STATE_HOME, PATIENT_KEY, STATE_HOME, Pack
 from cxrscale.io import storage
 from cxrscale.types import UserError
@@ -194,6 +195,45 @@ def _describe(metadata: Mapping[str, Any]) -> str:
     if known is None:
         return "hashed by an older version"
     return "original ids" if known == ORIGINAL else f"ids of the key {known}"
+
+
+# What others call an image
+
+
+def row_finder(
+    image_ids: Sequence[str], metadata: Sequence[Mapping[str, Any]], settings: Pack
+) -> Callable[[str], int | None]:
+    """The row of `image_ids` that an image's name in its source means, with or without folders and suffix.
+
+    Names in datasets with keyed IDs are found with the key of this user, where that is the datasets' own.
+
+    Args:
+        image_ids: (N,) IDs of images of the datasets.
+        metadata: of each dataset.
+        settings: say where the key is.
+    """
+    exact = {name: row for row, name in enumerate(image_ids)}
+    folded: dict[str, set[int]] = {}
+    for name, row in exact.items():
+        folded.setdefault(sources.image_key(name), set()).add(row)
+    keyed = [item for item in metadata if item.get("key_fingerprint")]
+    key = read_key(settings) if keyed else None
+    namespaces = [item["source"] for item in keyed if key is not None and item["key_fingerprint"] == key.fingerprint]
+
+    def row_of(name: str) -> int | None:
+        if name in exact:
+            return exact[name]
+        file = name.replace("\\", "/").rpartition("/")[2]
+        stem = file.rpartition(".")[0] or file
+        for source in namespaces:
+            for spelling in (name, file, stem, f"{file}.png", f"{stem}.png", f"{stem}.jpeg"):
+                assert key is not None
+                if (row := exact.get(key.hash(source, spelling))) is not None:
+                    return row
+        rows = folded.get(sources.image_key(name), set())
+        return next(iter(rows)) if len(rows) == 1 else None
+
+    return row_of
 
 
 # The private map

@@ -1,4 +1,4 @@
-"""Records -> tars and their manifest: one task per shard, the same bytes for any number of workers."""
+"""Planned shards -> tars and their manifest: one task per shard, the same bytes for any number of workers."""
 
 from __future__ import annotations
 
@@ -19,50 +19,15 @@ import pyarrow.parquet as pq
 
 from cxrscale import __version__, sources
 from cxrscale.cluster import run_tasks
-from cxrscale.config import NIH14, Pack
+from cxrscale.config import Pack
 from cxrscale.io import lease, storage, without_quotes, write_artifact
-from cxrscale.shards import manifest, splits
+from cxrscale.shards import layout, manifest
 from cxrscale.shards.encode import EncodedSample, encode_sample
+from cxrscale.shards.layout import ShardPlan, SplitRecords
 from cxrscale.types import ImageRecord, UnreadableImageError, UserError
 
 PARTS = ".parts"
 QUARANTINE = "quarantine.jsonl"
-
-
-@dataclass(frozen=True, slots=True)
-class SplitRecords:
-    """Records with their splits: what is packed."""
-
-    records: Sequence[ImageRecord]
-    split: Sequence[str]
-    """(N,) split of each record."""
-    patient_namespace: str | None = None
-    """The source that gave the patient IDs; None: the records' own source."""
-    source_ids: Sequence[tuple[str, str]] = ()
-    """(N,) (image ID, patient ID) of each record in its source; the patient is "" if another dataset gave it. They are
-    for the private map only and enter no file of the dataset."""
-    key_fingerprint: str | None = None
-    """Of the key that made the IDs; None: they are the source's own."""
-    book: sources.LedgerBook | None = None
-    """What was matched and left out when the source was read; it becomes the dataset's ledger.json."""
-
-    def private_map(self) -> list[tuple[str, str, str, str]]:
-        """The rows of `ids.write_map`."""
-        return [
-            (record.image_id, image_id, record.patient, patient)
-            for record, (image_id, patient) in zip(self.records, self.source_ids, strict=True)
-        ]
-
-
-@dataclass(frozen=True, slots=True)
-class ShardPlan:
-    """The content of one shard, which one task packs."""
-
-    name: str
-    """File name of the tar: train-00000.tar."""
-    split: str
-    records: tuple[tuple[str, ImageRecord], ...]
-    """(key of the members, record) in tar order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,30 +49,6 @@ Progress = Callable[[int, int, int], None]
 """Called with (images finished since the last call, how many of them are quarantined, total images)."""
 
 
-def plan_shards(records: Sequence[ImageRecord], split: Sequence[str], pack: Pack) -> list[ShardPlan]:
-    """Group records into shards, split by split, with patients in hashed order so that a sequential reader sees a mix.
-
-    A pure function of the records; their order does not matter.
-
-    Raises:
-        UserError: two records have the same ID.
-    """
-    ids = [record.image_id for record in records]
-    if len(set(ids)) != len(ids):
-        twice = next(name for name in sorted(ids) if ids.count(name) > 1)
-        raise UserError(f"image {twice} is in the source twice; remove one of the files")
-    rank_of = {patient: rank for rank, patient in enumerate(splits.shuffled([r.patient for r in records], seed=0))}
-    order = sorted(range(len(records)), key=lambda i: (split[i], rank_of[records[i].patient], records[i].image_id))
-    keys = _member_keys(ids)
-    plans = []
-    for name in sorted(set(split)):
-        rows = [i for i in order if split[i] == name]
-        for number, start in enumerate(range(0, len(rows), pack.samples_per_shard)):
-            chosen = rows[start : start + pack.samples_per_shard]
-            plans.append(ShardPlan(f"{name}-{number:05d}.tar", name, tuple((keys[ids[i]], records[i]) for i in chosen)))
-    return plans
-
-
 def pack(
     prepared: SplitRecords, settings: Pack, out: str, *, local: bool = False, progress: Progress | None = None
 ) -> PackResult:
@@ -124,9 +65,9 @@ def pack(
         UserError: `out` has shards of other records or settings, cannot be written, or no image could be read.
     """
     records = prepared.records
-    findings = _findings(records)
-    plans = plan_shards(records, prepared.split, settings)
-    digest = _input_digest(plans, settings)
+    findings = layout.all_findings(records)
+    plans = layout.plan_shards(records, prepared.split, settings)
+    digest = layout.input_digest(plans, settings)
     finished = _published_result(out, digest, prepared.key_fingerprint)
     if finished is not None:
         _remove_leftovers(out)
@@ -224,59 +165,6 @@ def _stored_reason(reason: UnreadableImageError, record: ImageRecord) -> str:
 
 def _counts(part: dict[str, Any]) -> dict[str, int]:
     return {"images": part["images"], "quarantined": len(part["quarantined"])}
-
-
-def _member_keys(ids: Sequence[str]) -> dict[str, str]:
-    """Image ID -> name of its tar members: unique, below 100 characters, without dots (WebDataset's key ends there)."""
-    keys: dict[str, str] = {}
-    taken: set[str] = set()
-    for image_id in sorted(ids):
-        stem = image_id.removesuffix(".png").removesuffix(".jpeg").removesuffix(".jpg")
-        key = "".join(char if (char.isalnum() and char.isascii()) or char in "-_" else "_" for char in stem)[-70:]
-        if key in taken:
-            key = f"{key}-{manifest.image_key(image_id) & 0xFFFFFFFF:08x}"
-        taken.add(key)
-        keys[image_id] = key
-    return keys
-
-
-def _findings(records: Sequence[ImageRecord]) -> tuple[str, ...]:
-    if not records:
-        raise UserError("the source has no images; check the folder")
-    named = {name for record in records for name in record.findings}
-    known = [name for name in NIH14 if name in named]
-    return (*known, *sorted(named - set(known)))
-
-
-def _input_digest(plans: Sequence[ShardPlan], settings: Pack) -> str:
-    """Identifies records and settings; `workers` and the folder of the source do not change what is written."""
-    options = settings.model_dump(mode="json", exclude={"workers", "max_quarantined", "key_file", "burned_in"})
-    # Under the field names and values of version 0.1, so that `cxrscale shard` still recognizes its datasets.
-    options["patients"] = options.pop("patient_ids")
-    options["repeats"] = {"keep": "keep", "merge": "unite"}[options.pop("duplicates")]
-    if settings.burned_in != "keep":
-        options["burned_in"] = settings.burned_in
-    if settings.codec == "source":
-        options["metadata"] = "removed"
-    if settings.masks:
-        options["masks_keep"] = "area"
-    rows = [
-        (
-            plan.name,
-            key,
-            r.image_id,
-            r.patient,
-            sorted(r.findings.items()),
-            r.view,
-            r.sex,
-            r.age,
-            r.rles,
-            [[box.finding, box.x, box.y, box.width, box.height] for box in r.boxes],
-        )
-        for plan in plans
-        for key, r in plan.records
-    ]
-    return storage.digest(json.dumps([manifest.FORMAT, options, rows], sort_keys=True).encode())
 
 
 def _published_result(out: str, digest: str, key_fingerprint: str | None) -> PackResult | None:

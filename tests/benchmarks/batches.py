@@ -39,7 +39,7 @@ from cxrscale.loader.augment import sample_params
 from cxrscale.loader.loader import open_training_stream, training_batches
 from cxrscale.loader.reader import ShardReader
 from cxrscale.loader.sampler import training_indices
-from cxrscale.shards import manifest, pack
+from cxrscale.shards import layout, manifest, pack
 from cxrscale.shards.manifest import Manifest
 from cxrscale.types import ImageRecord
 from tests.benchmarks import batches_device, batches_memory, batches_peers
@@ -55,7 +55,7 @@ def packed(paths: list[Path], out: str, size: int) -> Manifest:
         ImageRecord(path.name, "nih", str(path), path.name.split("_")[0], {"Effusion": number % 2, "Mass": 0})
         for number, path in enumerate(paths)
     ]
-    rows = pack.SplitRecords(records, ["train"] * len(records))
+    rows = layout.SplitRecords(records, ["train"] * len(records))
     pack.pack(rows, Pack(size=size, samples_per_shard=60), out, local=True)
     return manifest.load(out)
 

@@ -35,7 +35,7 @@ from PIL import Image
 from cxrscale import sources
 from cxrscale.config import Pack
 from cxrscale.io import rle_masks
-from cxrscale.shards import build, pack
+from cxrscale.shards import build, layout, pack
 from cxrscale.sources import siim
 from cxrscale.types import ImageRecord
 
@@ -59,9 +59,9 @@ def bare(records: list[ImageRecord], out: Path) -> None:
         (out / f"{Path(record.path).stem}.jpg").write_bytes(jpeg.tobytes())
 
 
-def assigned(records: list[ImageRecord], settings: Pack) -> pack.SplitRecords:
+def assigned(records: list[ImageRecord], settings: Pack) -> layout.SplitRecords:
     """The records with their splits, as `cxrscale shard` packs them."""
-    return pack.SplitRecords(records, build.assign(records, settings))
+    return layout.SplitRecords(records, build.assign(records, settings))
 
 
 def ours(records: list[ImageRecord], out: Path) -> None:

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from cxrscale.config import Pack
 from cxrscale.config.findings import NIH14
-from cxrscale.shards import manifest, pack
+from cxrscale.shards import layout, manifest
 from cxrscale.types import ImageRecord
 
 CORES = 32
@@ -73,7 +73,7 @@ def planned(count: int) -> dict[str, float]:
     made = records(count)
     split = ["test" if number % 5 == 0 else "train" for number in range(count)]
     began = time.perf_counter()
-    plans = pack.plan_shards(made, split, Pack())
+    plans = layout.plan_shards(made, split, Pack())
     seconds = time.perf_counter() - began
     assert sum(len(plan.records) for plan in plans) == count
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

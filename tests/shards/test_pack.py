@@ -19,7 +19,7 @@ import webdataset
 
 from cxrscale import sources
 from cxrscale.config import Pack
-from cxrscale.shards import build, manifest, pack
+from cxrscale.shards import build, layout, manifest, pack
 from cxrscale.shards.verify import verify
 from cxrscale.sources.synthetic.archive import SyntheticPaths
 from cxrscale.types import ImageRecord, UnreadableImageError, UserError
@@ -42,13 +42,13 @@ def test_a_second_run_does_nothing(drawn: SyntheticPaths, nih_shards: str) -> No
 def test_the_input_digest_is_that_of_version_0_1() -> None:
     """Else `cxrscale shard` would refuse to touch an older dataset instead of reporting that it is complete."""
     records = [ImageRecord(image_id="a.png", source="nih", path="", patient="p", findings={"Mass": 1})]
-    plans = pack.plan_shards(records, ["train"], Pack())
+    plans = layout.plan_shards(records, ["train"], Pack())
     expected = {
         "keep": "d12a2583e2c77796314191b830e8898446a2f666bd60c4e866676cbb27d800b2",
         "merge": "97ecbe8fe48556cc75606b5d721d19f9bd1d1ee5be25011e168f408d5da49a16",
     }
     for choice, digest in expected.items():
-        assert pack._input_digest(plans, Pack.model_validate({"duplicates": choice})) == digest
+        assert layout.input_digest(plans, Pack.model_validate({"duplicates": choice})) == digest
 
 
 @pytest.mark.smoke
@@ -169,8 +169,8 @@ def test_the_plan_does_not_depend_on_the_order_of_the_records() -> None:
     ]
     split = ["train" if record.patient < "f" else "test" for record in records]
     settings = Pack(samples_per_shard=4)
-    forward = pack.plan_shards(records, split, settings)
-    backward = pack.plan_shards(records[::-1], split[::-1], settings)
+    forward = layout.plan_shards(records, split, settings)
+    backward = layout.plan_shards(records[::-1], split[::-1], settings)
     assert forward == backward
     assert [plan.name for plan in forward] == [f"test-{n:05d}.tar" for n in range(3)] + [
         f"train-{n:05d}.tar" for n in range(4)
@@ -182,11 +182,11 @@ def test_the_plan_does_not_depend_on_the_order_of_the_records() -> None:
 def test_an_id_that_occurs_twice_is_refused() -> None:
     twice = [ImageRecord(image_id="a.png", source="nih", path=path, patient="p") for path in ("x", "y")]
     with pytest.raises(UserError, match=r"a\.png is in the source twice"):
-        pack.plan_shards(twice, ["train", "train"], Pack())
+        layout.plan_shards(twice, ["train", "train"], Pack())
 
 
 def test_ids_that_differ_only_in_dots_get_different_keys() -> None:
-    keys = pack._member_keys(["1.2.3", "1_2.3", "1_2_3"])
+    keys = layout._member_keys(["1.2.3", "1_2.3", "1_2_3"])
     assert len(set(keys.values())) == 3
     assert not any("." in key for key in keys.values())
 
