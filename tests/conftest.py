@@ -18,6 +18,7 @@ from cxrscale.shards import build, ids
 from cxrscale.sources.synthetic import archive
 from cxrscale.sources.synthetic.archive import SyntheticPaths
 from tests.small_datasets import make_shards, shards  # noqa: F401
+from tests.tiny import TINY_CLASSIFIER, TINY_SEGMENTER
 
 # A shell ignores SIGINT for what it starts in the background, and every process started from there ignores it too.
 if threading.current_thread() is threading.main_thread():
@@ -38,32 +39,6 @@ os.environ |= {
 # How long one example takes says how busy the machine is; speed is measured in tests/benchmarks.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
-
-TINY_CLASSIFIER = (
-    "data.findings=[Cardiomegaly, Effusion, Mass]",
-    "augment.size=48",
-    "model.weights=none",
-    "model.options={growth_rate: 8, block_config: [1, 1, 2]}",
-    "sampler.batch_size=8",
-    "sampler.eval_batch_size=8",
-    "tracking.log_steps=1",
-)
-"""A CheXNet of 20,000 parameters on 48-pixel inputs: a step takes some 20 ms."""
-
-TINY_SEGMENTER = (
-    "data.task=segment",
-    "data.findings=[Pneumothorax]",
-    "augment.size=64",
-    "model.arch=Unet",
-    "model.encoder=resnet18",
-    "model.weights=none",
-    "model.options={encoder_depth: 3, decoder_channels: [16, 8, 8]}",
-    "loss.dice=1",
-    "train.monitor=dice_positives",
-    "sampler.batch_size=4",
-    "sampler.eval_batch_size=4",
-    "tracking.log_steps=1",
-)
 
 
 def _free_port() -> int:

@@ -33,7 +33,7 @@ from cxrscale.io import load_image
 from cxrscale.shards import manifest
 from cxrscale.sources.synthetic.archive import SyntheticPaths
 from tests.cli.test_app import run
-from tests.conftest import TINY_CLASSIFIER
+from tests.tiny import TINY_CLASSIFIER
 
 WORD, NUMBER = "ZQXCANARY7", "98765432"
 """The marks; the second one where only digits are allowed."""

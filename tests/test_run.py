@@ -26,7 +26,8 @@ from cxrscale.shards import manifest
 from cxrscale.training import checkpoint, scoring
 from cxrscale.training.distributed import LocalWorker
 from cxrscale.types import UserError
-from tests.conftest import TINY_CLASSIFIER, TINY_SEGMENTER, tiny
+from tests.conftest import tiny
+from tests.tiny import TINY_CLASSIFIER, TINY_SEGMENTER
 
 PATHS = {"run", "checkpoint", "manifest", "recipe"}
 """Fields of a run's files that depend on the paths of the run and its datasets."""

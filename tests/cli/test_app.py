@@ -13,7 +13,7 @@ import typer
 
 from cxrscale.cli import app
 from cxrscale.sources.synthetic.archive import SyntheticPaths
-from tests.conftest import TINY_CLASSIFIER
+from tests.tiny import TINY_CLASSIFIER
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, list[str], str]:

@@ -17,7 +17,7 @@ import pytest
 from cxrscale.cluster import jobs
 from cxrscale.training import checkpoint, tracking
 from cxrscale.types import UserError
-from tests.conftest import TINY_CLASSIFIER
+from tests.tiny import TINY_CLASSIFIER
 from tests.training.test_local import until
 
 ROOT = Path(__file__).resolve().parents[2]

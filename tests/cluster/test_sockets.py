@@ -17,7 +17,7 @@ from cxrscale.sources.synthetic.archive import SyntheticPaths
 from tests.cluster import listeners
 from tests.cluster.job_server import FakeJobServer
 from tests.cluster.listeners import Listener
-from tests.conftest import TINY_CLASSIFIER
+from tests.tiny import TINY_CLASSIFIER
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -23,18 +23,14 @@ from typing import Any
 import torch
 
 from tests.crash import harness
+from tests.tiny import TINY_CLASSIFIER
 
 TIMES = {"time", "images_per_second", "data_wait"}
 """Fields of the training log that no two runs share."""
 LEFT_OUT = {"sessions", "seconds", "worker_hours", "gpu_hours", "cost", "hardware", "git"}
 """The same of run.json."""
 TINY = (
-    "data.findings=[Cardiomegaly, Effusion, Mass]",
-    "augment.size=48",
-    "model.weights=none",
-    "model.options={growth_rate: 8, block_config: [1, 1, 2]}",
-    "sampler.batch_size=8",
-    "sampler.eval_batch_size=8",
+    *TINY_CLASSIFIER,
     "sampler.steps_per_epoch=3",
     "tracking.log_steps=2",
     "train.epochs=2",

@@ -12,7 +12,8 @@ from cxrscale.loader.loader import training_batches
 from cxrscale.shards import manifest
 from cxrscale.training import loop, tracking
 from cxrscale.training.distributed import LocalWorker
-from tests.conftest import TINY_CLASSIFIER, TINY_SEGMENTER, tiny
+from tests.conftest import tiny
+from tests.tiny import TINY_CLASSIFIER, TINY_SEGMENTER
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,7 +13,8 @@ from cxrscale.shards import build
 from cxrscale.sources.synthetic.archive import SyntheticPaths
 from cxrscale.training import launch
 from cxrscale.types import UserError
-from tests.conftest import TINY_SEGMENTER, tiny
+from tests.conftest import tiny
+from tests.tiny import TINY_SEGMENTER
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import pytest
 from cxrscale.io import storage
 from cxrscale.sources.synthetic.archive import SyntheticPaths
 from cxrscale.training import checkpoint, resume, run_info, tracking
-from tests.conftest import TINY_CLASSIFIER
 from tests.multinode.conftest import HEAD, PATIENCE_S, WORKERS, Cluster, Store
+from tests.tiny import TINY_CLASSIFIER
 from tests.training.test_survival import assert_equal
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import TINY_CLASSIFIER
+from tests.tiny import TINY_CLASSIFIER
 
 STOPS = """
 import torch

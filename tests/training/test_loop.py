@@ -30,7 +30,8 @@ from cxrscale.training.loop import TrainContext, microbatches, update_progress
 from cxrscale.training.optim import learning_rate
 from cxrscale.training.state import Progress, TrainState
 from cxrscale.types import Batch, NonFiniteError, UserError
-from tests.conftest import TINY_SEGMENTER, tiny
+from tests.conftest import tiny
+from tests.tiny import TINY_SEGMENTER
 from tests.training.test_distributed import GlooWorker
 from tests.training.test_resume import assert_equal, final_state
 

@@ -14,7 +14,8 @@ from cxrscale.training import overfit, tracking
 from cxrscale.training.overfit import LearningCurve, OverfitReport, choose, diagnosis
 from cxrscale.types import UserError
 from tests.cli.test_app import run
-from tests.conftest import TINY_CLASSIFIER, TINY_SEGMENTER, tiny
+from tests.conftest import tiny
+from tests.tiny import TINY_CLASSIFIER, TINY_SEGMENTER
 
 CLASSIFIER = (*TINY_CLASSIFIER, "optim.lr=5e-3", "augment.hflip=0.5", "loader.backend=opencv")
 SEGMENTER = (*TINY_SEGMENTER, "optim.lr=5e-3", "loader.backend=opencv")

@@ -19,8 +19,9 @@ from cxrscale.shards import manifest
 from cxrscale.training import launch, loop, preflight, tracking
 from cxrscale.training.distributed import LocalWorker
 from cxrscale.types import UserError
-from tests.conftest import TINY_CLASSIFIER, TINY_SEGMENTER, tiny
+from tests.conftest import tiny
 from tests.small_datasets import MakeShards
+from tests.tiny import TINY_CLASSIFIER, TINY_SEGMENTER
 
 JOBS = sorted((Path(__file__).parents[2] / "jobs").glob("*.yaml"))
 

@@ -18,7 +18,8 @@ from cxrscale.training import checkpoint, launch, loop, resume, run_info, tracki
 from cxrscale.training.run_info import Change
 from cxrscale.tuning.search_info import SearchInfo, read_search_info, write_search_info
 from cxrscale.types import NonFiniteError, UserError
-from tests.conftest import TINY_CLASSIFIER, TINY_SEGMENTER, tiny
+from tests.conftest import tiny
+from tests.tiny import TINY_CLASSIFIER, TINY_SEGMENTER
 
 
 def final_state(run: Path | str) -> dict[str, Any]:

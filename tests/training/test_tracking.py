@@ -75,7 +75,7 @@ def test_wandb_gets_no_image_unless_asked(tmp_path: Path) -> None:
     assert list((tmp_path / "wandb").rglob("*.png")) == []
     (log,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     for word in (b"samples", os.fsencode(sys.argv[0]), b"github"):
-        assert word not in log.read_bytes(), "neither the command line nor the checkout is told"
+        assert word not in log.read_bytes(), "neither the command line nor the checkout may be there"
 
 
 def test_wandb_gets_the_sample_images_when_asked_and_the_log_stays(tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ from cxrscale.training import run_info, tracking
 from cxrscale.tuning import results, search_space, sweep
 from cxrscale.tuning.search_info import read_search_info
 from cxrscale.types import UserError
-from tests.conftest import TINY_SEGMENTER, tiny
+from tests.conftest import tiny
+from tests.tiny import TINY_SEGMENTER
 
 LR = 'tune.space={optim.lr: "loguniform(1e-4, 1e-2)", sampler.sampling: [all, balanced]}'
 SHORT = (
