@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pydicom
 import pytest
+import wandb
 from PIL import Image
 from pydicom.datadict import DicomDictionary
 from pydicom.dataelem import DataElement
@@ -275,6 +276,7 @@ def test_no_mark_of_the_archive_is_left_anywhere(
     out.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(out / "temporary"))
     (out / "temporary").mkdir(mode=0o750)
+    wandb.teardown()  # ends the wandb-core of an earlier test: it writes under the umask that it was started with
     before = os.umask(0o027)
     try:
         go_all_the_way(marked, out, capsys, "--local")
