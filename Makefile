@@ -47,7 +47,7 @@ test-slow: setup
 # What differs between Pythons: types, the DALI graph, Ray, signals, the command line. mypy and the tests at once: each is
 # one process.
 smoke: setup
-	$(MAKE) --output-sync --jobs 2 types smoke-tests
+	$(MAKE) --jobs 2 types smoke-tests
 
 smoke-tests: setup
 	$(BIN)/pytest -m "smoke and not gpu and not slow"
