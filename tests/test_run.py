@@ -15,14 +15,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from cxrscale.config import Pack
 from cxrscale.evaluation import calibration, metrics
 from cxrscale.evaluation import thresholds as searches
 from cxrscale.inference import predictions
 from cxrscale.io import storage
 from cxrscale.loader.loader import evaluation_batches
 from cxrscale.models.networks import build_model
+from cxrscale.reporting import tables
 from cxrscale.run import Run, open_run, train
-from cxrscale.shards import manifest
+from cxrscale.shards import build, leakage, manifest
+from cxrscale.sources.synthetic.archive import SyntheticPaths
 from cxrscale.training import checkpoint, scoring
 from cxrscale.training.distributed import LocalWorker
 from cxrscale.types import UserError
@@ -84,6 +87,14 @@ def test_thresholds_are_chosen_on_validation_alone(run: Run) -> None:
     assert Path(run.artifact("plots", "thresholds.png")).stat().st_size > 5_000
 
 
+def test_a_finding_that_cannot_be_calibrated_says_why(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = run.choose_thresholds(["threshold.calibration=temperature"], 20)
+    tables.print_thresholds(chosen, "run")
+    line = "Hernia is not calibrated: no image with the finding in validation"
+    assert line in capsys.readouterr().out.splitlines()
+    assert isinstance(chosen.calibration["Hernia"].calibrator, calibration.Unchanged)
+
+
 def test_metrics_agree_with_the_predictions(run: Run, nih_shards: str) -> None:
     run.choose_thresholds(resamples=20)
     result = run.evaluate(20)
@@ -105,6 +116,60 @@ def test_metrics_agree_with_the_predictions(run: Run, nih_shards: str) -> None:
     run.evaluate(20)  # from the stored scores
     assert Path(run.artifact("test_metrics.json")).read_text() == written
     assert run.test_metrics().model_dump_json() == result.model_dump_json()
+
+
+def test_intervals_resample_persons_where_the_audit_knows_them(
+    nih_shards: str, drawn: SyntheticPaths, tmp_path: Path
+) -> None:
+    """SIIM's images are NIH's under other patients: an image that is in both sets makes two patients one."""
+    strangers = str(tmp_path / "siim")
+    build.build_shards("siim", str(drawn.siim), Pack(size=64, samples_per_shard=20), strangers, local=True)
+    given = (f"data.shards=[{nih_shards}, {strangers}]", "data.findings=[Pneumothorax]", "data.allow_leaks=true")
+    steps = ("train.epochs=1", "sampler.steps_per_epoch=2", "train.monitor=loss")
+    run = train(tiny(nih_shards, tmp_path / "runs", *given, *steps), local=True)
+    joined = leakage.join_datasets(nih_shards, strangers)
+    persons = dict(zip(joined.data.image_id.tolist(), leakage.persons(joined).tolist(), strict=True))
+    scores, ids = run.predictions("test"), dict(zip(joined.data.image_id, joined.data.patient, strict=True))
+    assert scores.patient.tolist() == [persons[name] for name in scores.image_id.tolist()]
+    known = {ids[name] for name in scores.image_id.tolist()}
+    assert len(set(scores.patient.tolist())) < len(known)
+    chosen = run.choose_thresholds(resamples=20)
+    assert chosen.patients == len(set(run.predictions("val").patient.tolist()))
+    result = run.evaluate(20)
+    assert result.patients == result.data.parts["test"].patients == len(set(scores.patient.tolist()))
+    # Within one namespace the ids stay as they are.
+    alone = leakage.join_datasets(nih_shards)
+    assert leakage.persons(alone).tolist() == alone.data.patient.tolist()
+
+
+def test_scores_of_an_earlier_version_are_read_with_a_line(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    """They are float32 probabilities; nothing but their ties near 0 and 1 tells them from logits."""
+    run.choose_thresholds(resamples=20)
+    new = run.evaluate(20)
+    path = Path(run.artifact("predictions-test.parquet"))
+    table = pq.read_table(path)
+    metadata = json.loads(table.schema.metadata[predictions.INFO])
+    columns = {}
+    for name in table.column_names:
+        values = table[name].to_numpy(zero_copy_only=False)
+        if name.startswith("logit."):
+            columns[name.replace("logit.", "score.")] = torch.from_numpy(values.copy()).sigmoid().numpy()
+        else:
+            columns[name] = values
+    older = pa.table({name: pa.array(values, from_pandas=True) for name, values in columns.items()})
+    content = {predictions.INFO: json.dumps({**metadata, "schema_version": 1}).encode()}
+    pq.write_table(older.replace_schema_metadata(content), path)
+    scores = run.predictions("test")
+    assert "holds float32 probabilities, as earlier versions wrote them" in caplog.text
+    assert caplog.text.count("\n") == 1
+    expected = predictions.read_predictions(path)
+    np.testing.assert_array_equal(scores.logit_NF, expected.logit_NF)
+    stored = columns["score.Effusion"].astype(np.float64)
+    np.testing.assert_allclose(scores.probability_NF[:, 1], stored, rtol=1e-12)
+    again = run.evaluate(20)
+    assert again.mean_auroc == new.mean_auroc
+    assert again.findings["Effusion"].at_threshold == new.findings["Effusion"].at_threshold
+    assert caplog.text.count("\n") == 1
 
 
 # Nothing is chosen on the test split

@@ -121,5 +121,7 @@ def run_note(last: dict[str, dict[str, Any]]) -> str:
         parts.append(f"waiting for data {line['data_wait']:.0%}")
     if "val" in last:
         names = [key for key in ("loss", "auroc", "dice_positives") if last["val"].get(key) is not None]
-        parts.append("val " + " ".join(f"{key} {last['val'][key]:.3f}" for key in names))
+        count = last["val"].get("findings")  # in the means, of those of a run with several
+        over = "" if count is None else f" over {count:.0f} findings"
+        parts.append("val " + " ".join(f"{key} {last['val'][key]:.3f}" for key in names) + over)
     return "  ".join(parts)

@@ -44,8 +44,11 @@ def metrics_table(test: TestMetrics, title: str) -> Table:
 
 
 def print_thresholds(thresholds: Thresholds, title: str) -> None:
-    """Print thresholds as a table."""
+    """Print thresholds as a table, and below it the findings that could not be calibrated."""
     terminal.show(thresholds_table(thresholds, title), WIDTH)
+    for name, fitted in thresholds.calibration.items():
+        if reason := getattr(fitted.calibrator, "reason", ""):
+            print(f"{terminal.printable(name)} is not calibrated: {reason}")
 
 
 def thresholds_table(thresholds: Thresholds, title: str) -> Table:
