@@ -39,6 +39,7 @@ SYSTEMS = {
     "C": ("rsna-resnet18",),
     "D": ("chexnet14", "chexnet-pneumonia"),
     "E": ("kermany-finetune", "kermany-frozen"),
+    "ImageNet": ("kermany-lite0",),
 }
 
 every_recipe = pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
@@ -239,6 +240,7 @@ TINY = {
     "densenet121": "{growth_rate: 8, block_config: [1, 1, 2]}",
     "resnet18": "{channels: [8, 8, 16, 16]}",
     "resnet34": "{channels: [8, 8, 16, 16]}",
+    "tf_efficientnet_lite0": "{drop_rate: 0.1}",
     "Unet": "{encoder_depth: 3, decoder_channels: [16, 8, 8]}",
 }
 
