@@ -70,7 +70,11 @@ def read_start(address: str, length: int) -> bytes:
             with local_path(address).open("rb") as file:
                 return file.read(length)
         files, path = store(address)
-        return bytes(files.cat_file(path, start=0, end=length))
+        data, size = bytes(files.cat_file(path, start=0, end=length)), files.info(path).get("size")
+        if size is not None and len(data) < min(length, size):
+            files.invalidate_cache()
+            raise OSError(f"{len(data)} of {min(length, size)} bytes came")
+        return data
 
     return patiently(address, start, listed=True)
 
@@ -108,6 +112,7 @@ def _names(address: str, suffix: str) -> list[str]:
 
 def remove(address: str) -> None:
     """Remove a file, if it exists."""
+    _check_fences(address)
     if not is_remote(address):
         local_path(address).unlink(missing_ok=True)
         return
@@ -238,7 +243,7 @@ _fences: list[tuple[str, Callable[[], None]]] = []
 
 @contextmanager
 def fenced(folder: str, check: Callable[[], None]) -> Iterator[None]:
-    """Call the check before anything is published under the folder, and again before it gets its final name."""
+    """Call the check before anything is published or removed under the folder, and before it gets its final name."""
     entry = (absolute(folder).rstrip("/") + "/", check)
     _fences.append(entry)
     try:

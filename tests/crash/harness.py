@@ -12,11 +12,13 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 EFFECTS = {"os.rename", "os.remove", "os.link", "os.mkdir", "os.rmdir", "os.truncate"}
+CHANGES = ("put_", "delete_", "create_", "upload_", "complete_", "copy_")
+"""How the requests to an object store begin that change it."""
 LIMIT_SECONDS = 60
 """A command that takes longer shows where it hangs, and fails."""
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -41,15 +43,14 @@ class Killer:
         if any(root.startswith("s3://") for root in self.roots):
             import s3fs
 
-            for name in ("put_file", "pipe_file", "rm_file"):
-                setattr(s3fs.S3FileSystem, name, self._before(getattr(s3fs.S3FileSystem, name)))
+            call = s3fs.S3FileSystem._call_s3
 
-    def _before(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any, **options: Any) -> Any:
-            self.effect()
-            return method(*args, **options)
+            def counted_call(files: Any, method: str, *args: Any, **options: Any) -> Any:
+                if method.startswith(CHANGES):
+                    self.effect()
+                return call(files, method, *args, **options)
 
-        return counted
+            s3fs.S3FileSystem._call_s3 = counted_call
 
     def _audit(self, event: str, args: tuple[Any, ...]) -> None:
         if event == "open":

@@ -110,6 +110,8 @@ def test_a_worker_publishes_under_the_lease_of_its_driver(tmp_path: Path) -> Non
         storage.write(str(tmp_path / "beside.txt"), "not under the lease")
     with lease.share(folder, mine.owner), pytest.raises(BusyError, match="belongs to nobody"):
         storage.write(f"{folder}/c.txt", "c")
+    with lease.share(folder, mine.owner), pytest.raises(BusyError):
+        storage.remove(f"{folder}/a.txt")
     assert storage.listing(folder) == ["a.txt"]
 
 

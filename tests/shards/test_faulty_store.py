@@ -4,13 +4,13 @@ import os
 import random
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import fsspec
 import pytest
 
-from cxrscale.io import access, storage
+from cxrscale.io import access, storage, walk
 from cxrscale.shards import build, manifest
 from cxrscale.sources.synthetic.archive import SyntheticPaths
 from cxrscale.types import AccessError, UserError
@@ -55,16 +55,37 @@ def _forget_connections() -> None:
     s3fs.S3FileSystem.clear_instance_cache()
 
 
-def pack_through(schedule: Schedule, root: str, out: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    endpoint = os.environ["AWS_ENDPOINT_URL"]
-    with faulty_s3(endpoint, schedule) as proxy, monkeypatch.context() as patch:
+@contextmanager
+def through(schedule: Schedule, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Inside, every request goes through the faulty proxy."""
+    with faulty_s3(os.environ["AWS_ENDPOINT_URL"], schedule) as proxy, monkeypatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", proxy)
         patch.setenv("AWS_MAX_ATTEMPTS", "1")
         _forget_connections()
         try:
-            build.build_shards("nih", root, SETTINGS, out, local=True)
+            yield
         finally:
             _forget_connections()
+
+
+def pack_through(schedule: Schedule, root: str, out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with through(schedule, monkeypatch):
+        build.build_shards("nih", root, SETTINGS, out, local=True)
+
+
+@pytest.mark.parametrize(
+    "fault", ["short", *(pytest.param(name, marks=pytest.mark.slow) for name in FAULTS if name != "short")]
+)
+def test_the_start_of_a_file_is_complete_or_an_error(fault: str, remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From it a source tells the format of a file without a suffix: too short, it would be passed over."""
+    address = next(file.path for file in walk(remote) if file.path.endswith(".png"))
+    with through(lambda method, _path, before: fault if method == "GET" and before < 2 else "", monkeypatch):
+        assert storage.read_start(address, 132) == storage.read(address)[:132]
+    with (
+        through(lambda method, *_: fault if method == "GET" else "", monkeypatch),
+        nullcontext() if fault == "slow" else pytest.raises(AccessError),
+    ):
+        storage.read_start(address, 132)
 
 
 def test_faults_that_pass_cost_no_image(
