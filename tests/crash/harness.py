@@ -19,7 +19,7 @@ from typing import Any
 EFFECTS = {"os.rename", "os.remove", "os.link", "os.mkdir", "os.rmdir", "os.truncate"}
 CHANGES = ("put_", "delete_", "create_", "upload_", "complete_", "copy_")
 """How the requests to an object store begin that change it."""
-LIMIT_SECONDS = 60
+LIMIT_SECONDS = 240
 """A command that takes longer shows where it hangs, and fails."""
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 

@@ -25,5 +25,6 @@ def test_a_sample_of_crash_points_leaves_no_trace(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_every_crash_point_leaves_no_trace(tmp_path: Path) -> None:
-    assert len(campaign(tmp_path / "all")) == 5
+@pytest.mark.parametrize("options", [(), ("--s3",)], ids=["local", "s3"])
+def test_every_crash_point_leaves_no_trace(options: tuple[str, ...], tmp_path: Path) -> None:
+    assert len(campaign(tmp_path / "all", *options)) == 5
