@@ -119,9 +119,15 @@ def finished(folder: Path) -> list[Path]:
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_killed_search_resumes_and_keeps_what_is_finished(nih_shards: str, tmp_path: Path) -> None:
-    more = ("tune.method=random", "tune.trials=3", "train.epochs=6", "sampler.steps_per_epoch=6")
+    more = (
+        "tune.method=random",
+        "tune.baseline_seeds=1",
+        "tune.trials=2",
+        "train.epochs=6",
+        "sampler.steps_per_epoch=6",
+    )
     recipe = tiny(nih_shards, tmp_path, LR, *SHORT, *more)
-    killed_after(2, recipe, tmp_path)
+    killed_after(1, recipe, tmp_path)
     before = {path.name: (path / "best.pt").stat().st_mtime_ns for path in finished(tmp_path)}
     # A trial whose folder has no run.json yet had not begun to train.
     begun = {path.parent.name for path in (tmp_path / "tiny" / "trials").glob("*/run.json")} - set(before)
@@ -131,7 +137,7 @@ def test_a_killed_search_resumes_and_keeps_what_is_finished(nih_shards: str, tmp
         sweep.tune(tiny(nih_shards, tmp_path, LR, *SHORT, *more, "optim.ema_decay=0.9"), "tiny", progress.bar)
     search(recipe)
     trials = rows(tmp_path / "tiny")
-    assert [row["status"] for row in trials] == ["finished"] * 5
+    assert [row["status"] for row in trials] == ["finished"] * 3
     for row in trials:
         steps = [line["step"] for line in tracking.read_log(row["run"])]
         assert steps == sorted(steps)
@@ -147,14 +153,15 @@ def test_a_killed_search_resumes_and_keeps_what_is_finished(nih_shards: str, tmp
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_grid_goes_on_when_a_trial_fails(siim_shards: str, tmp_path: Path) -> None:
-    given = "tune.space={optim.lr: [1e-3, 1e30], loss.bce: [1, 2]}"
+    given = "tune.space={optim.lr: [1e-3, 1e30]}"
     more = ("tune.method=grid", "tune.baseline_seeds=0", "train.epochs=1", "sampler.steps_per_epoch=3")
     result = search(tiny(siim_shards, tmp_path, given, *more, base=TINY_SEGMENTER))
     trials = rows(result.run)
-    assert [(row["optim.lr"], row["loss.bce"]) for row in trials] == [(1e-3, 1), (1e-3, 2), (1e30, 1), (1e30, 2)]
-    assert [row["status"] for row in trials] == ["finished", "finished", "failed", "failed"]
-    assert all("the loss is" in row["reason"] and "lower optim.lr" in row["reason"] for row in trials[2:])
-    assert all(math.isnan(row["dice_positives"]) for row in trials[2:])
+    assert [row["optim.lr"] for row in trials] == [1e-3, 1e30]
+    assert [row["status"] for row in trials] == ["finished", "failed"]
+    assert "the loss is" in trials[1]["reason"]
+    assert "lower optim.lr" in trials[1]["reason"]
+    assert math.isnan(trials[1]["dice_positives"])
     # The best mask rule is never worse than no mask at all, which is right for every image without a mask.
     scores = predictions.read_predictions(Path(trials[0]["run"], "predictions-val.parquet"))
     assert scores.maps is not None
