@@ -3,9 +3,9 @@
 # PYTHON=/path/to/python chooses the interpreter; without it .ci/find-python does.
 VENV ?= .venv
 BIN := $(VENV)/bin
-# In two processes; tests/conftest.py says which test goes where.
-IN_TWO := -n 2 --dist loadgroup --no-loadscope-reorder
-PYTEST := $(BIN)/pytest $(IN_TWO)
+# Three processes keep two cores busy, since tests on Ray wait much; tests/conftest.py says which test goes where.
+IN_PARALLEL := -n 3 --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/pytest $(IN_PARALLEL)
 # Without bytecode every Ray worker recompiles torch: 11 s per import instead of 5.
 unexport PYTHONDONTWRITEBYTECODE
 export UV_COMPILE_BYTECODE := 1
@@ -62,7 +62,7 @@ smoke-pythons:
 test-lowest: setup
 	"$$(.ci/find-python 3.11)" -m venv --clear .venv-lowest
 	$(BIN)/uv pip install -q -p .venv-lowest/bin/python --resolution lowest-direct -e '.[dev]'
-	.venv-lowest/bin/pytest $(IN_TWO) -m "not gpu and not slow"
+	.venv-lowest/bin/pytest $(IN_PARALLEL) -m "not gpu and not slow"
 
 # A CycloneDX list of what is installed, in build/sbom.json; its tool has an environment of its own.
 SBOM := build/sbom-tool

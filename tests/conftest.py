@@ -26,6 +26,8 @@ if threading.current_thread() is threading.main_thread():
 # Ray's workers must import torch from bytecode, and Train's defaults poll every two seconds.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ |= {
+    # Ray's 15 would leave its workers a thirtieth of a core beside the other processes of tests.
+    "RAY_worker_niceness": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
