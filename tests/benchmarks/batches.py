@@ -151,7 +151,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--images", type=Path, required=True, help="folder of PNGs")
     parser.add_argument("--count", type=int, default=240, help="how many of them")
     parser.add_argument("--preset", choices=sorted(PRESETS), default=[], action="append", help="may be repeated")
-    parser.add_argument("--batch", type=int, default=64, help="images a batch")
+    parser.add_argument("--batch", type=int, default=64, help="images per batch")
     parser.add_argument("--size", type=int, default=224, help="input side in pixels")
     parser.add_argument("--stored", type=int, default=512, help="side of the images in the shards")
     parser.add_argument("--threads", type=int, default=1, help="DALI's threads; the others use one")

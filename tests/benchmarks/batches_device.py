@@ -1,4 +1,4 @@
-"""Our loader alone on a GPU: images a second, the decoder's part of it, and the memory it takes."""
+"""Our loader alone on a GPU: images per second, the decoder's part of it, and the memory it takes."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def measured(shards: Manifest, batch: int, size: int, rounds: int) -> dict[str, 
     found: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "presets": {}}
     for name, each in median.items():
         share = median["decode alone"] / each
-        found["presets"][name] = {"pictures_per_second": 1 / each, "decode_share": share}
-        print(f"{name:14}{1 / each:10.0f} images a second, decoding is {100 * share:5.1f}% of it")
+        found["presets"][name] = {"images_per_second": 1 / each, "decode_share": share}
+        print(f"{name:14}{1 / each:10.0f} images per second, decoding is {100 * share:5.1f}% of it")
     found["memory_gb"] = (before - torch.cuda.mem_get_info()[0]) / 1e9
     print(f"{found['memory_gb']:.2f} GB of GPU memory for all {len(work)} graphs together")
     return found

@@ -54,7 +54,7 @@ def projection(cost_ms: float) -> list[dict[str, Any]]:
 
 
 def records(count: int) -> list[ImageRecord]:
-    """As many records as asked, 3.64 images a patient as in ChestX-ray14."""
+    """As many records as asked, 3.64 images per patient as in ChestX-ray14."""
     states = dict.fromkeys(NIH14, 0)
     return [
         ImageRecord(

@@ -532,7 +532,7 @@ def test_planning_takes_seconds(count: int, capsys: pytest.CaptureFixture[str]) 
             later.append(time.perf_counter() - began)
         with capsys.disabled():
             mean = 1e6 * sum(sorted(later)[:-3]) / 197
-            print(f"\n{count:>10,} {name:19} first step {first:6.3f} s, then {mean:6.0f} us a step", end="")
+            print(f"\n{count:>10,} {name:19} first step {first:6.3f} s, then {mean:6.0f} us per step", end="")
         assert first < 60
 
 
