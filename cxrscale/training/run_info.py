@@ -138,12 +138,31 @@ class RunInfo(Usage, Environment, RunInputs, Artifact):
 
 
 def read_run_info(run: str) -> RunInfo:
-    """A run's run.json.
+    """A run's run.json, with the outcome that lies beside it where the driver was lost before it could move it there.
 
     Raises:
         UserError: there is none, or it is not one.
     """
-    return read_artifact(RunInfo, storage.join(run, RUN_INFO), "give the folder that `cxrscale train` printed")
+    info = read_artifact(RunInfo, storage.join(run, RUN_INFO), "give the folder that `cxrscale train` printed")
+    outcome = _outcome(run)
+    if outcome is None or not info.sessions or info.sessions[-1].ended is not None:
+        return info
+    *earlier, last = info.sessions
+    return info.model_copy(update={"sessions": (*earlier, _ran(last, outcome)), **_results(outcome)})
+
+
+def _outcome(run: str) -> Outcome | None:
+    address = storage.join(run, OUTCOME)
+    return read_artifact(Outcome, address, "remove it") if storage.exists(address) else None
+
+
+def _results(outcome: Outcome) -> dict[str, Any]:
+    """What run.json takes from an outcome."""
+    return {name: getattr(outcome, name) for name in ("finished", "epochs", "best", "bad_rows")}
+
+
+def _ran(session: Session, outcome: Outcome) -> Session:
+    return session.model_copy(update={"device": outcome.device, "workers": outcome.workers})
 
 
 def write_new(run: str, inputs: RunInputs) -> None:
@@ -169,6 +188,8 @@ def record_session(
     base: dict[str, Any] = {**dict(inputs), **dict(environment())}
     sessions = (*earlier, session)
     write_artifact(address, RunInfo(**base, **dict(sum_usage(sessions, price)), sessions=sessions))
+    # Of a session whose driver was lost: it is part of the earlier sessions by now.
+    storage.remove(storage.join(run, OUTCOME))
     try:
         yield
     except UserError as error:
@@ -176,10 +197,8 @@ def record_session(
         raise
     finally:
         session = session.model_copy(update={"ended": round(time.time(), 1), "error": base.get("error")})
-        if storage.exists(storage.join(run, OUTCOME)):
-            outcome = read_artifact(Outcome, storage.join(run, OUTCOME), "remove it")
-            session = session.model_copy(update={"device": outcome.device, "workers": outcome.workers})
-            base |= {name: getattr(outcome, name) for name in ("finished", "epochs", "best", "bad_rows")}
+        if (outcome := _outcome(run)) is not None:
+            session, base = _ran(session, outcome), base | _results(outcome)
         sessions = (*earlier, session)
         write_artifact(address, RunInfo(**base, **dict(sum_usage(sessions, price)), sessions=sessions))
         storage.remove(storage.join(run, OUTCOME))

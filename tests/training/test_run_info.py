@@ -76,6 +76,25 @@ def test_each_launch_is_a_session_and_the_outcome_is_that_of_the_last(tmp_path: 
     assert not (tmp_path / run_info.OUTCOME).exists()
 
 
+def test_the_outcome_of_a_run_whose_driver_was_lost_counts_and_is_kept_at_a_resume(tmp_path: Path) -> None:
+    """The machine of the driver is lost after the last worker wrote how it ended, before run.json says so."""
+    run = str(tmp_path)
+    run_info.write_new(run, INPUTS)
+    with run_info.record_session(run, INPUTS, workers=3, price=None):
+        while_it_runs = (tmp_path / run_info.RUN_INFO).read_bytes()
+    (tmp_path / run_info.RUN_INFO).write_bytes(while_it_runs)
+    assert not run_info.read_run_info(run).finished
+    write_artifact(
+        storage.join(run, run_info.OUTCOME), Outcome(finished=True, epochs=2, best=0.9, device="CPU", workers=2)
+    )
+    info = run_info.read_run_info(run)
+    assert (info.finished, info.epochs, info.best, info.sessions[0].workers) == (True, 2, 0.9, 2)
+    with run_info.record_session(run, INPUTS, workers=3, price=None):
+        assert not run_info.read_run_info(run).finished
+        assert [item.workers for item in run_info.read_run_info(run).sessions] == [2, 3]
+    assert not run_info.read_run_info(run).finished
+
+
 KILLED = """
 import sys, time
 from cxrscale.config import Tracking
