@@ -212,7 +212,8 @@ def touch(address: str) -> None:
 
 def age(address: str) -> float | None:
     """Seconds since the file was written, by the clock of its disk or store alone; None where it is gone."""
-    probe = f"{address}-clock-{secrets.token_hex(4)}"
+    folder, name = address.rsplit("/", 1)
+    probe = f"{folder}/{TEMPORARY_PREFIX}{name}-{secrets.token_hex(4)}"
     try:
         if not is_remote(address):
             path = local_path(probe)
@@ -222,8 +223,9 @@ def age(address: str) -> float | None:
         def compare() -> float:
             files, path = store(address)
             files.invalidate_cache()
-            files.pipe_file(f"{path}{probe.removeprefix(address)}", b"")
-            now = files.modified(f"{path}{probe.removeprefix(address)}")
+            beside = store(probe)[1]
+            files.pipe_file(beside, b"")
+            now = files.modified(beside)
             return float((now - files.modified(path)).total_seconds())
 
         return patiently(address, compare)
