@@ -3,7 +3,7 @@
     python -m tests.crash.campaign FOLDER [SCENARIO...] [--s3] [--every N] [--first N]
 
 FOLDER is empty and gets a small dataset and a run; with --s3 both are in a bucket. Prints one line per scenario; ends
-with 1 where a point failed.
+with 1 where a point failed. `tune` is tried only where it is named: each attempt starts trials on Ray.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from tests.crash import harness
-from tests.crash.world import Bucket, State, World, comparable, differences, s3_server
+from tests.crash.world import Bucket, State, World, comparable, differences, ray_head, s3_server
 from tests.tiny import TINY_CLASSIFIER
 
 TINY = (
@@ -35,6 +35,13 @@ TINY = (
 
 
 PACK = ("pack.size=64", "pack.samples_per_shard=8")
+SEARCH = (
+    "tune.space={optim.lr: [1.0e-3, 1.0e-4]}",
+    "tune.method=grid",
+    "tune.baseline_seeds=0",
+    "train.epochs=1",
+    "scaling.num_workers=1",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +62,7 @@ def scenarios(source: str, work: str, root: str) -> list[Scenario]:
         Scenario("threshold", ("threshold", run, "--resamples", "10")),
         Scenario("evaluate", ("evaluate", run, "--resamples", "10")),
         Scenario("predict", ("predict", f"{work}/a.png", "--run", run, "--out", f"{root}/p.json")),
+        Scenario("tune", ("tune", *train[1:], *SEARCH, "tracking.name=search")),
     ]
 
 
@@ -114,6 +122,7 @@ def main(arguments: Sequence[str]) -> int:
     from cxrscale.inference import predictions  # noqa: F401
     from cxrscale.reporting import audit_page, run_report  # noqa: F401
     from cxrscale.training import launch  # noqa: F401
+    from cxrscale.tuning import sweep  # noqa: F401
 
     source = folder / "synthetic" / "nih"
     # In a process of its own: once OpenCV's threads run, a fork that uses them hangs.
@@ -125,6 +134,8 @@ def main(arguments: Sequence[str]) -> int:
     with ExitStack() as stack:
         if given.s3:
             stack.enter_context(s3_server())
+        if "tune" in given.names:
+            stack.enter_context(ray_head())
         world = World(work, Bucket("crash") if given.s3 else None)
         return _campaign(scenarios(str(source), str(work), "s3://crash" if given.s3 else str(work)), world, given)
 
@@ -132,6 +143,8 @@ def main(arguments: Sequence[str]) -> int:
 def _campaign(chosen: Sequence[Scenario], world: World, given: argparse.Namespace) -> int:
     failed = 0
     for scenario in chosen:
+        if scenario.name == "tune" and "tune" not in given.names:
+            continue
         wanted = not given.names or scenario.name in given.names
         every = given.every if wanted else 10**9
         effects, tried, failures = check(scenario, world, world.work.parent / "log.txt", every, given.first)

@@ -11,18 +11,20 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import torch
 
 TIMES = {"time", "images_per_second", "data_wait"}
 """Fields of the training log that no two runs share."""
 LEFT_OUT = {"sessions", "seconds", "worker_hours", "gpu_hours", "cost", "hardware", "git"}
-"""The same of run.json."""
+"""The same of run.json, of a search's sweep.json and of the rows of its trials."""
 
 State = dict[str, bytes]
 """Name -> content; a folder's name ends in a slash."""
@@ -87,12 +89,42 @@ class Bucket:
                 self._client.put_object(Bucket=self.name, Key=address.removeprefix(start), Body=content)
 
 
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def ray_head() -> Iterator[None]:
+    """Inside, the environment names a Ray cluster of this machine."""
+    ray, port = Path(sys.executable).with_name("ray"), _free_port()
+    words = ["--head", f"--port={port}", "--node-ip-address=127.0.0.1", "--num-cpus=2", "--include-dashboard=false"]
+    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    # Its temporary folder is not that of the commands; and the path of a socket must be short.
+    with tempfile.TemporaryDirectory(prefix="cxr", dir="/tmp") as folder:
+        command = [str(ray), "start", *words, f"--temp-dir={folder}", "--block"]
+        environment = {**os.environ, "TMPDIR": folder, "RAY_worker_niceness": "0"}
+        with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as head:
+            try:
+                _wait_for(port)
+                yield
+            finally:
+                head.terminate()
+
+
+def _wait_for(port: int) -> None:
+    for _ in range(600):
+        with socket.socket() as probe:
+            if not probe.connect_ex(("127.0.0.1", port)):
+                return
+        time.sleep(0.1)
+
+
 @contextmanager
 def s3_server() -> Iterator[None]:
     """Inside, the environment names an S3 server of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = _free_port()
     os.environ |= {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
         "AWS_ACCESS_KEY_ID": "testing",
@@ -102,11 +134,7 @@ def s3_server() -> Iterator[None]:
     command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
-            for _ in range(600):
-                with socket.socket() as probe:
-                    if not probe.connect_ex(("127.0.0.1", port)):
-                        break
-                time.sleep(0.1)
+            _wait_for(port)
             yield
         finally:
             server.kill()
@@ -123,14 +151,19 @@ def comparable(state: Mapping[str, bytes]) -> dict[str, Any]:
         elif base == "train_log.jsonl":
             lines = [json.loads(line) for line in content.decode().splitlines()]
             result[name] = [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
-        elif base == "run.json":
+        elif "/search/ray/" in name or ("/trials/" in name and "/ray/" in name):
+            continue  # Ray's own state, which nothing reads after the search
+        elif base in ("run.json", "sweep.json"):
             result[name] = {key: value for key, value in json.loads(content).items() if key not in LEFT_OUT}
         elif base.endswith(".pt"):
             # The same content has other bytes, and so another name, where two of its values are one object.
             name = re.sub("(step-[0-9]+)-[0-9a-f]+", r"\1", name)
             result.setdefault(name, []).append(_tensors(torch.load(io.BytesIO(content), weights_only=True)))
-        elif base == "report.html":
+        elif base in ("report.html", "tune.html"):
             result[name] = "written"  # it states the time that training took
+        elif base == "trials.parquet":
+            rows = pq.ParquetFile(io.BytesIO(content)).read(use_threads=False).to_pylist()
+            result[name] = [{key: value for key, value in row.items() if key not in LEFT_OUT} for row in rows]
         else:
             result[name] = content
     return result
