@@ -20,9 +20,10 @@ from cxrscale.sources.synthetic.archive import SyntheticPaths
 from tests.small_datasets import make_shards, shards  # noqa: F401
 from tests.tiny import TINY_CLASSIFIER, TINY_SEGMENTER
 
-# A shell ignores SIGINT for what it starts in the background, and every process started from there ignores it too.
+# A shell ignores SIGINT for what it starts in the background, and nohup SIGHUP; every process started from there too.
 if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Ray's workers must import torch from bytecode, and Train's defaults poll every two seconds.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ |= {
