@@ -2,6 +2,7 @@ from . import artifact as artifact
 from . import dicom as dicom
 from . import images as images
 from . import lease as lease
+from . import parquet as parquet
 from . import rle_masks as rle_masks
 from . import scratch as scratch
 from . import storage as storage

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cxrscale.io import rle_masks, storage
-from cxrscale.shards import ids
+from cxrscale.io import parquet, rle_masks, storage
+from cxrscale.shards import ids, manifest_schema
 from cxrscale.types import UserError
 
 LOG = logging.getLogger("cxrscale")
@@ -192,8 +192,8 @@ def load(*roots: str) -> Manifest:
     for root in roots:
         data = _read(root)
         digests.append(storage.digest(data))
-        table = _parse(data, root)
-        metadata.append(json.loads(table.schema.metadata[b"cxrscale"]))
+        table, about = _parse(data, root)
+        metadata.append(about)
         if ids.is_old(metadata[-1]):
             _tell_of_old_ids(root)
         tables.append(table.replace_schema_metadata(None).append_column("root", pa.array([root] * len(table))))
@@ -221,21 +221,19 @@ def _read(root: str) -> bytes:
     return storage.read(address)
 
 
-def _parse(data: bytes, root: str) -> pa.Table:
-    try:
-        table = pq.read_table(pa.BufferReader(data))
-    except pa.ArrowInvalid as error:
-        raise UserError(
-            f"{storage.join(root, NAME)} is not a Parquet file ({error}); run `cxrscale shard` again"
-        ) from None
-    if b"cxrscale" not in (table.schema.metadata or {}):
-        raise UserError(
-            f"{storage.join(root, NAME)} is not a cxrscale manifest; give a folder that `cxrscale shard` wrote"
-        )
-    written = json.loads(table.schema.metadata[b"cxrscale"])["format"]
-    if written != FORMAT:
-        raise UserError(f"{root}: manifest format {written}, this version reads {FORMAT}; shard again")
-    return table
+def _parse(data: bytes, root: str) -> tuple[pa.Table, dict[str, Any]]:
+    """A manifest's known columns, and its metadata."""
+    address = storage.join(root, NAME)
+    table = parquet.read_table(data, address, "run `cxrscale shard` again")
+    text = (table.schema.metadata or {}).get(b"cxrscale")
+    if text is None:
+        raise UserError(f"{address} is not a cxrscale manifest; give a folder that `cxrscale shard` wrote")
+    metadata = manifest_schema.read_metadata(text, address, FORMAT)
+    names = {name for name, _ in FIELDS}
+    table = table.select([name for name in table.column_names if name in names or name.startswith(LABEL)])
+    manifest_schema.check_table(table, FIELDS, ("mask_rle",), metadata, address)
+    first = table["source"][0].as_py()
+    return table, {"source": first, "input": "", "quarantined": [], **metadata}
 
 
 @lru_cache(maxsize=256)
@@ -257,6 +255,8 @@ def _check_unique(manifest: Manifest) -> None:
 def _check_labels(manifest: Manifest) -> None:
     for name in manifest.findings():
         column = manifest.table[LABEL + name]
+        if column.type != pa.int8():
+            raise UserError(f"data.shards: label {name:.80} is of type {column.type}, not int8: shard again")
         extremes = pc.min_max(column).as_py()
         wrong = [value for value in extremes.values() if value not in (None, 0, 1)]
         if wrong:
