@@ -8,12 +8,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from cxrscale.config.findings import NIH14
 from cxrscale.config.section import NOT_LEARNED, Section
 
 METRICS = ("loss", "auroc", "auprc", "accuracy", "f1", "brier", "dice", "dice_positives", "iou")
 """The validation metrics: means over findings, or over images for dice and iou."""
 LOWER_IS_BETTER = frozenset({"loss", "brier"})
 """The metrics for which a lower value is better."""
+
+
+CHEXNET14 = "chexnet14"
+"""The value of model.weights_findings that stands for the findings of a public CheXNet."""
 
 
 class Model(Section):
@@ -25,6 +30,9 @@ class Model(Section):
     """segment only: the encoder, by segmentation_models_pytorch's name."""
     weights: str = "imagenet"
     """Initial weights: imagenet, none, or a file: a run's best.pt or a public CheXNet checkpoint."""
+    weights_findings: Annotated[tuple[str, ...] | None, NOT_LEARNED] = None
+    """What the outputs of the last layer in the file of `weights` mean, in their order, for a file that does not say it
+    itself; chexnet14: the 14 findings of ChestX-ray14 in CheXNet's order. A run's best.pt says it."""
     encoder_weights: str | None = None
     """segment only: a file whose weights start the encoder, instead of those of `weights`: ImageNet weights, a
     classifier's or another segmenter's best.pt. Encoders with timm's weights are called tu-NAME (tu-resnet18)."""
@@ -36,6 +44,11 @@ class Model(Section):
     """Parameters whose names start with one of these prefixes keep their weights, e.g. [encoder]."""
     options: dict[str, Any] = Field({})
     """More arguments of the model's constructor, e.g. {growth_rate: 16}."""
+
+    @field_validator("weights_findings", mode="before")
+    @classmethod
+    def _check_weights_findings(cls, value: Any) -> Any:
+        return NIH14 if value in (CHEXNET14, [CHEXNET14], (CHEXNET14,)) else value
 
     def weight_files(self) -> dict[str, str]:
         """The files that weights are read from, by field."""

@@ -37,6 +37,10 @@ USED_WHEN: dict[str, Condition] = {
     "augment.std": (lambda r: r.augment.normalize == "fixed", "augment.normalize=fixed"),
     "model.encoder": (lambda r: r.data.task == "segment", "data.task=segment"),
     "model.encoder_weights": (lambda r: r.data.task == "segment", "data.task=segment (or model.weights)"),
+    "model.weights_findings": (
+        lambda r: r.model.weights not in ("imagenet", "none") and not r.model.reset_head,
+        "a file in model.weights, and model.reset_head=false",
+    ),
     "model.reset_head": (lambda r: r.model.weights not in ("imagenet", "none"), "a file in model.weights"),
 }
 """Field -> when it has an effect, and that in words."""

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from pydantic import ValidationError
 
 from cxrscale.config import Recipe
 from cxrscale.inference.predictor import load_model
-from cxrscale.io import Artifact, storage
+from cxrscale.io import Artifact, parquet, storage
 from cxrscale.loader import evaluation_batches
 from cxrscale.models import forward, probabilities
 from cxrscale.shards import Manifest, ids, leakage, manifest
@@ -36,6 +37,7 @@ LOGIT, LABEL = "logit.", "label."
 """Prefixes of the columns of a finding."""
 PROBABILITY = "score."
 """Prefix that the files of schema version 1 have instead of `LOGIT`: they hold float32 probabilities."""
+REMEDY = "remove it, and it is made again"
 INFO = b"cxrscale"
 """Key of `PredictionsInfo` in the file's metadata."""
 
@@ -179,18 +181,15 @@ def read_info(path: str | Path) -> PredictionsInfo:
     Raises:
         UserError: this is not a file of predictions of this version.
     """
+    metadata = parquet.read_metadata(storage.read(str(path)), str(path), REMEDY)
+    if INFO not in metadata:
+        raise UserError(f"{path} does not say whose scores it holds; {REMEDY}")
     try:
-        schema = pq.read_schema(pa.BufferReader(storage.read(str(path))))
-    except pa.ArrowInvalid:
-        raise UserError(f"{path} is not a Parquet file; remove it, and it is made again") from None
-    if INFO not in (schema.metadata or {}):
-        raise UserError(f"{path} does not say whose scores it holds; remove it, and it is made again")
-    try:
-        info = PredictionsInfo.model_validate_json(schema.metadata[INFO])
+        info = PredictionsInfo.model_validate_json(metadata[INFO])
     except ValidationError:
         info = None
     if info is None or info.schema_version not in (1, PredictionsInfo.model_fields["schema_version"].default):
-        raise UserError(f"{path} is of another version of cxrscale; remove it, and it is made again")
+        raise UserError(f"{path} is of another version of cxrscale; {REMEDY}")
     return info
 
 
@@ -202,11 +201,10 @@ def read_predictions(path: str | Path) -> Scores:
     """
     if not storage.exists(str(path)):
         raise UserError(f"{path} does not exist; make it with `cxrscale predict` or `cxrscale threshold`")
-    table = pq.read_table(pa.BufferReader(storage.read(str(path))))
+    table = parquet.read_table(storage.read(str(path)), str(path), REMEDY)
     prefix = PROBABILITY if any(name.startswith(PROBABILITY) for name in table.column_names) else LOGIT
     names = tuple(name.removeprefix(prefix) for name in table.column_names if name.startswith(prefix))
-    if not names:
-        raise UserError(f"{path} has no column logit.X; give a file that `cxrscale predict` wrote")
+    _check(table, prefix, names, str(path))
 
     def columns(prefix: str) -> npt.NDArray[Any]:
         return np.stack([table[prefix + name].to_numpy(zero_copy_only=False) for name in names], axis=1)
@@ -217,7 +215,7 @@ def read_predictions(path: str | Path) -> Scores:
     maps = None
     for prefix in (MASK, OWN_MASK):
         if prefix + HISTOGRAMS[0] in table.column_names:
-            all_NT, true_NT = (np.stack(table[prefix + part].to_numpy()).astype(np.int32) for part in HISTOGRAMS)
+            all_NT, true_NT = (_histograms(table, prefix + part, str(path)) for part in HISTOGRAMS)
             maps = ScoreHistograms(all_NT, true_NT, own_size=prefix == OWN_MASK)
     return Scores(
         table["image_id"].to_numpy(zero_copy_only=False),
@@ -227,6 +225,40 @@ def read_predictions(path: str | Path) -> Scores:
         names,
         maps,
     )
+
+
+def _check(table: pa.Table, prefix: str, names: Sequence[str], path: str) -> None:
+    """Refuse a table that `write_predictions` cannot have written."""
+    if not names:
+        raise UserError(f"{path} has no column logit.X; give a file that `cxrscale predict` wrote")
+    texts = {name: pa.string() for name in ("image_id", "patient")}
+    parquet.check_columns(table, texts, path, REMEDY)
+    parquet.check_no_nulls(table, tuple(texts), path, REMEDY)
+    if len(pc.unique(table["image_id"])) < len(table):
+        raise UserError(f"{path} has an image twice; {REMEDY}")
+    for column in [start + name for start in (prefix, LABEL) for name in names]:
+        if column not in table.column_names or not pa.types.is_floating(table.schema.field(column).type):
+            raise UserError(f"{path}: column {column:.80} is not there or not a number; {REMEDY}")
+    parquet.check_no_nulls(table, [prefix + name for name in names], path, REMEDY)
+    for name in names:
+        values = [value for value in pc.unique(table[LABEL + name]).to_pylist() if value is not None]
+        wrong = [value for value in values if value not in (0, 1) and not np.isnan(value)]
+        if wrong:
+            raise UserError(f"{path}: column {LABEL}{name:.80} has the label {wrong[0]}, not 1, 0 or null; {REMEDY}")
+
+
+def _histograms(table: pa.Table, name: str, path: str) -> npt.NDArray[np.int32]:
+    """(N, T) histograms of one column."""
+    if name not in table.column_names or not pa.types.is_list(table.schema.field(name).type):
+        raise UserError(f"{path}: column {name} is not there or holds no histograms; {REMEDY}")
+    column = table[name].combine_chunks()
+    counts = column.flatten()
+    whole = pa.types.is_integer(counts.type) and not column.null_count and not counts.null_count
+    lengths = set(pc.list_value_length(column).to_pylist())
+    if not whole or len(lengths) > 1 or (len(counts) and pc.min(counts).as_py() < 0):
+        raise UserError(f"{path}: column {name} has not as many counts in every row; {REMEDY}")
+    result: npt.NDArray[np.int32] = np.asarray(counts.to_numpy()).reshape(len(table), -1).astype(np.int32)
+    return result
 
 
 @lru_cache

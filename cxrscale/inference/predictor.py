@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from cxrscale import config
-from cxrscale.config import Recipe
+from cxrscale.config import Pack, Recipe
 from cxrscale.evaluation import DEFAULT_MASK_RULE, MaskRule, TestMetrics, Thresholds, artifacts, calibration, calls
 from cxrscale.evaluation.metrics import bin_of
 from cxrscale.io import (
@@ -33,8 +33,10 @@ from cxrscale.io import (
 from cxrscale.loader import file_batches
 from cxrscale.models import build_model, forward, probabilities
 from cxrscale.training import LocalWorker, checkpoint, scoring
-from cxrscale.types import GrayImage, UnreadableImageError, UserError, probabilities_of
+from cxrscale.types import GrayImage, UnreadableImageError, UserError, one_line, probabilities_of
 
+PIXELS = ("codec", "size", "quality")
+"""Fields of the pack section that say how an image is stored."""
 Source = str | Path | bytes | GrayImage
 """An image: a path or fsspec address of a DICOM, PNG or JPEG file, such a file's bytes, or an upright gray array."""
 
@@ -269,10 +271,22 @@ def load_model(run: str | Path, device: torch.device) -> TrainedModel:
         raise UserError(f"{path} does not exist; give the folder that `cxrscale train` printed, after its first epoch")
     content = storage.read(path)
     state = checkpoint.read(content, path)
+    if not isinstance(state.get("recipe"), dict):
+        raise UserError(f"{path} has no recipe; give a run's best.pt")
     recipe = config.parse(Recipe, state["recipe"], where=path)
+    try:
+        pixels = Pack.model_validate({name: state["pixels"][name] for name in PIXELS if name in state["pixels"]})
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} does not say how its training images were stored ({one_line(error, limit=120)})"
+        ) from None
     model = build_model(recipe.model.without_weights(), recipe.data)
-    model.load_state_dict(state["model"])
-    return TrainedModel(model.to(device).eval(), recipe, state["manifest"], storage.digest(content), state["pixels"])
+    try:
+        model.load_state_dict(state["model"])
+    except Exception as error:  # torch raises whatever a value of another type or shape leads to
+        raise UserError(f"{path}: its weights do not fit its recipe ({one_line(error, limit=160)})") from None
+    stored = {name: getattr(pixels, name) for name in PIXELS}
+    return TrainedModel(model.to(device).eval(), recipe, state["manifest"], storage.digest(content), stored)
 
 
 def stored_thresholds(run: str, digest: str | None = None) -> Thresholds:

@@ -85,8 +85,8 @@ def read_artifact(model: type[Model], address: str, remedy: str) -> Model:
         raise UserError(f"{address} does not exist; {remedy}")
     try:
         content = json.loads(storage.read(address))
-    except ValueError as error:  # bad UTF-8 is a ValueError too
-        raise UserError(f"{address} is not valid JSON ({error}); {remedy}") from None
+    except (ValueError, RecursionError) as error:  # bad UTF-8 is a ValueError too
+        raise UserError(f"{address} is not valid JSON ({one_line(error, limit=120)}); {remedy}") from None
     if not isinstance(content, dict):
         raise UserError(f"{address} is not a JSON object; {remedy}")
     expected = model.model_fields["schema_version"].default

@@ -42,9 +42,7 @@ def read_table(data: bytes, address: str, remedy: str, names: Sequence[str] | No
     except _TooLargeError as error:
         raise UserError(f"{address} of {len(data):,} bytes {error}, which no table of ours does; {remedy}") from None
     except Exception as error:  # Arrow, its decoders and decompressors have a dozen types for a damaged file
-        raise UserError(
-            f"{address} is not a Parquet file that can be read ({one_line(error, limit=120)}); {remedy}"
-        ) from None
+        raise UserError(f"{address} is not a Parquet file ({one_line(error, limit=120)}); {remedy}") from None
 
 
 def read_metadata(data: bytes, address: str, remedy: str) -> Mapping[bytes, bytes]:
@@ -56,9 +54,7 @@ def read_metadata(data: bytes, address: str, remedy: str) -> Mapping[bytes, byte
     try:
         return dict(pq.read_schema(pa.BufferReader(data)).metadata or {})
     except Exception as error:
-        raise UserError(
-            f"{address} is not a Parquet file that can be read ({one_line(error, limit=120)}); {remedy}"
-        ) from None
+        raise UserError(f"{address} is not a Parquet file ({one_line(error, limit=120)}); {remedy}") from None
 
 
 def check_columns(table: pa.Table, wanted: Mapping[str, pa.DataType], address: str, remedy: str) -> None:

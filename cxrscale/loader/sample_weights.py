@@ -6,10 +6,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from cxrscale.config import NO_FINDING, PRESENT, Data, Sampler, has_no_finding
-from cxrscale.io import storage
+from cxrscale.io import parquet, storage
 from cxrscale.loader.hashing import Flags, Rows
 from cxrscale.shards import Manifest
 from cxrscale.types import UserError, probabilities_of
@@ -82,15 +81,14 @@ def _predicted_scores(
     The file has them as logit.X or, from earlier versions, as score.X, which are probabilities.
     """
     address = str(sampler.hard_predictions)
-    try:
-        table = pq.read_table(pa.BufferReader(storage.read(address)))
-    except pa.ArrowInvalid:
-        raise UserError(
-            f"sampler.hard_predictions={address} is no Parquet file; give a run's predictions-train.parquet"
-        ) from None
+    table = parquet.read_table(
+        storage.read(address), f"sampler.hard_predictions={address}", "give a run's predictions-train.parquet"
+    )
     prefix = "score." if any(name.startswith("score.") for name in table.column_names) else "logit."
     findings = [name for name in data.findings if prefix + name in table.column_names]
-    if not findings or "image_id" not in table.column_names:
+    numbers = all(pa.types.is_floating(table.schema.field(prefix + name).type) for name in findings)
+    named = "image_id" in table.column_names and table.schema.field("image_id").type == pa.string()
+    if not findings or not named or not numbers:
         raise UserError(
             f"sampler.hard_predictions={address} has no image_id with a score for any of {', '.join(data.findings)}; "
             "give the predictions of a run with these findings"

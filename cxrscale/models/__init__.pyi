@@ -6,3 +6,5 @@ from .networks import build_model as build_model
 from .networks import count_trainable as count_trainable
 from .networks import initial_weights as initial_weights
 from .networks import train_mode as train_mode
+from .tensors import load_tensors as load_tensors
+from .weights import load_weights as load_weights

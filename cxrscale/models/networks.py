@@ -53,7 +53,8 @@ def _build(settings: Model, data: Data) -> tuple[nn.Module, tuple[str, ...]]:
         encoder: Any = model.encoder
         notes = load_encoder_weights(encoder, settings.encoder_weights, settings.encoder)
     elif settings.weights not in ("imagenet", "none"):
-        notes = load_weights(model, settings.weights, settings.reset_head, data.findings)
+        stated = settings.weights_findings
+        notes = load_weights(model, settings.weights, settings.reset_head, data.findings, stated)
     freeze(model, settings.freeze_children, settings.freeze_prefixes)
     return model, notes
 

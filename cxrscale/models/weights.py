@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from cxrscale.io import storage
+from cxrscale.models.tensors import load_tensors
 from cxrscale.types import UserError, one_line
 
 Weights = dict[str, torch.Tensor]
@@ -39,7 +39,11 @@ class StoredWeights:
 
 
 def load_weights(
-    model: nn.Module, address: str, reset_head: bool = False, findings: Sequence[str] | None = None
+    model: nn.Module,
+    address: str,
+    reset_head: bool = False,
+    findings: Sequence[str] | None = None,
+    stated: Sequence[str] | None = None,
 ) -> tuple[str, ...]:
     """Load a file's weights into a model; every key must fit.
 
@@ -48,42 +52,77 @@ def load_weights(
     input channels is summed over them: on a gray image that is the same as three equal channels. Only
     `num_batches_tracked` may be missing, which files older than PyTorch 0.4.1 lack and nothing here reads.
 
+    The findings of the file's last layer are never assumed. A public CheXNet does not say them: the layout of
+    ChestX-ray14's 14 findings is also that of CheXpert's 14. Of a last layer whose findings are known, the model gets
+    the rows of its own findings, in its own order.
+
     Args:
         address: a local path or an fsspec address.
         reset_head: leave the file's last layer out and keep the model's.
-        findings: the meaning of the model's outputs; compared with the file's, where it says.
+        findings: the meaning of the model's outputs; None: unknown, and not compared.
+        stated: the meaning of the file's outputs, where the user knows it and the file does not say it.
 
     Returns:
-        Sentences for the user: that the file does not say what the outputs of its last layer mean. A public CheXNet
-        does not: the layout of ChestX-ray14's 14 findings is also that of CheXpert's 14.
+        Sentences for the user: which rows of the last layer are used, where it is not all of them in their order.
 
     Raises:
-        UserError: no such file, no weights in it, other findings, or keys that are missing or unexpected (they
-            are listed).
+        UserError: no such file, no weights in it, other findings or unknown ones, or keys that are missing or
+            unexpected (they are listed).
     """
     stored = read_weights(address, "model.weights")
-    if findings is not None and stored.findings not in (None, tuple(findings)) and not reset_head:
-        trained = ", ".join(stored.findings or ())
-        raise UserError(
-            f"model.weights={address} was trained for {trained}, not for {', '.join(findings)}; set data.findings to "
-            "the same, or model.reset_head=true"
-        )
-    own, weights = model.state_dict(), dict(stored.weights)
+    own, weights, notes = model.state_dict(), dict(stored.weights), tuple[str, ...]()
+    last = head_names(model)
     if reset_head:
-        last = head_names(model)
         weights = {key: value for key, value in weights.items() if not _under(key, last)}
         weights |= {key: value for key, value in own.items() if _under(key, last)}
+    elif findings is not None and (meaning := _meaning(address, stored, stated, findings)) != tuple(findings):
+        notes = (_take_rows(weights, last, meaning, findings, address),)
     weights |= {key: own[key] for key in own.keys() - weights.keys() if key.endswith("num_batches_tracked")}
     _sum_channels(weights, own)
     _refuse_misfits(address, own, weights)
     model.load_state_dict(weights)
-    if findings is None or reset_head or stored.findings is not None:
-        return ()
-    outputs = f"its {len(findings)} outputs are" if len(findings) > 1 else "its output is"
-    return (
-        f"model.weights={address} does not say what its last layer was trained for: {outputs} taken for "
-        f"{', '.join(findings)}, in this order; where that is not so, set model.reset_head=true",
-    )
+    return notes
+
+
+def _meaning(
+    address: str, stored: StoredWeights, stated: Sequence[str] | None, findings: Sequence[str]
+) -> tuple[str, ...]:
+    """The findings of the file's last layer, which are all that are asked for or more.
+
+    Raises:
+        UserError: they are not known, the file says others than the user, or one that is asked for is not there.
+    """
+    if stored.findings is None and stated is None:
+        raise UserError(
+            f"model.weights={address} does not say what findings its last layer was trained for, and none are assumed: "
+            f"set model.reset_head=true to train a new last layer, or name them in their order, "
+            f"model.weights_findings=[{findings[0]}, ...] (a public CheXNet of ChestX-ray14: "
+            "model.weights_findings=chexnet14)"
+        )
+    if stored.findings is not None and stated is not None and tuple(stated) != stored.findings:
+        raise UserError(
+            f"model.weights_findings={list(stated)}: model.weights={address} itself says {list(stored.findings)}; "
+            "remove the field"
+        )
+    meaning = stored.findings or tuple(stated or ())
+    missing = [name for name in findings if name not in meaning]
+    if missing:
+        raise UserError(
+            f"model.weights={address} was trained for {', '.join(meaning)}, not for {', '.join(missing)}; set "
+            "data.findings to some of the same, or model.reset_head=true"
+        )
+    return meaning
+
+
+def _take_rows(
+    weights: Weights, last: Sequence[str], meaning: Sequence[str], findings: Sequence[str], address: str
+) -> str:
+    """Keep the rows of the last layer that stand for the findings, in their order; returns a sentence on that."""
+    rows = torch.tensor([meaning.index(name) for name in findings])
+    for key, value in weights.items():
+        if _under(key, last) and value.ndim and len(value) == len(meaning):
+            weights[key] = value[rows]
+    return f"model.weights={address}: of its {len(meaning)} outputs those of {', '.join(findings)} are used"
 
 
 def load_encoder_weights(encoder: nn.Module, address: str, name: str) -> tuple[str, ...]:
@@ -144,7 +183,7 @@ def read_weights(address: str, field: str) -> StoredWeights:
         other = "imagenet, none, or " if field == "model.weights" else ""
         raise UserError(f"{field}={address}: no such file; give {other}a checkpoint's path")
     try:
-        state = torch.load(io.BytesIO(storage.read(address)), map_location="cpu", weights_only=True)
+        state = load_tensors(storage.read(address))
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error):  # it names a class or function that tensors have no need of
             raise UserError(
@@ -160,7 +199,9 @@ def read_weights(address: str, field: str) -> StoredWeights:
         if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
             weights = state[name]
             break
-    if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+    if not isinstance(weights, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in weights.items()
+    ):
         raise _no_weights(field, address, "it has neither model nor state_dict")
     return _renamed(weights, _findings(state))
 
@@ -168,8 +209,10 @@ def read_weights(address: str, field: str) -> StoredWeights:
 def _findings(state: Mapping[str, Any]) -> tuple[str, ...] | None:
     """The findings of a run's checkpoint."""
     recipe = state.get("recipe")
-    findings = recipe.get("data", {}).get("findings") if isinstance(recipe, Mapping) else None
-    return tuple(findings) if findings else None
+    data = recipe.get("data") if isinstance(recipe, Mapping) else None
+    findings = data.get("findings") if isinstance(data, Mapping) else None
+    named = isinstance(findings, list | tuple) and all(isinstance(name, str) for name in findings)
+    return tuple(findings) if findings and named else None
 
 
 def _renamed(stored: Mapping[str, torch.Tensor], findings: tuple[str, ...] | None) -> StoredWeights:

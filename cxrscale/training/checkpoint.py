@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from cxrscale.io import storage
+from cxrscale.models import load_tensors
 from cxrscale.training.state import TrainState
 from cxrscale.types import UserError, one_line
 
@@ -100,7 +101,13 @@ def resume(folder: str, state: TrainState, manifest_digest: str) -> str | None:
         return None
     if newest[2]["manifest"] != manifest_digest:
         raise UserError(f"{folder}: this run was trained on other shards; give tracking.name another name")
-    state.load_state_dict(newest[2])
+    try:
+        state.load_state_dict(newest[2])
+    except Exception as error:  # torch raises whatever a value of another type or shape leads to
+        raise UserError(
+            f"{storage.join(folder, newest[0])} does not fit the recipe's model and optimizer "
+            f"({one_line(error, limit=160)}); remove it, or give another tracking.name"
+        ) from None
     return newest[0]
 
 
@@ -112,6 +119,8 @@ def _usable(folder: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
             LOG.warning("%s is damaged; falling back to the checkpoint before it", storage.join(folder, name))
             continue
         stored = read(content, name)
+        if not isinstance(stored.get("progress"), dict) or not isinstance(stored["progress"].get("epoch"), int):
+            raise UserError(f"{name} is not a checkpoint of a training (its field progress is missing or no progress)")
         if not all(value.isfinite().all() for value in stored["model"].values()):
             LOG.warning(
                 "%s holds infinite or NaN weights; falling back to the one before it", storage.join(folder, name)
@@ -134,9 +143,14 @@ def read(content: bytes, name: str) -> dict[str, Any]:
         UserError: these bytes are not a checkpoint.
     """
     try:
-        state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        state = load_tensors(content)
     except Exception as error:  # torch.load raises whatever the pickle or zip reader does
         raise UserError(f"{name} is not a checkpoint ({one_line(error, limit=120)})") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{name} is not a checkpoint (it holds a {type(state).__name__})")
+    for key, kind in (("model", dict), ("manifest", str)):
+        if not isinstance(state.get(key), kind):
+            raise UserError(f"{name} is not a checkpoint (its field {key} is missing or no {kind.__name__})")
     return state
 
 

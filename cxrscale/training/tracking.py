@@ -135,12 +135,20 @@ class Tracker:
 def read_log(run: str) -> list[dict[str, Any]]:
     """The lines of train_log.jsonl, none where there is no file; a last line that a kill cut short is left out."""
     address = storage.join(run, TRAIN_LOG)
-    lines = []
-    for text in storage.read(address).decode().splitlines() if storage.exists(address) else ():
+    lines: list[dict[str, Any]] = []
+    for text in storage.read(address).decode(errors="replace").split("\n") if storage.exists(address) else ():
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+            line = json.loads(text)
+        except (json.JSONDecodeError, RecursionError):
             break
+        numbers = isinstance(line, dict) and all(
+            value is None or (isinstance(value, int | float) and math.isfinite(value))
+            for name, value in line.items()
+            if name != "kind"
+        )
+        if not numbers or not {"kind", "step", "time"} <= line.keys() or line["step"] is None or line["time"] is None:
+            raise UserError(f"{address}: line {len(lines) + 1} is not one of a training's log; remove that line")
+        lines.append(line)
     return lines
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import textwrap
@@ -18,7 +17,7 @@ from scipy.stats import norm
 
 from cxrscale import config
 from cxrscale.config import LOWER_IS_BETTER, Recipe
-from cxrscale.io import storage
+from cxrscale.io import parquet, storage
 from cxrscale.training import checkpoint, resume, run_info, tracking
 from cxrscale.tuning.search_info import SearchTotals
 from cxrscale.tuning.search_space import Point, Space, apply_point, differences
@@ -270,8 +269,10 @@ def _column(values: Sequence[Any]) -> list[Any]:
 
 def read_results(run: str) -> list[dict[str, Any]]:
     """The rows of a finished search's trials.parquet."""
-    content = storage.read(storage.join(run, PARQUET))
-    rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(content)).to_pylist()
+    address, remedy = storage.join(run, PARQUET), "give another tracking.name, for a new search"
+    table = parquet.read_table(storage.read(address), address, remedy)
+    parquet.check_columns(table, {"trial": pa.string(), "status": pa.string()}, address, remedy)
+    rows: list[dict[str, Any]] = table.to_pylist()
     return rows
 
 

@@ -318,7 +318,7 @@ def test_predictions_and_weights_that_do_not_fit(shards: Manifest, tmp_path: Pat
         (hard("unlabelled.parquet"), r"covers none of the 16 training images"),
         (hard("nameless.parquet"), r"no image_id with a score for any of Effusion; give the predictions"),
         (hard(Path(mass).name), r"with a score for any of Effusion; give"),
-        (hard("text.parquet"), r"is no Parquet file; give"),
+        (hard("text.parquet"), r"is not a Parquet file \(.*; give"),
         (hard("absent.parquet"), r"absent.parquet"),
         (
             {"sampling": "weighted", "weights": {"Hernia": 2}},

@@ -14,6 +14,7 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cxrscale import config
 from cxrscale.config import Data, Model
 from cxrscale.config.findings import NIH14
 from cxrscale.io import storage
@@ -33,8 +34,9 @@ TINY_UNET = Model(
 )
 
 
-def using(model_config: Model, weights: Path | str) -> Model:
-    return model_config.model_copy(update={"weights": str(weights)})
+def using(model_config: Model, weights: Path | str, data: Data = TWO) -> Model:
+    """The model from a file that may not say its findings, which are those of `data`."""
+    return model_config.model_copy(update={"weights": str(weights), "weights_findings": data.findings})
 
 
 def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
@@ -145,14 +147,25 @@ def test_a_new_head_leaves_out_the_files_last_layer_alone(arch: str, tmp_path: P
         build_model(using(model_config, tmp_path / "best.pt").model_copy(update={"reset_head": True}), other)
 
 
-def test_weights_for_other_findings_are_refused_without_a_new_head(tmp_path: Path) -> None:
-    state = {"model": build_model(SMALL, TWO).state_dict(), "recipe": {"data": {"findings": ["Mass", "Nodule"]}}}
+def test_the_rows_of_a_last_layer_follow_its_findings(tmp_path: Path) -> None:
+    first = build_model(SMALL, TWO)
+    state = {"model": first.state_dict(), "recipe": {"data": {"findings": ["Mass", "Nodule"]}}}
     torch.save(state, tmp_path / "best.pt")
-    start = using(SMALL, tmp_path / "best.pt")
-    build_model(start, TWO)
-    with pytest.raises(UserError, match=r"trained for Mass, Nodule, not for Nodule, Mass; .*model\.reset_head=true"):
-        build_model(start, Data(findings=("Nodule", "Mass")))
-    build_model(start.model_copy(update={"reset_head": True}), Data(findings=("Nodule", "Mass")))
+    start = SMALL.model_copy(update={"weights": str(tmp_path / "best.pt")})
+    assert same_weights(build_model(start, TWO), first)
+    image = torch.randn(2, 1, 64, 64)
+    logit_BF = first.eval()(image)
+    for names, columns in ((("Nodule", "Mass"), [1, 0]), (("Nodule",), [1])):
+        data = Data(findings=names)
+        torch.testing.assert_close(build_model(start, data).eval()(image), logit_BF[:, columns])
+        (line,) = initial_weights(start, data)
+        assert line.endswith(f"of its 2 outputs those of {', '.join(names)} are used")
+    with pytest.raises(UserError, match=r"trained for Mass, Nodule, not for Hernia; .*model\.reset_head=true"):
+        build_model(start, Data(findings=("Mass", "Hernia")))
+    build_model(start.model_copy(update={"reset_head": True}), Data(findings=("Mass", "Hernia")))
+    stated = start.model_copy(update={"weights_findings": ("Nodule", "Mass")})
+    with pytest.raises(UserError, match=r"model\.weights_findings=.*itself says .*; remove the field"):
+        build_model(stated, TWO)
 
 
 class PublicCheXNet(torch.nn.Module):
@@ -204,7 +217,8 @@ def test_public_chexnets_give_their_own_outputs(layout: str, public: PublicCheXN
     }
     # Files of 2017 are no zip archives.
     torch.save(contents[layout], tmp_path / "model.pth.tar", _use_new_zipfile_serialization=layout == "today")
-    ours = build_model(Model(weights=str(tmp_path / "model.pth.tar")), Data()).eval()
+    stated = config.parse(Model, {"weights": str(tmp_path / "model.pth.tar"), "weights_findings": "chexnet14"}, "test")
+    ours = build_model(stated, Data()).eval()
     gray = torch.randn(3, 1, 96, 96)
     with torch.no_grad():
         torch.testing.assert_close(ours(gray).sigmoid(), public(gray.expand(-1, 3, -1, -1)), rtol=0, atol=1e-5)
@@ -221,28 +235,27 @@ def test_a_public_chexnet_that_is_not_whole_is_refused(change: str, public: Publ
     torch.save({"state_dict": state}, tmp_path / "model.pth.tar")
     listed = "denseblock3.denselayer7.conv2.weight" if change == "missing" else "denseblock9.weight"
     with pytest.raises(UserError, match=f"1 {change}: features.{listed}"):
-        build_model(Model(weights=str(tmp_path / "model.pth.tar")), Data())
+        build_model(Model(weights=str(tmp_path / "model.pth.tar"), weights_findings=NIH14), Data())
 
 
-def test_a_last_layer_that_says_nothing_of_its_findings_is_said_and_not_assumed(
+def test_the_findings_of_a_last_layer_that_does_not_say_them_are_never_assumed(
     public: PublicCheXNet, tmp_path: Path
 ) -> None:
     """CheXpert's 14 findings have the layout of ChestX-ray14's: a file of one would pass for the other."""
     torch.save({"state_dict": as_published(public)}, tmp_path / "model.pth.tar")
     start = Model(weights=str(tmp_path / "model.pth.tar"))
-    for findings in (NIH14, NIH14[::-1]):
-        (line,) = initial_weights(start, Data(findings=findings))
-        assert "does not say what its last layer was trained for: its 14 outputs are taken for" in line
-        assert f"{', '.join(findings)}, in this order; where that is not so, set model.reset_head=true" in line
-        assert "\n" not in line
-    new_head = start.model_copy(update={"reset_head": True})
-    assert initial_weights(new_head, ONE) == ()
+    for findings in (NIH14, NIH14[::-1], ("Pneumonia",)):
+        with pytest.raises(UserError, match="does not say what findings its last layer was trained for") as caught:
+            initial_weights(start, Data(findings=findings))
+        for remedy in ("model.reset_head=true", "model.weights_findings=[", "model.weights_findings=chexnet14"):
+            assert remedy in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert initial_weights(start.model_copy(update={"reset_head": True}), ONE) == ()
+    stated = start.model_copy(update={"weights_findings": NIH14})
+    assert initial_weights(stated, Data()) == ()
+    assert "of its 14 outputs those of Pneumonia are used" in initial_weights(stated, ONE)[0]
     with pytest.raises(UserError, match=r"2 of other shape: classifier\.bias"):
-        build_model(start, TWO)
-    # A run's checkpoint says it.
-    state = {"model": build_model(SMALL, TWO).state_dict(), "recipe": {"data": {"findings": ["Mass", "Nodule"]}}}
-    torch.save(state, tmp_path / "best.pt")
-    assert initial_weights(using(SMALL, tmp_path / "best.pt"), TWO) == ()
+        build_model(start.model_copy(update={"weights_findings": TWO.findings}), TWO)
 
 
 UNET18 = Model(arch="Unet", encoder="resnet18", weights="none")
@@ -348,7 +361,7 @@ def test_three_channels_become_one(arch: str, tmp_path: Path) -> None:
         three = timm.create_model(arch, in_chans=3, num_classes=2, **model_config.options)
     torch.save({"model": three.state_dict()}, tmp_path / "three.pt")
     gray = torch.randn(2, 1, 64, 64)
-    agree(build_model(using(model_config, tmp_path / "three.pt"), data), three, gray)
+    agree(build_model(using(model_config, tmp_path / "three.pt", data), data), three, gray)
 
 
 def test_imagenet_weights_are_adapted_by_timm_and_smp_likewise(tmp_path: Path) -> None:
