@@ -275,7 +275,7 @@ def load_model(run: str | Path, device: torch.device) -> TrainedModel:
         raise UserError(f"{path} has no recipe; give a run's best.pt")
     recipe = config.parse(Recipe, state["recipe"], where=path)
     try:
-        pixels = Pack.model_validate({name: state["pixels"][name] for name in PIXELS if name in state["pixels"]})
+        pixels = Pack.model_validate({name: state["pixels"][name] for name in PIXELS})
     except (LookupError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} does not say how its training images were stored ({one_line(error, limit=120)})"

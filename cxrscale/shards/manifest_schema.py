@@ -52,7 +52,7 @@ class _Tar(_Lenient):
 
 class _Packed(_Lenient):
     codec: Literal["jpeg", "png", "source"]
-    size: Annotated[int, Field(ge=1, le=MAX_SIDE)] = 1
+    size: Annotated[int, Field(ge=1, le=MAX_SIDE)]
     quality: Annotated[int, Field(ge=1, le=100)] = 95
     masks: bool = False
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cxrscale.config import LOWER_IS_BETTER, Recipe
+from cxrscale.config import LOWER_IS_BETTER, Pack, Recipe
 from cxrscale.io import storage
 from cxrscale.loader import evaluation_batches, sampler, training_batches, training_epoch_length, usable_rows
 from cxrscale.models import ClassWeights, build_model, forward, losses, train_mode
@@ -346,7 +346,7 @@ def update_progress(progress: Progress, metrics: dict[str, float], recipe: Recip
 def pixel_format(data: Manifest) -> dict[str, int | str]:
     """How the training images were stored: prediction brings new files to the same size and codec."""
     pack = data.metadata[0]["pack"]
-    return {name: pack[name] for name in ("codec", "size", "quality")}
+    return {"codec": pack["codec"], "size": pack["size"], "quality": pack.get("quality", Pack().quality)}
 
 
 def _check_same_start(step: int, run: str, worker: Worker) -> None:
