@@ -46,7 +46,8 @@ def test_a_validation_that_will_be_repeated_is_dropped_too(tmp_path: Path) -> No
 
 
 def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
-    (tmp_path / "train_log.jsonl").write_text(json.dumps({"kind": "train", "step": 1, "time": 2.5}) + "\n" + '{"kind": "tra')
+    whole = json.dumps({"kind": "train", "step": 1, "time": 2.5})
+    (tmp_path / "train_log.jsonl").write_text(whole + '\n{"kind": "tra')
     assert [line["step"] for line in tracking.read_log(str(tmp_path))] == [1]
 
 
