@@ -136,6 +136,19 @@ class RunInfo(Usage, Environment, RunInputs, Artifact):
     """Of each epoch done."""
     sessions: tuple[Session, ...] = ()
 
+    @property
+    def ending(self) -> str:
+        """How the run stands, in words: what every command and page says of it."""
+        if self.finished:
+            return "finished"
+        if not self.sessions:
+            return "not begun"
+        if self.sessions[-1].ended is None:
+            return "running, or killed"
+        if self.error is not None:
+            return "diverged" if self.diverged else "failed"
+        return "stopped"
+
 
 def read_run_info(run: str) -> RunInfo:
     """A run's run.json, with the outcome that lies beside it where the driver was lost before it could move it there.
