@@ -39,6 +39,12 @@ class NonFiniteError(UserError):
     exit_code = 4
 
 
+class WaitLimitError(UserError):
+    """Something that a command waited for did not come within its limit: room on a cluster, workers."""
+
+    exit_code = 6
+
+
 class AccessError(UserError):
     """A file could not be reached: a permission, the network, an expired login. It says nothing about its content, so
     no image may be left out for it: the command stops, and continues when it is run again."""

@@ -21,6 +21,7 @@ DOORS = {
         "training/distributed",
         "training/process_group",
         "training/launch",
+        "training/waiting",
         "tuning/sweep",
         "tuning/tuner",
         "tuning/trial",

@@ -168,8 +168,8 @@ def measure_transfer(source: Node, target: Node, size: int = 64 * 2**20) -> floa
 
 
 @dataclass(frozen=True, slots=True)
-class Orphan:
-    """A placement group that waits for or holds resources of a job that has ended."""
+class PlacementGroup:
+    """What a job waits for or holds."""
 
     id: str
     """Hexadecimal."""
@@ -179,36 +179,61 @@ class Orphan:
     """Its resources, e.g. `2 x CPU 4`."""
     job: str
     """The job that created it, hexadecimal."""
+    detached: bool
+    """Whether it outlives its job on purpose."""
 
 
-def find_orphans() -> list[Orphan]:
+def find_orphans() -> list[PlacementGroup]:
     """The placement groups that no running job owns. A killed Tune driver leaves them; the next search waits forever.
 
     A detached group that has its resources outlives its job on purpose and is not an orphan.
     """
-    from ray._private.state import state  # Ray's public table lacks the owner of a group
-    from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
+    from ray._private.state import state
 
     jobs = state.job_table()  # type: ignore[no-untyped-call]
     ended = {job["JobID"] for job in jobs if job["IsDead"]}
+    return [
+        group
+        for group in _placement_groups()
+        if group.job in ended and not (group.detached and group.state == "CREATED")
+    ]
+
+
+def waits_for() -> str | None:
+    """What this job has asked for and no node has room for, e.g. `2 x CPU 4`; None where there is nothing."""
+    own = ray.get_runtime_context().get_job_id()
+    pending = [group.bundles for group in _placement_groups() if group.job == own and group.state != "CREATED"]
+    return ", ".join(pending) or None
+
+
+def _placement_groups() -> list[PlacementGroup]:
+    from ray._private.state import state  # Ray's public table lacks the owner of a group
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
+
     states = PlacementGroupTableData.PlacementGroupState
     result = []
     for row in state._connect_and_get_accessor().get_placement_group_table():
         group = PlacementGroupTableData.FromString(row)
-        current, job = states.Name(group.state), group.creator_job_id.hex()
-        if job not in ended or current == "REMOVED" or (group.is_detached and current == "CREATED"):
-            continue
         bundles = [" ".join(f"{kind} {n:g}" for kind, n in item.unit_resources.items()) for item in group.bundles]
-        text = ", ".join(f"{bundles.count(bundle)} x {bundle}" for bundle in dict.fromkeys(bundles))
-        result.append(Orphan(group.placement_group_id.hex(), group.name, current, text, job))
+        found = PlacementGroup(
+            id=group.placement_group_id.hex(),
+            name=group.name,
+            state=states.Name(group.state),
+            bundles=", ".join(f"{bundles.count(bundle)} x {bundle}" for bundle in dict.fromkeys(bundles)),
+            job=group.creator_job_id.hex(),
+            detached=group.is_detached,
+        )
+        if found.state != "REMOVED":
+            result.append(found)
     return result
 
 
-def remove_orphan(orphan: Orphan) -> None:
+def remove_orphan(orphan: PlacementGroup) -> None:
     """Remove the placement group and release its resources."""
-    from ray.util.placement_group import PlacementGroup, remove_placement_group
+    from ray.util import placement_group
 
-    remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(orphan.id))))
+    handle = placement_group.PlacementGroup(ray.PlacementGroupID(bytes.fromhex(orphan.id)))
+    placement_group.remove_placement_group(handle)
 
 
 def version_differences(driver: dict[str, str], by_node: dict[str, dict[str, str]]) -> list[str]:

@@ -24,6 +24,12 @@ class Scaling(Section):
     """One GPU per worker; null: if the cluster (or this machine) has any."""
     cpus_per_worker: float = Field(1, gt=0)
     """CPUs that Ray reserves per worker."""
+    start_seconds: float = Field(1800, gt=0)
+    """How long the run waits while no worker trains, at the start and after a loss, before it ends with its last
+    checkpoint: for room on the cluster, which an autoscaler may need minutes to make, and for processes to start."""
+    hang_seconds: float = Field(600, ge=1)
+    """How long workers wait for each other within a step before all of them restart from the last checkpoint: one of
+    them hangs. More than compiling the model or writing a checkpoint takes."""
     max_failures: int = Field(3, ge=-1)
     """How often a run restarts from its last checkpoint after losing a worker; -1: without limit."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from types import FrameType
@@ -20,6 +21,7 @@ import torch.distributed
 from torch import nn
 
 from cxrscale.io import storage
+from cxrscale.training import waiting
 from cxrscale.types import DistContext
 
 LOG = logging.getLogger("cxrscale")
@@ -76,7 +78,7 @@ class RayWorker:
     LOOK_SECONDS = 0.5
     """How often a thread looks for requests: never the training itself, which would wait for an object store."""
 
-    def __init__(self, stop_file: str) -> None:
+    def __init__(self, run: str, stop_file: str) -> None:
         """`stop_file` is the address of the file whose existence asks the run to stop."""
         import ray.train
         import ray.train.torch
@@ -89,7 +91,7 @@ class RayWorker:
         self._preemption: Any = get_train_context().preemption_context
         self._saved, self._stop = False, threading.Event()
         if self.dist.rank == 0:
-            threading.Thread(target=self._look_for, args=(stop_file,), daemon=True, name="requests").start()
+            threading.Thread(target=self._look_for, args=(run, stop_file), daemon=True, name="requests").start()
 
     def report(self, metrics: Mapping[str, float]) -> None:
         """Hand the metrics to Ray; checkpoints are our own files."""
@@ -106,9 +108,11 @@ class RayWorker:
         self._saved = True
         return True
 
-    def _look_for(self, stop_file: str) -> None:
+    def _look_for(self, run: str, stop_file: str) -> None:
         while not self._stop.wait(self.LOOK_SECONDS):
-            # A store that is away for a moment is asked again.
+            # A control service or a store that is away for a moment is asked again.
+            with suppress(Exception):
+                waiting.sign_of_life(run, time.time())
             with suppress(Exception):
                 if storage.exists(stop_file):
                     self._stop.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import time
@@ -19,7 +20,7 @@ from cxrscale.io import lease, scratch, storage, write_artifact
 from cxrscale.loader import evaluation_batches, training_batches
 from cxrscale.models import initial_weights
 from cxrscale.shards import Manifest, leakage, manifest, refuse_leaks
-from cxrscale.training import checkpoint, resume, run_info
+from cxrscale.training import checkpoint, resume, run_info, waiting
 from cxrscale.training import preflight as preflight_checks
 from cxrscale.training.distributed import LocalWorker, RayWorker, Worker, handle_stop_signals
 from cxrscale.training.loop import train
@@ -177,6 +178,7 @@ def fit(
 
     Raises:
         NonFiniteError: training has diverged.
+        WaitLimitError: for longer than scaling.start_seconds no worker trained.
         UserError: training failed; the message is the reason.
     """
     import ray.train
@@ -185,11 +187,13 @@ def fit(
     from cxrscale.training.process_group import GroupConfig
 
     fewest, most = recipe.scaling.workers
+    # How long Ray waits for a worker's answer before it restarts all of them; it reads it where this process runs.
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(recipe.scaling.hang_seconds)
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     trainer = TorchTrainer(
         _ray_loop,
         train_loop_config={"recipe": recipe.model_dump(mode="json"), "run": run, "owner": owner},
-        torch_config=GroupConfig(),
+        torch_config=GroupConfig(timeout_s=math.ceil(recipe.scaling.hang_seconds)),
         scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]
             num_workers=fewest if fewest == most else (fewest, most),  # type: ignore[arg-type]
             elastic_resize_monitor_interval_s=recipe.scaling.elastic_check_seconds,
@@ -206,10 +210,14 @@ def fit(
             worker_runtime_env={} if use_gpu else {"env_vars": MALLOC_ENV},
         ),
     )
+    over = waiting.Watch(run, recipe.scaling.start_seconds)
     # Ray's own handler of Ctrl-C ends the workers where they are; ours asks them for a checkpoint.
-    setattr(trainer, "_register_sigint_handler", lambda _controller: None)  # noqa: B010 - not in its declared type
+    setattr(trainer, "_register_sigint_handler", over.hold)  # noqa: B010 - not in its declared type
     try:
-        with handle_stop_signals(lambda: storage.write(storage.join(run, STOP_FILE), "")) as received:
+        with (
+            handle_stop_signals(lambda: storage.write(storage.join(run, STOP_FILE), "")) as received,
+            over.watching(),
+        ):
             trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise _worker_error(run) or UserError(_reason(error)) from error
@@ -236,7 +244,7 @@ def _ray_loop(settings: dict[str, Any]) -> None:
         return
     try:
         with lease.share(run, settings["owner"]):
-            train_here(recipe, run, RayWorker(storage.join(run, STOP_FILE)))
+            train_here(recipe, run, RayWorker(run, storage.join(run, STOP_FILE)))
     except AccessError:
         raise  # a worker whose bucket is away for a while is to fail and be started again
     except UserError as error:

@@ -107,7 +107,7 @@ def on_ray(recipe: Recipe, folder: Path, workers: int, rounds: int, gpu: bool) -
 
 def _loop(settings: dict[str, Any]) -> None:
     recipe = config.parse(Recipe, settings["recipe"], where="the benchmark's recipe")
-    worker = RayWorker(f"{settings['out']}.stop")
+    worker = RayWorker(settings["out"], f"{settings['out']}.stop")
     figures = probe(recipe, worker, settings["rounds"])
     if worker.dist.rank == 0:
         Path(settings["out"]).write_text(json.dumps(figures))

@@ -9,8 +9,8 @@ from cxrscale.cli.progress import watch_run
 from cxrscale.config import Pack
 from cxrscale.shards import build
 from cxrscale.sources.synthetic.archive import SyntheticPaths
-from cxrscale.training import launch, run_info
-from cxrscale.types import NonFiniteError, UserError
+from cxrscale.training import launch, run_info, waiting
+from cxrscale.types import NonFiniteError, UserError, WaitLimitError
 from tests.conftest import TWO_WORKERS, tiny
 
 
@@ -51,6 +51,31 @@ def test_a_mistake_that_only_workers_find_is_a_one_line_error_too(nih_shards: st
         launch.launch(recipe, "tiny", watch_run)
     info = run_info.read_run_info(str(tmp_path / "tiny"))
     assert (info.finished, info.diverged, len(info.sessions)) == (False, True, 1)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_run_without_room_says_what_it_waits_for_and_ends_at_its_limit(
+    nih_shards: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    monkeypatch.setattr(waiting, "SAY_SECONDS", 2.0)
+    cpus = int(ray.cluster_resources()["CPU"])  # type: ignore[no-untyped-call]
+    taken = placement_group([{"CPU": 1}] * cpus)
+    ray.get(taken.ready(), timeout=60)
+    try:
+        with pytest.raises(
+            WaitLimitError, match=r"^scaling\.start_seconds=8: no worker of .*tiny has trained for 8 s"
+        ) as caught:
+            launch.launch(tiny(nih_shards, tmp_path, "scaling.start_seconds=8"), "tiny", watch_run)
+    finally:
+        remove_placement_group(taken)
+    assert caught.value.exit_code == 6
+    assert "waiting for room for 1 x CPU 1 (free: CPU 0 of " in str(caught.value)
+    assert "waiting 2 s for" in caplog.text
+    info = run_info.read_run_info(str(tmp_path / "tiny"))
+    assert (info.ending, info.error) == ("failed", str(caught.value))
 
 
 def test_datasets_that_share_images_across_splits_are_refused(

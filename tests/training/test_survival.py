@@ -84,6 +84,31 @@ def test_a_killed_worker_costs_only_the_steps_since_the_last_checkpoint(
 
 
 @pytest.mark.slow
+def test_a_worker_that_hangs_costs_only_the_steps_since_the_last_checkpoint(
+    two_worker_run: str, nih_shards: str, tmp_path: Path
+) -> None:
+    """It is stopped, not killed: no connection closes, and the other one waits for it in a collective."""
+    recipe = tiny(nih_shards, tmp_path, *TWO_WORKERS, "scaling.hang_seconds=10")
+    stopped: list[int] = []
+
+    def stop() -> None:
+        stopped.append(worker_pids()[-1])
+        os.kill(stopped[0], signal.SIGSTOP)
+
+    thread = when_logged(str(tmp_path / "tiny"), 40, stop)
+    began = time.monotonic()
+    run = launch.launch(recipe, "tiny", lambda *_: nullcontext())
+    thread.join()
+    assert stopped
+    assert time.monotonic() - began < 150
+    assert_equal(run, two_worker_run)
+    assert run_info.read_run_info(run).finished
+    # Nothing of it is left to write, should it ever go on.
+    with pytest.raises(ProcessLookupError):
+        os.kill(stopped[0], 0)
+
+
+@pytest.mark.slow
 def test_the_same_command_resumes_after_the_driver_is_killed(
     ray_cluster: Any, two_worker_run: str, nih_shards: str, tmp_path: Path
 ) -> None:
