@@ -230,10 +230,10 @@ def _placement_groups() -> list[PlacementGroup]:
 
 def remove_orphan(orphan: PlacementGroup) -> None:
     """Remove the placement group and release its resources."""
-    from ray.util import placement_group
+    from ray.util.placement_group import PlacementGroup as Handle
+    from ray.util.placement_group import remove_placement_group
 
-    handle = placement_group.PlacementGroup(ray.PlacementGroupID(bytes.fromhex(orphan.id)))
-    placement_group.remove_placement_group(handle)
+    remove_placement_group(Handle(ray.PlacementGroupID(bytes.fromhex(orphan.id))))
 
 
 def version_differences(driver: dict[str, str], by_node: dict[str, dict[str, str]]) -> list[str]:
