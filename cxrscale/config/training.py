@@ -30,7 +30,7 @@ class Model(Section):
     """segment only: the encoder, by segmentation_models_pytorch's name."""
     weights: str = "imagenet"
     """Initial weights: imagenet, none, or a file: a run's best.pt or a public CheXNet checkpoint."""
-    weights_findings: Annotated[tuple[str, ...] | None, NOT_LEARNED] = None
+    weights_findings: tuple[str, ...] | None = None
     """What the outputs of the last layer in the file of `weights` mean, in their order, for a file that does not say it
     itself; chexnet14: the 14 findings of ChestX-ray14 in CheXNet's order. A run's best.pt says it."""
     encoder_weights: str | None = None

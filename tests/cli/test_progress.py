@@ -58,8 +58,9 @@ def test_a_bar_is_closed_after_an_error() -> None:
 
 def test_a_run_is_followed_by_its_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [
-        {"kind": "train", "step": 4, "steps": 4, "epoch": 0, "loss": 0.5, "images_per_second": 31.0, "data_wait": 0.02},
-        {"kind": "val", "step": 4, "epoch": 1, "loss": 0.4, "auroc": 0.75, "findings": 3.0},
+        {"kind": "train", "step": 4, "time": 1.0, "steps": 4, "epoch": 0, "loss": 0.5, "images_per_second": 31.0}
+        | {"data_wait": 0.02},
+        {"kind": "val", "step": 4, "time": 2.0, "epoch": 1, "loss": 0.4, "auroc": 0.75, "findings": 3.0},
     ]
     with progress.watch_run(str(tmp_path)):
         (tmp_path / "train_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -56,7 +56,7 @@ def test_a_fused_optimizer_resumed_from_a_file_continues_bit_for_bit(name: Name)
     assert whole.optimizer.defaults["fused"]
     for number in range(3):
         step(whole, number)
-    content = checkpoint.dump(whole.state_dict())
+    content = checkpoint.dump({**whole.state_dict(), "manifest": "its digest"})
     again = new_state(settings)
     again.load_state_dict(checkpoint.read(content, "test"))
     for number in range(3, 6):
