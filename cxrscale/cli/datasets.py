@@ -98,7 +98,7 @@ def verify_command(root: Annotated[str, typer.Argument(help="A dataset.")]) -> N
     with progress.bar(f"verifying {root}", None, "images") as bar:
         faults = verify.verify(root, lambda count: bar.update(bar.done + count))
     for line in faults:
-        print(line)
+        print(terminal.printable(line))
     if faults:
         raise UserError(f"{root}: {len(faults)} faults; remove the damaged tars and the manifest, then shard again")
     print(root)
@@ -126,9 +126,9 @@ def audit(
     for line in result.notes:
         print(terminal.printable(f"note: {line}"))
     for line in leaks.not_checked:
-        print(f"not checked: {line}")
+        print(terminal.printable(f"not checked: {line}"))
     for line in leaks.verdict:
-        print(line)
+        print(terminal.printable(line))
     page = audit_page.write(result, out)
     print(page if storage.is_remote(page) else Path(page).resolve())
 
@@ -144,5 +144,5 @@ def preview(
 
     resolved = config.load_recipe(recipe, overrides or [])
     for line in batch_preview.write(resolved, Path(recipe).stem, out):
-        print(line)
+        print(terminal.printable(line))
     print(out if storage.is_remote(out) else Path(out).resolve())

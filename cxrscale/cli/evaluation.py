@@ -11,7 +11,7 @@ import typer
 
 from cxrscale.cli import progress
 from cxrscale.cli.group import Overrides, Resamples, RunFolder, app
-from cxrscale.io import storage
+from cxrscale.io import storage, terminal
 from cxrscale.types import UserError
 
 # Each command imports what it runs: torch, Ray and DALI take seconds that `--help` and a typing mistake need not.
@@ -89,7 +89,7 @@ def compare_command(
     tables.print_comparison(comparison)
     for side, findings in ((comparison.a, comparison.only_in_a), (comparison.b, comparison.only_in_b)):
         if findings:
-            print(f"only in {side.name}, not compared: {', '.join(findings)}")
+            print(terminal.printable(f"only in {side.name}, not compared: {', '.join(findings)}"))
     write_artifact(out, comparison)
     print(storage.absolute(out))
 
@@ -136,14 +136,14 @@ def predict_command(
         logging.getLogger("cxrscale").warning("%s: %s", run, note)
     results = predictor.predict(files or [])
     for prediction in results:
-        print(prediction.path)
+        print(terminal.printable(prediction.path))
         for name, value in prediction.probabilities.items():
             call = "" if name not in prediction.calls else "  present" if prediction.calls[name] else "  absent"
-            print(f"  {name:<20} {value:.4f}{call}")
+            print(f"  {terminal.printable(name):<20} {value:.4f}{call}")
         if prediction.error:
-            print(f"  not read: {prediction.error}")
+            print(terminal.printable(f"  not read: {prediction.error}"))
         for warning in prediction.warnings:
-            print(f"  warning: {warning}")
+            print(terminal.printable(f"  warning: {warning}"))
     listed = [{key: value for key, value in asdict(prediction).items() if value} for prediction in results]
     content = {"predictions": listed, **predictor.provenance.model_dump(mode="json")}
     storage.write(out, json.dumps(content, indent=2) + "\n")

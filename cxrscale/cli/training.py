@@ -11,7 +11,7 @@ import typer
 from cxrscale import config
 from cxrscale.cli import progress
 from cxrscale.cli.group import Local, Overrides, RecipePath, app
-from cxrscale.io import storage
+from cxrscale.io import storage, terminal
 
 # Each command imports what it runs: torch, Ray and DALI take seconds that `--help` and a typing mistake need not.
 
@@ -39,9 +39,9 @@ def overfit_command(
 
         result = overfit.overfit(resolved, Path(recipe).stem, images, epochs, on_step)
     storage.write(result.plot, png(plots.learning_curve(result.curve)))
-    print(result.report.verdict)
+    print(terminal.printable(result.report.verdict))
     if result.report.diagnosis:
-        print(result.report.diagnosis)
+        print(terminal.printable(result.report.diagnosis))
     print(storage.absolute(result.address))
     if not result.report.passed:
         raise typer.Exit(1)
@@ -78,6 +78,6 @@ def tune_command(
         print(f"stopped; resume with: cxrscale tune {recipe} --resume {name}", file=sys.stderr)
         raise typer.Exit(130)
     tables.print_trials(results.read_results(search.run), resolved, list(resolved.tune.space), search.run)
-    print(search.verdict)
+    print(terminal.printable(search.verdict))
     print(storage.join(search.run, "tune.html"))
     print(search.run)

@@ -6,14 +6,23 @@ import re
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
-_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-"""Control codes, with which a file's name could rewrite the screen, and marks that reverse the text after them."""
+_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+"""Control codes, with which a file's name could rewrite the screen, line breaks, and marks that turn the direction of
+the text after them."""
+
+
+class _Console(Console):
+    """Shows texts and cells of tables as they are, without what would steer the terminal."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str("\n".join(map(printable, text.split("\n"))), **options)
 
 
 def console(*, stderr: bool = False, width: int | None = None) -> Console:
     """A console that prints `[x]` and `:x:` in a name as they are."""
-    return Console(stderr=stderr, width=width, markup=False, emoji=False)
+    return _Console(stderr=stderr, width=width, markup=False, emoji=False)
 
 
 def printable(text: Any) -> str:

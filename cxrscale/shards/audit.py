@@ -176,7 +176,7 @@ def _dataset_info(joined: JoinedDatasets, index: int) -> DatasetInfo:
         patients=len(set(joined.data.patient[rows_N].tolist())),
         quarantined=len(metadata["quarantined"]),
         tars=len(metadata["shards"]),
-        bytes=sum(int(tar["bytes"]) for tar in metadata["shards"].values()),
+        bytes=sum(int(tar.get("bytes") or 0) for tar in metadata["shards"].values()),
         pixel_mean=metadata["pixel_mean"],
         pixel_std=metadata["pixel_std"],
         version=metadata["version"],

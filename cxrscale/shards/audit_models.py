@@ -104,8 +104,8 @@ class DatasetInfo(ArtifactPart):
     tars: int
     bytes: int
     """Size of all tars."""
-    pixel_mean: float
-    pixel_std: float
+    pixel_mean: Number
+    pixel_std: Number
     version: str
     """Of cxrscale."""
     input: str

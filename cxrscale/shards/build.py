@@ -10,13 +10,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cxrscale import sources
 from cxrscale.cluster import run_tasks
 from cxrscale.config import PRESENT, Pack
-from cxrscale.io import load_image, storage
+from cxrscale.io import load_image
 from cxrscale.shards import duplicates, ids, manifest, splits
 from cxrscale.shards.encode import read_image_file
 from cxrscale.shards.ids import Key
@@ -213,7 +211,7 @@ def inherit_patients(
     Raises:
         UserError: the other dataset has none of these images.
     """
-    other = pq.read_table(pa.BufferReader(storage.read(storage.join(patients_from_dataset, manifest.FINGERPRINTS))))
+    other = manifest.fingerprints(patients_from_dataset, ("patient", "split", "dhash", "thumbnail"))
     prints = fingerprints(records, settings, local=local)
     readable = list(prints)
     if not readable:

@@ -8,8 +8,6 @@ from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cxrscale import sources
 from cxrscale.io import storage
@@ -17,7 +15,6 @@ from cxrscale.shards import duplicates, ids, manifest
 from cxrscale.shards.audit_models import DuplicatePair, Duplicates, Leaks, SharedPatient
 from cxrscale.shards.build import UNLABELED
 from cxrscale.shards.manifest import Manifest
-from cxrscale.types import UserError
 
 
 @dataclass(frozen=True)
@@ -120,28 +117,18 @@ def _duplicate_pairs(joined: JoinedDatasets) -> tuple[npt.NDArray[np.int64], dic
     row_of = {image_id: row for row, image_id in enumerate(joined.data.image_id.tolist())}
     prints: dict[int, tuple[bytes, bytes]] = {}
     for root in joined.roots:
-        address = storage.join(root, manifest.FINGERPRINTS)
-        if storage.exists(address):
-            table = _read_fingerprints(address)
+        if storage.exists(storage.join(root, manifest.FINGERPRINTS)):
+            table = manifest.fingerprints(root, ("image_id", "dhash", "thumbnail"))
             columns = (table[name].to_pylist() for name in table.column_names)
             prints |= {
                 row_of[name]: (dhash, thumb) for name, dhash, thumb in zip(*columns, strict=True) if name in row_of
             }
     rows = np.array(sorted(prints), dtype=np.int64)
-    hashes = np.frombuffer(b"".join(prints[row][0] for row in rows.tolist()), dtype=np.uint8).reshape(len(rows), -1)
-    thumbs = np.frombuffer(b"".join(prints[row][1] for row in rows.tolist()), dtype=np.uint8).reshape(len(rows), -1)
+    hashes = np.frombuffer(b"".join(prints[row][0] for row in rows.tolist()), dtype=np.uint8).reshape(-1, 32)
+    thumbs = np.frombuffer(b"".join(prints[row][1] for row in rows.tolist()), dtype=np.uint8).reshape(-1, 1024)
     counts = np.bincount(np.delete(joined.index_N, rows), minlength=len(joined.roots))
     missing = {root: int(count) for root, count in zip(joined.roots, counts, strict=True) if count}
     return (rows[duplicates.find_within(hashes, thumbs)] if len(rows) else np.empty((0, 2), dtype=np.int64)), missing
-
-
-def _read_fingerprints(address: str) -> pa.Table:
-    try:
-        return pq.read_table(pa.BufferReader(storage.read(address)), columns=["image_id", "dhash", "thumbnail"])
-    except pa.ArrowInvalid as error:
-        raise UserError(
-            f"{address} cannot be read ({error}); remove it and {manifest.NAME} beside it, then `cxrscale shard` again"
-        ) from None
 
 
 def _shared_patients(

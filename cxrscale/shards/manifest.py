@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -25,6 +26,13 @@ LOG = logging.getLogger("cxrscale")
 FORMAT = 1
 NAME = "manifest.parquet"
 FINGERPRINTS = "fingerprints.parquet"
+FINGERPRINT_FIELDS = {
+    "image_id": pa.string(),
+    "patient": pa.string(),
+    "split": pa.string(),
+    "dhash": pa.binary(32),
+    "thumbnail": pa.binary(1024),
+}
 LABEL = "label."
 """Prefix of the label columns: `label.Effusion` is int8, 1 present, 0 absent, null unlabeled."""
 
@@ -207,6 +215,20 @@ def load(*roots: str) -> Manifest:
     return manifest
 
 
+def fingerprints(root: str, columns: Sequence[str]) -> pa.Table:
+    """Columns of a dataset's fingerprints.
+
+    Raises:
+        UserError: there are none, or they are damaged.
+    """
+    address = storage.join(root, FINGERPRINTS)
+    remedy = f"remove it and {NAME} beside it, then `cxrscale shard` again"
+    table = parquet.read_table(storage.read(address), address, remedy, columns)
+    parquet.check_columns(table, {name: FINGERPRINT_FIELDS[name] for name in columns}, address, remedy)
+    parquet.check_no_nulls(table, columns, address, remedy)
+    return table
+
+
 def write(address: str, rows: pa.Table, metadata: Mapping[str, Any]) -> None:
     """Publish a manifest; the same rows and metadata give the same bytes."""
     table = rows.replace_schema_metadata({b"cxrscale": json.dumps(metadata, sort_keys=True).encode()})
@@ -233,7 +255,16 @@ def _parse(data: bytes, root: str) -> tuple[pa.Table, dict[str, Any]]:
     table = table.select([name for name in table.column_names if name in names or name.startswith(LABEL)])
     manifest_schema.check_table(table, FIELDS, ("mask_rle",), metadata, address)
     first = table["source"][0].as_py()
-    return table, {"source": first, "input": "", "quarantined": [], **metadata}
+    # What a dataset of another program may lack, and what is then not known.
+    unknown = {
+        "version": "",
+        "input": "",
+        "quarantined": [],
+        "shards": {},
+        "pixel_mean": math.nan,
+        "pixel_std": math.nan,
+    }
+    return table, {"source": first, **unknown, **metadata}
 
 
 @lru_cache(maxsize=256)

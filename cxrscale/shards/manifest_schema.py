@@ -46,8 +46,8 @@ class _Lenient(BaseModel):
 
 
 class _Tar(_Lenient):
-    blake3: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
-    bytes: Annotated[int, Field(ge=0)] | None = None
+    blake3: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    bytes: Annotated[int, Field(ge=0)]
 
 
 class _Packed(_Lenient):

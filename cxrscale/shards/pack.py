@@ -185,8 +185,11 @@ def _finished_part(address: str, digest: str, tar: str) -> dict[str, int] | None
     """The counts of a shard that an earlier run finished; None if it is missing, different or damaged."""
     if not storage.exists(address) or not storage.exists(tar):
         return None
-    schema = pq.read_schema(pa.BufferReader(storage.read(address)))
-    metadata = json.loads(schema.metadata[b"part"])
+    try:
+        schema = pq.read_schema(pa.BufferReader(storage.read(address)))
+        metadata = json.loads(schema.metadata[b"part"])
+    except (pa.ArrowException, OSError, ValueError, LookupError, TypeError):
+        return None  # damaged
     if not set(_part_schema(()).names) <= set(schema.names):
         return None  # written by an earlier version
     if metadata["input"] != digest or storage.digest(storage.read(tar)) != metadata["tar"]["blake3"]:

@@ -151,6 +151,8 @@ def read(content: bytes, name: str) -> dict[str, Any]:
     for key, kind in (("model", dict), ("manifest", str)):
         if not isinstance(state.get(key), kind):
             raise UserError(f"{name} is not a checkpoint (its field {key} is missing or no {kind.__name__})")
+    if not all(isinstance(value, torch.Tensor) for value in state["model"].values()):
+        raise UserError(f"{name} is not a checkpoint (a weight in it is no tensor)")
     return state
 
 
