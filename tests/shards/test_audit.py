@@ -253,7 +253,7 @@ def test_datasets_of_version_0_1_are_still_read(siim_shards: str, strangers: str
 def test_damaged_fingerprints_are_one_line(nih_shards: str, tmp_path: Path) -> None:
     root = rewritten(nih_shards, tmp_path / "nih", same)
     (Path(root) / manifest.FINGERPRINTS).write_bytes(b"PAR1 and no more")
-    with pytest.raises(UserError, match=r"fingerprints\.parquet cannot be read"):
+    with pytest.raises(UserError, match=r"fingerprints\.parquet is not a Parquet file"):
         audit.audit(root)
 
 
