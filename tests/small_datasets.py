@@ -6,7 +6,7 @@ import io
 import json
 import tarfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pytest
 import webdataset
 
-from cxrscale.shards import manifest
+from cxrscale.shards import contents, manifest
 from cxrscale.shards.manifest import Manifest
 
 FINDINGS = ("Effusion", "Mass")
@@ -76,6 +76,13 @@ def write_shards(
     table = pa.Table.from_pylist(rows, schema=manifest.schema(FINDINGS))
     manifest.write(str(root / manifest.NAME), table, about)
     return manifest.load(str(root))
+
+
+def rewrite_manifest(root: Path | str, rows: pa.Table, metadata: Mapping[str, Any]) -> None:
+    """Give a dataset another manifest, and a dataset.json that knows it."""
+    manifest.write(str(Path(root, manifest.NAME)), rows, metadata)
+    files = [path for path in Path(root).iterdir() if path.name != contents.NAME and not path.name.startswith(".")]
+    contents.write(str(root), {path.name: contents.FileDigest.of(path.read_bytes()) for path in files})
 
 
 def _row(index: int, shard: str, size: int) -> dict[str, Any]:

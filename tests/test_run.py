@@ -30,6 +30,7 @@ from cxrscale.training import checkpoint, scoring
 from cxrscale.training.distributed import LocalWorker
 from cxrscale.types import UserError
 from tests.conftest import tiny
+from tests.small_datasets import rewrite_manifest
 from tests.tiny import TINY_CLASSIFIER, TINY_SEGMENTER
 
 PATHS = {"run", "checkpoint", "manifest", "recipe"}
@@ -192,7 +193,7 @@ def with_other_test_split(shards: str, out: Path) -> str:
         else:
             continue
         table = table.set_column(column, name, pa.array(values.tolist(), table.schema.field(name).type))
-    manifest.write(str(path), table, metadata)
+    rewrite_manifest(out, table, metadata)
     return str(out)
 
 

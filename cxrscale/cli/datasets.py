@@ -91,16 +91,26 @@ def _show_quarantined(packed: PackResult, path_of: Mapping[str, str], at_most: i
 
 
 @app.command("verify")
-def verify_command(root: Annotated[str, typer.Argument(help="A dataset.")]) -> None:
-    """Re-read every byte of a dataset and check it against its manifest."""
-    from cxrscale.shards import verify
+def verify_command(
+    root: Annotated[str, typer.Argument(help="A dataset.")],
+    mend: Annotated[
+        bool, typer.Option("--repair", help="First rewrite what can be rebuilt: indices and fingerprints.")
+    ] = False,
+) -> None:
+    """Re-read every byte of a dataset: files against their digests, tables against images, labels against JSON."""
+    from cxrscale.shards import repair, verify
 
+    for line in repair.repair(root) if mend else ():
+        print(line)
     with progress.bar(f"verifying {root}", None, "images") as bar:
         faults = verify.verify(root, lambda count: bar.update(bar.done + count))
     for line in faults:
         print(terminal.printable(line))
     if faults:
-        raise UserError(f"{root}: {len(faults)} faults; remove the damaged tars and the manifest, then shard again")
+        raise UserError(
+            f"{root}: {len(faults)} faults; --repair rewrites indices and fingerprints; for all else remove the "
+            "damaged tars and the manifest, then shard again"
+        )
     print(root)
 
 

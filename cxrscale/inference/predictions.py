@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from pydantic import ValidationError
 
@@ -147,8 +146,7 @@ def write_predictions(path: str | Path, scores: Scores, info: PredictionsInfo) -
         for part in HISTOGRAMS:
             columns[(OWN_MASK if scores.maps.own_size else MASK) + part] = list(getattr(scores.maps, part))
     table = pa.table(columns).replace_schema_metadata({INFO: info.model_dump_json().encode()})
-    with storage.publishing(str(path)) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+    storage.write(str(path), parquet.encode(table, sealed=True))
 
 
 def write_under_source_ids(address: str, scores: Scores, id_map: str) -> None:

@@ -5,11 +5,14 @@ from . import lease as lease
 from . import parquet as parquet
 from . import rle_masks as rle_masks
 from . import scratch as scratch
+from . import seal as seal
 from . import storage as storage
 from . import terminal as terminal
 from .artifact import Artifact as Artifact
 from .artifact import ArtifactPart as ArtifactPart
 from .artifact import Number as Number
+from .artifact import decode_artifact as decode_artifact
+from .artifact import encode_artifact as encode_artifact
 from .artifact import read_artifact as read_artifact
 from .artifact import write_artifact as write_artifact
 from .images import LoadedImage as LoadedImage

@@ -6,6 +6,8 @@ An artifact is a subclass of `Artifact`; its fields are its schema, and a nested
         schema_version: int = 1
         threshold: Mapping[str, Number]
 
+A file ends with the field `seal`, a digest of the file itself (see `io.seal`).
+
 Raise `schema_version` when a field is renamed, removed or means something else: files of the version before are then
 refused with one line instead of being misread.
 """
@@ -18,7 +20,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
 
-from cxrscale.io import storage
+from cxrscale.io import seal, storage
 from cxrscale.types import UserError, one_line
 
 
@@ -61,13 +63,19 @@ class Artifact(ArtifactPart):
 Model = TypeVar("Model", bound=Artifact)
 
 
+def encode_artifact(artifact: Artifact) -> bytes:
+    """An artifact as sealed, indented JSON; NaN becomes null."""
+    fields = artifact.model_dump_json(indent=2).removesuffix("\n}")
+    return seal.close(f'{fields},\n  "{seal.FIELD}": "{seal.BLANK}"\n}}\n'.encode())
+
+
 def write_artifact(address: str, artifact: Artifact) -> None:
-    """Write an artifact as indented JSON, atomically; NaN becomes null.
+    """Write what `encode_artifact` returns, atomically.
 
     Args:
         address: a local path or an fsspec address.
     """
-    storage.write(address, artifact.model_dump_json(indent=2) + "\n")
+    storage.write(address, encode_artifact(artifact))
 
 
 def read_artifact(model: type[Model], address: str, remedy: str) -> Model:
@@ -79,16 +87,24 @@ def read_artifact(model: type[Model], address: str, remedy: str) -> Model:
         remedy: what the user can do when the file is missing or unusable: "run `cxrscale threshold RUN` again".
 
     Raises:
-        UserError: the file is missing, is not JSON, has an unknown, missing or wrong field, or another schema version.
+        UserError: the file is missing, is not JSON, has an unknown, missing or wrong field, or another schema version;
+            or it does not fit its seal.
     """
     if not storage.exists(address):
         raise UserError(f"{address} does not exist; {remedy}")
+    return decode_artifact(model, storage.read(address), address, remedy)
+
+
+def decode_artifact(model: type[Model], data: bytes, address: str, remedy: str) -> Model:
+    """The artifact in a file's bytes; the other arguments and the errors are those of `read_artifact`."""
+    seal.check(data, address, f"{remedy}, or remove its field {seal.FIELD!r} where the change is meant")
     try:
-        content = json.loads(storage.read(address))
+        content = json.loads(data)
     except (ValueError, RecursionError) as error:  # bad UTF-8 is a ValueError too
         raise UserError(f"{address} is not valid JSON ({one_line(error, limit=120)}); {remedy}") from None
     if not isinstance(content, dict):
         raise UserError(f"{address} is not a JSON object; {remedy}")
+    content.pop(seal.FIELD, None)
     expected = model.model_fields["schema_version"].default
     if "schema_version" not in content:
         raise UserError(f"{address}: field schema_version is missing; {remedy}")

@@ -1,4 +1,6 @@
-"""Parquet tables that others may have damaged or forged: their size is bounded before memory is spent on them.
+"""Parquet tables: written with checksums of their pages, and read as what others may have damaged or forged.
+
+Their size is bounded before memory is spent on them.
 
 A few kilobytes can declare a billion rows, or one long text for each of a million rows: encoded once, repeated by a
 run length. What such a file would take in memory is asked of its metadata and its dictionaries first.
@@ -12,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from cxrscale.io import seal
 from cxrscale.types import UserError, one_line
 
 FREE_BYTES, BYTES_PER_BYTE = 64 << 20, 64
@@ -25,6 +28,22 @@ class _TooLargeError(Exception):
     """The table would take too much memory."""
 
 
+def encode(table: pa.Table, *, sealed: bool = False, row_group_size: int | None = None) -> bytes:
+    """The bytes of a Parquet file; the same table gives the same bytes under one version of pyarrow.
+
+    Args:
+        sealed: put a seal into the metadata, for a file whose digest is kept nowhere else.
+        row_group_size: rows that are compressed together; None: pyarrow's default.
+    """
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, table.schema, compression="zstd", write_page_checksum=True) as writer:
+        writer.write_table(table, row_group_size=row_group_size)
+        if sealed:
+            writer.add_key_value_metadata({seal.FIELD: seal.BLANK})
+    content: bytes = sink.getvalue().to_pybytes()
+    return seal.close(content) if sealed else content
+
+
 def read_table(data: bytes, address: str, remedy: str, names: Sequence[str] | None = None) -> pa.Table:
     """The table of a Parquet file, whole and valid: its texts are UTF-8, no column is there twice.
 
@@ -35,8 +54,10 @@ def read_table(data: bytes, address: str, remedy: str, names: Sequence[str] | No
         names: the columns to read; None: all. One that the file lacks is left out.
 
     Raises:
-        UserError: it is no Parquet file, is damaged, or would take far more memory than its size explains.
+        UserError: it is no Parquet file, is damaged, does not fit its seal, or would take far more memory than its size
+            explains.
     """
+    seal.check(data, address, remedy)
     try:
         return _read(data, names)
     except _TooLargeError as error:
@@ -51,6 +72,7 @@ def read_metadata(data: bytes, address: str, remedy: str) -> Mapping[bytes, byte
     Raises:
         UserError: it is no Parquet file.
     """
+    seal.check(data, address, remedy)
     try:
         return dict(pq.read_schema(pa.BufferReader(data)).metadata or {})
     except Exception as error:

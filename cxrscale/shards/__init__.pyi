@@ -1,9 +1,11 @@
 from . import audit as audit
 from . import build as build
+from . import contents as contents
 from . import ids as ids
 from . import leakage as leakage
 from . import manifest as manifest
 from . import pack as pack
+from . import repair as repair
 from . import splits as splits
 from . import verify as verify
 from .audit import stored_pixels as stored_pixels

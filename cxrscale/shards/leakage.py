@@ -283,8 +283,8 @@ def _not_compared(joined: JoinedDatasets, missing: Mapping[str, int]) -> list[st
         missing: root -> number of images without a fingerprint.
     """
     lines = [
-        f"{count:,} images of {root} have no fingerprint, so duplicates of them cannot be found; remove "
-        f"{manifest.NAME} there and run `cxrscale shard` again"
+        f"{count:,} images of {root} have no fingerprint, so duplicates of them cannot be found; run "
+        f"`cxrscale verify {root} --repair`"
         for root, count in missing.items()
     ]
     quarantined = sum(len(metadata["quarantined"]) for metadata in joined.data.metadata)

@@ -16,10 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from cxrscale.io import parquet, rle_masks, storage
-from cxrscale.shards import ids, manifest_schema
+from cxrscale.shards import contents, ids, manifest_schema
 from cxrscale.types import UserError
 
 LOG = logging.getLogger("cxrscale")
@@ -35,6 +34,8 @@ FINGERPRINT_FIELDS = {
 }
 LABEL = "label."
 """Prefix of the label columns: `label.Effusion` is int8, 1 present, 0 absent, null unlabeled."""
+
+_AGAIN = f"remove it and {NAME} beside it, then `cxrscale shard` again"
 
 FIELDS: tuple[tuple[str, pa.DataType], ...] = (
     ("image_id", pa.string()),
@@ -85,7 +86,8 @@ class Manifest:
     table: pa.Table
     """FIELDS, the labels, and `root`: the folder or address that contains the row's shard."""
     digest: str
-    """BLAKE3 of the manifest files in order; it identifies the data exactly."""
+    """The name of the dataset, from its dataset.json, or BLAKE3 of the names in order; it identifies the data exactly.
+    That of a dataset of an earlier version is BLAKE3 of its manifest."""
     metadata: tuple[Mapping[str, Any], ...]
     """For each dataset: format, pack section, input digest, shard digests, pixel statistics."""
 
@@ -191,21 +193,24 @@ def load(*roots: str) -> Manifest:
     """Read the manifests of one or more datasets and join them; label columns that a dataset lacks are null there.
 
     Raises:
-        UserError: a folder has no manifest, or a file that is not one, or an image ID is in two datasets, or their IDs
-            have different keys.
+        UserError: a folder has no manifest, or a file that is not one or is damaged, or an image ID is in two datasets,
+            or their IDs have different keys.
     """
     if not roots:
         raise UserError("data.shards is empty; give data.shards=[FOLDER], as `cxrscale shard` printed it")
-    tables, metadata, digests = [], [], []
+    parts, metadata, digests = [], [], []
     for root in roots:
-        data = _read(root)
-        digests.append(storage.digest(data))
-        table, about = _parse(data, root)
+        listed = contents.read(root)
+        if listed is None:
+            contents.tell_of_older(root)
+        data = read(root, listed)
+        digests.append(storage.digest(data) if listed is None else listed.digest)
+        table, about = parse(data, root)
         metadata.append(about)
         if ids.is_old(metadata[-1]):
             _tell_of_old_ids(root)
-        tables.append(table.replace_schema_metadata(None).append_column("root", pa.array([root] * len(table))))
-    joined = pa.concat_tables(tables, promote_options="default").combine_chunks()
+        parts.append(table.replace_schema_metadata(None).append_column("root", pa.array([root] * len(table))))
+    joined = pa.concat_tables(parts, promote_options="default").combine_chunks()
     manifest = Manifest(
         joined, digests[0] if len(digests) == 1 else storage.digest("".join(digests).encode()), tuple(metadata)
     )
@@ -215,36 +220,35 @@ def load(*roots: str) -> Manifest:
     return manifest
 
 
-def fingerprints(root: str, columns: Sequence[str]) -> pa.Table:
-    """Columns of a dataset's fingerprints.
-
-    Raises:
-        UserError: there are none, or they are damaged.
-    """
-    address = storage.join(root, FINGERPRINTS)
-    remedy = f"remove it and {NAME} beside it, then `cxrscale shard` again"
-    table = parquet.read_table(storage.read(address), address, remedy, columns)
-    parquet.check_columns(table, {name: FINGERPRINT_FIELDS[name] for name in columns}, address, remedy)
-    parquet.check_no_nulls(table, columns, address, remedy)
-    return table
+def encode(rows: pa.Table, metadata: Mapping[str, Any]) -> bytes:
+    """The bytes of a manifest; the same rows and metadata give the same bytes."""
+    table = rows.replace_schema_metadata({b"cxrscale": json.dumps(metadata, sort_keys=True).encode()})
+    return parquet.encode(table, row_group_size=1 << 20)
 
 
 def write(address: str, rows: pa.Table, metadata: Mapping[str, Any]) -> None:
-    """Publish a manifest; the same rows and metadata give the same bytes."""
-    table = rows.replace_schema_metadata({b"cxrscale": json.dumps(metadata, sort_keys=True).encode()})
-    with storage.publishing(address) as path:
-        pq.write_table(table, path, compression="zstd", row_group_size=1 << 20)
+    """Publish a manifest."""
+    storage.write(address, encode(rows, metadata))
 
 
-def _read(root: str) -> bytes:
+def read(root: str, listed: contents.Contents | None) -> bytes:
+    """The bytes of a dataset's manifest, held against the dataset's dataset.json where there is one.
+
+    Raises:
+        UserError: there is no manifest, or it is damaged.
+    """
     address = storage.join(root, NAME)
     if not storage.exists(address):
         raise UserError(f"{address} does not exist; make the shards with `cxrscale shard`, or give its output folder")
-    return storage.read(address)
+    return contents.read_file(root, NAME, listed)
 
 
-def _parse(data: bytes, root: str) -> tuple[pa.Table, dict[str, Any]]:
-    """A manifest's known columns, and its metadata."""
+def parse(data: bytes, root: str) -> tuple[pa.Table, dict[str, Any]]:
+    """A manifest's known columns, and its metadata.
+
+    Raises:
+        UserError: these bytes are no manifest, or one of another format.
+    """
     address = storage.join(root, NAME)
     table = parquet.read_table(data, address, "run `cxrscale shard` again")
     text = (table.schema.metadata or {}).get(b"cxrscale")
@@ -265,6 +269,20 @@ def _parse(data: bytes, root: str) -> tuple[pa.Table, dict[str, Any]]:
         "pixel_std": math.nan,
     }
     return table, {"source": first, **unknown, **metadata}
+
+
+def fingerprints(root: str, columns: Sequence[str]) -> pa.Table:
+    """Columns of a dataset's fingerprints.
+
+    Raises:
+        UserError: there are none, or they are damaged.
+    """
+    address = storage.join(root, FINGERPRINTS)
+    data = contents.read_file(root, FINGERPRINTS, contents.read(root))
+    table = parquet.read_table(data, address, _AGAIN, columns)
+    parquet.check_columns(table, {name: FINGERPRINT_FIELDS[name] for name in columns}, address, _AGAIN)
+    parquet.check_no_nulls(table, columns, address, _AGAIN)
+    return table
 
 
 @lru_cache(maxsize=256)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import tarfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,19 +13,28 @@ from typing import Any
 import cv2
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cxrscale import __version__, sources
 from cxrscale.cluster import run_tasks
 from cxrscale.config import Pack
-from cxrscale.io import lease, storage, without_quotes, write_artifact
-from cxrscale.shards import layout, manifest
+from cxrscale.io import encode_artifact, lease, parquet, seal, storage, without_quotes
+from cxrscale.shards import contents, layout, manifest, tars
+from cxrscale.shards.contents import FileDigest
 from cxrscale.shards.encode import EncodedSample, encode_sample
 from cxrscale.shards.layout import ShardPlan, SplitRecords
 from cxrscale.types import ImageRecord, UnreadableImageError, UserError
 
 PARTS = ".parts"
 QUARANTINE = "quarantine.jsonl"
+_PART_FIELDS = {
+    "dhash": manifest.FINGERPRINT_FIELDS["dhash"],
+    "thumbnail": manifest.FINGERPRINT_FIELDS["thumbnail"],
+    "tiny_mask": pa.bool_(),
+    "pixel_sum": pa.float64(),
+    "pixel_squares": pa.float64(),
+    "pixels": pa.int64(),
+}
+"""Columns of a shard's part that the manifest does not have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +80,7 @@ def pack(
         _remove_leftovers(out)
         return finished
     with lease.held(out, f"dataset {out}") as owned:
+        storage.remove(storage.join(out, contents.NAME))  # of a manifest that was removed
         storage.remove_temporary_files(out)
         storage.remove_temporary_files(storage.join(out, PARTS))
         jobs = [(plan, findings, settings, digest, out, owned.owner) for plan in plans]
@@ -81,15 +89,14 @@ def pack(
         for part in run_tasks(_pack_under_lease, jobs, local=local, workers=settings.workers):
             if progress:
                 progress(part["images"] + part["quarantined"], part["quarantined"], len(records))
-        if prepared.book is not None:
-            write_artifact(storage.join(out, sources.LEDGER), prepared.book.ledger())
         source = records[0].source
         origin = {
             "source": source,
             "patients_from": prepared.patient_namespace or source,
             "key_fingerprint": prepared.key_fingerprint,
         }
-        return _publish(plans, findings, settings, digest, out, origin)
+        ledger = {} if prepared.book is None else {sources.LEDGER: encode_artifact(prepared.book.ledger())}
+        return _publish(plans, settings, out, {**origin, "input": digest}, ledger)
 
 
 def _pack_under_lease(
@@ -130,17 +137,18 @@ def pack_shard(plan: ShardPlan, findings: tuple[str, ...], settings: Pack, diges
                 writer.close()
         members = _read_back(path, samples)
         tar_digest, tar_bytes = storage.file_digest(path), path.stat().st_size
-    storage.write(storage.join(out, plan.name.replace(".tar", ".idx")), _index(samples, members))
+    index = tars.index_of(members)
+    storage.write(storage.join(out, tars.index_name(plan.name)), index)
     metadata = {
         "input": digest,
         "tar": {"blake3": tar_digest, "bytes": tar_bytes},
+        "index": FileDigest.of(index).model_dump(),
         "images": len(samples),
         "quarantined": quarantined,
         "burned_in": sum(sample.burned_in for _, _, sample in samples),
     }
-    rows = _rows(plan, findings, samples, members)
-    with storage.publishing(part_address) as path:
-        pq.write_table(rows.replace_schema_metadata({b"part": json.dumps(metadata).encode()}), path)
+    rows = _rows(plan, findings, samples, members).replace_schema_metadata({b"part": json.dumps(metadata).encode()})
+    storage.write(part_address, parquet.encode(rows, sealed=True))
     return _counts(metadata)
 
 
@@ -171,12 +179,15 @@ def _published_result(out: str, digest: str, key_fingerprint: str | None) -> Pac
     address = storage.join(out, manifest.NAME)
     if not storage.exists(address):
         return None
-    metadata = manifest.load(out).metadata[0]
+    listed = contents.read(out)
+    _, metadata = manifest.parse(manifest.read(out, listed), out)
     if metadata["input"] != digest:
         other = "another source, other settings or another version"
         if metadata.get("key_fingerprint") != key_fingerprint:
             other = "ids of another key, or the source's own"
         raise UserError(f"{out} holds shards of {other}; give another --out or remove it")
+    if listed is None and storage.listing(storage.join(out, PARTS)):
+        return None  # it was killed between the manifest and dataset.json
     counts = {name: metadata.get(name, 0) for name in ("burned_in", "tiny_masks")}
     return PackResult(out, metadata["images"], len(metadata["quarantined"]), fresh=False, **counts)
 
@@ -185,28 +196,19 @@ def _finished_part(address: str, digest: str, tar: str) -> dict[str, int] | None
     """The counts of a shard that an earlier run finished; None if it is missing, different or damaged."""
     if not storage.exists(address) or not storage.exists(tar):
         return None
-    try:
-        schema = pq.read_schema(pa.BufferReader(storage.read(address)))
-        metadata = json.loads(schema.metadata[b"part"])
-    except (pa.ArrowException, OSError, ValueError, LookupError, TypeError):
-        return None  # damaged
-    if not set(_part_schema(()).names) <= set(schema.names):
-        return None  # written by an earlier version
+    content = storage.read(address)
+    if not seal.is_intact(content):
+        return None  # damaged, or written by an earlier version
+    metadata = json.loads(parquet.read_metadata(content, address, "remove it")[b"part"])
     if metadata["input"] != digest or storage.digest(storage.read(tar)) != metadata["tar"]["blake3"]:
         return None
     return _counts(metadata)
 
 
-def _read_back(
-    path: Path, samples: Sequence[tuple[str, ImageRecord, EncodedSample]]
-) -> dict[str, tuple[int, int, int]]:
-    """Member name -> (offset, length, CRC-32), read from the finished tar and checked against the encoded bytes."""
-    members = {}
-    with tarfile.open(path) as tar:
-        for member in tar:
-            file = tar.extractfile(member)
-            assert file is not None
-            members[member.name] = (member.offset_data, member.size, zlib.crc32(file.read()))
+def _read_back(path: Path, samples: Sequence[tuple[str, ImageRecord, EncodedSample]]) -> tars.Members:
+    """The members of the finished tar, checked against the encoded bytes."""
+    with path.open("rb") as file:
+        members = tars.read_members(file)
     for key, record, sample in samples:
         for suffix, crc in sample.crcs.items():
             if members[f"{key}.{suffix}"][2] != crc:
@@ -216,20 +218,11 @@ def _read_back(
     return members
 
 
-def _index(samples: Sequence[tuple[str, ImageRecord, EncodedSample]], members: dict[str, tuple[int, int, int]]) -> str:
-    """Index of the tar in DALI's format (wds2idx v1.2), for `fn.readers.webdataset(index_paths=...)`."""
-    lines = [f"v1.2 {len(samples)}"]
-    for key, _, sample in samples:
-        fields = [(suffix, *members[f"{key}.{suffix}"][:2], f"{key}.{suffix}") for suffix in sample.crcs]
-        lines.append(" ".join(str(value) for field in fields for value in field))
-    return "\n".join(lines) + "\n"
-
-
 def _rows(
     plan: ShardPlan,
     findings: tuple[str, ...],
     samples: Sequence[tuple[str, ImageRecord, EncodedSample]],
-    members: dict[str, tuple[int, int, int]],
+    members: tars.Members,
 ) -> pa.Table:
     rows = []
     for key, record, sample in samples:
@@ -243,41 +236,42 @@ def _rows(
 
 
 def _part_schema(findings: tuple[str, ...]) -> pa.Schema:
-    extra = [("dhash", pa.binary(32)), ("thumbnail", pa.binary(1024)), ("tiny_mask", pa.bool_())]
-    sums = [("pixel_sum", pa.float64()), ("pixel_squares", pa.float64()), ("pixels", pa.int64())]
-    return pa.schema([*manifest.schema(findings), *extra, *sums])
+    return pa.schema([*manifest.schema(findings), *_PART_FIELDS.items()])
+
+
+def _json_lines(entries: Sequence[Mapping[str, str]]) -> bytes:
+    return "".join(json.dumps(entry) + "\n" for entry in entries).encode()
 
 
 def _publish(
     plans: Sequence[ShardPlan],
-    findings: tuple[str, ...],
     settings: Pack,
-    digest: str,
     out: str,
     origin: Mapping[str, str | None],
+    files: Mapping[str, bytes],
 ) -> PackResult:
-    """Join the parts: quarantine list, fingerprints, and the manifest last, so that no reader sees a partial dataset.
+    """Join the parts: lists and fingerprints, then the manifest, so that no reader sees a partial dataset, then
+    dataset.json. The parts go last: from them alone the same command completes what was cut short.
 
     Args:
-        origin: `source`, `patients_from` (the source that gave the patient IDs), and `key_fingerprint`.
+        origin: `input` (the digest of records and settings), `source`, `patients_from` (the source that gave the
+            patient IDs), and `key_fingerprint`.
+        files: name -> content of further files.
     """
     storage.remove_temporary_files(out)  # a task that was killed and run again has left a temporary file
-    tables, shards, quarantined, burned_in = [], {}, [], 0
+    parts, shards, indices, quarantined, burned_in = [], {}, {}, [], 0
     for plan in plans:
-        table = pq.read_table(io.BytesIO(storage.read(storage.join(out, PARTS, plan.name + ".parquet"))))
+        address = storage.join(out, PARTS, plan.name + ".parquet")
+        table = parquet.read_table(storage.read(address), address, "run the same command again")
         part = json.loads(table.schema.metadata[b"part"])
-        tables.append(table.replace_schema_metadata(None))
+        parts.append(table.replace_schema_metadata(None))
         shards[plan.name] = part["tar"]
+        indices[tars.index_name(plan.name)] = part["index"]
         quarantined += part["quarantined"]
         burned_in += part.get("burned_in", 0)
-    rows = pa.concat_tables(tables)
+    rows = pa.concat_tables(parts)
     if not len(rows):
         raise UserError(f"none of the {len(quarantined)} images could be read; the first: {quarantined[0]['reason']}")
-    if quarantined:
-        storage.write(storage.join(out, QUARANTINE), "".join(json.dumps(line) + "\n" for line in quarantined))
-    fingerprints = rows.select(["image_id", "patient", "split", "dhash", "thumbnail"])
-    with storage.publishing(storage.join(out, manifest.FINGERPRINTS)) as path:
-        pq.write_table(fingerprints, path, compression="zstd")
     tiny_masks = int(np.sum(rows["tiny_mask"].to_numpy(zero_copy_only=False)))
     total = float(np.sum(rows["pixels"].to_numpy()))
     mean = float(np.sum(rows["pixel_sum"].to_numpy())) / total
@@ -286,7 +280,6 @@ def _publish(
         "format": manifest.FORMAT,
         "version": __version__,
         **origin,
-        "input": digest,
         "pack": settings.model_dump(mode="json", exclude={"workers", "key_file", "split_lists"}),
         "shards": shards,
         "images": len(rows),
@@ -296,8 +289,20 @@ def _publish(
         "pixel_mean": mean / 255,
         "pixel_std": float(np.sqrt(max(0.0, square - mean * mean))) / 255,
     }
-    names = [*(name for name, _ in manifest.FIELDS), *(manifest.LABEL + name for name in findings)]
-    manifest.write(storage.join(out, manifest.NAME), rows.select(names), metadata)
+    names = [name for name in rows.column_names if name not in _PART_FIELDS]
+    files = {
+        **files,
+        **({QUARANTINE: _json_lines(quarantined)} if quarantined else {}),
+        manifest.FINGERPRINTS: parquet.encode(rows.select(list(manifest.FINGERPRINT_FIELDS))),
+        manifest.NAME: manifest.encode(rows.select(names), metadata),
+    }
+    for name, content in files.items():
+        storage.write(storage.join(out, name), content)
+    if not quarantined:
+        storage.remove(storage.join(out, QUARANTINE))  # of an earlier state of the source
+    digests = {name: FileDigest.of(content) for name, content in files.items()}
+    stored = {name: FileDigest.model_validate(entry) for name, entry in (shards | indices).items()}
+    contents.write(out, digests | stored)
     _remove_parts(out)
     return PackResult(out, len(rows), len(quarantined), fresh=True, burned_in=burned_in, tiny_masks=tiny_masks)
 

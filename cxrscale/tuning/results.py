@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from scipy.integrate import quad
 from scipy.stats import norm
 
@@ -219,8 +218,7 @@ def write_results(rows: Sequence[TrialRow], recipe: Recipe, space: Space, run: s
     Raises:
         UserError: as `judge`; the table is written all the same.
     """
-    with storage.publishing(storage.join(run, PARQUET)) as path:
-        pq.write_table(results_table(rows, recipe, space), path, compression="zstd")
+    storage.write(storage.join(run, PARQUET), parquet.encode(results_table(rows, recipe, space), sealed=True))
     verdict = judge(rows, recipe)
     storage.write(storage.join(run, BEST), best_recipe(verdict, recipe, space, run))
     weights = storage.read(storage.join(verdict.best.run, checkpoint.BEST))

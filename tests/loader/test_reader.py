@@ -26,7 +26,7 @@ from cxrscale.loader.reader import MemoryReader, ShardReader
 from cxrscale.shards import manifest as manifests
 from cxrscale.shards.manifest import Manifest
 from cxrscale.types import AccessError, UserError
-from tests.small_datasets import MakeShards, chest
+from tests.small_datasets import MakeShards, chest, rewrite_manifest
 
 
 def root(manifest: Manifest) -> Path:
@@ -153,7 +153,7 @@ def test_5000_shards_need_256_open_files_at_most(make_shards: MakeShards) -> Non
         os.link(folder / "part-00000.tar", folder / name)
     columns = data.table.drop_columns(["root", "shard", "image_id"]).take(np.zeros(5000, np.int64))
     table = columns.append_column("shard", pa.array(names)).append_column("image_id", pa.array(names))
-    manifests.write(str(folder / "manifest.parquet"), table, data.metadata[0])
+    rewrite_manifest(folder, table, data.metadata[0])
     ran = subprocess.run([sys.executable, "-c", MANY, str(folder)], capture_output=True, text=True)
     assert ran.stdout == "5000\n", ran.stderr
 

@@ -17,12 +17,13 @@ from cxrscale import sources
 from cxrscale.config import Pack
 from cxrscale.io import decode_mask, encode_jpeg, load_image, read_artifact, resize_image, write_artifact
 from cxrscale.reporting import audit_page
-from cxrscale.shards import Audit, Leaks, audit, build, duplicates, leakage, manifest
+from cxrscale.shards import Audit, Leaks, audit, build, contents, duplicates, leakage, manifest
 from cxrscale.shards.audit_models import LabelCounts
 from cxrscale.shards.verify import verify
 from cxrscale.sources.synthetic.archive import SyntheticPaths
 from cxrscale.types import UserError
 from tests.conftest import keyed
+from tests.small_datasets import rewrite_manifest
 
 SETTINGS = Pack(size=64, samples_per_shard=20)
 
@@ -39,7 +40,7 @@ def rewritten(root: str, out: Path, change: Callable[[pa.Table], pa.Table], **me
     """A copy of a dataset with another manifest."""
     shutil.copytree(root, out)
     data = manifest.load(root)
-    manifest.write(str(out / manifest.NAME), change(data.table.drop_columns("root")), {**data.metadata[0], **metadata})
+    rewrite_manifest(out, change(data.table.drop_columns("root")), {**data.metadata[0], **metadata})
     return str(out)
 
 
@@ -201,9 +202,9 @@ def test_what_could_not_be_checked_is_reported(strangers: str, nih_shards: str, 
     lost = [{"image_id": "x.png", "path": "x.png", "reason": "<b>cut</b> short"}]
     foreign = rewritten(nih_shards, tmp_path / "foreign", same, source="other", patients_from="other", quarantined=lost)
     ids = [f"other-{n}" for n in range(len(manifest.load(nih_shards)))]
-    table = pq.read_table(Path(foreign) / manifest.NAME)
-    renamed = table.set_column(0, "image_id", pa.array(ids))
-    pq.write_table(renamed, Path(foreign) / manifest.NAME)
+    data = manifest.load(foreign)
+    renamed = data.table.drop_columns("root").set_column(0, "image_id", pa.array(ids))
+    rewrite_manifest(foreign, renamed, data.metadata[0])
     (Path(foreign) / manifest.FINGERPRINTS).unlink()
     result = audit.audit(nih_shards, foreign)
     not_checked = " ".join(result.leaks.not_checked)
@@ -245,6 +246,7 @@ def test_datasets_of_version_0_1_are_still_read(siim_shards: str, strangers: str
         pack = dict(manifest.load(root).metadata[0]["pack"])
         pack |= {"patients": pack.pop("patient_ids"), "repeats": pack.pop("duplicates").replace("merge", "unite")}
         old = rewritten(root, tmp_path / str(number), same, pack=pack, version="0.1.0")
+        Path(old, contents.NAME).unlink()
         assert dict(audit.audit(old).datasets[0].pack) == pack
         assert leaks_of(old).model_dump_json() == leaks_of(root).model_dump_json().replace(root, old)
         assert verify(old) == []
@@ -253,7 +255,7 @@ def test_datasets_of_version_0_1_are_still_read(siim_shards: str, strangers: str
 def test_damaged_fingerprints_are_one_line(nih_shards: str, tmp_path: Path) -> None:
     root = rewritten(nih_shards, tmp_path / "nih", same)
     (Path(root) / manifest.FINGERPRINTS).write_bytes(b"PAR1 and no more")
-    with pytest.raises(UserError, match=r"fingerprints\.parquet is not a Parquet file"):
+    with pytest.raises(UserError, match=r"fingerprints\.parquet is damaged \(16 bytes"):
         audit.audit(root)
 
 

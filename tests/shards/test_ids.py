@@ -203,9 +203,11 @@ def test_an_older_dataset_still_loads_and_says_so_once(
     old = {name: value for name, value in data.metadata[0].items() if name not in ("key_fingerprint", "burned_in")}
     old["pack"] = {**old["pack"], "patient_ids": "hashed"}
     manifest.write(str(root / manifest.NAME), data.table.drop_columns("root"), old)
+    (root / "dataset.json").unlink()
     with caplog.at_level(logging.WARNING, "cxrscale"):
         assert len(manifest.load(str(root))) == len(manifest.load(str(root))) == 8
     assert caplog.text.count(f"{root} is of an older version: its image ids are the source's own") == 1
+    assert caplog.text.count(f"{root} is of an older version: it has no dataset.json") == 1
     assert verify(str(root)) == []
     assert audit.audit(str(root)).images == 8
 

@@ -20,7 +20,7 @@ from cxrscale.training import launch, loop, preflight, tracking
 from cxrscale.training.distributed import LocalWorker
 from cxrscale.types import UserError
 from tests.conftest import tiny
-from tests.small_datasets import MakeShards
+from tests.small_datasets import MakeShards, rewrite_manifest
 from tests.tiny import TINY_CLASSIFIER, TINY_SEGMENTER
 
 JOBS = sorted((Path(__file__).parents[2] / "jobs").glob("*.yaml"))
@@ -110,7 +110,7 @@ def test_a_finding_without_a_label_is_refused(make_shards: MakeShards, tmp_path:
     columns = {name: data.table[name] for name in data.table.column_names if name != "root"}
     columns["label.Mass"] = pa.nulls(len(data), pa.int8())
     root = str(data.table["root"][0])
-    manifest.write(f"{root}/{manifest.NAME}", pa.table(columns), data.metadata[0])
+    rewrite_manifest(root, pa.table(columns), data.metadata[0])
     message = refusal(tiny(root, tmp_path, "data.findings=[Effusion, Mass]", "train.monitor=loss"))
     assert message.startswith("data.findings: none of the 16 images of split train is labeled for Mass; leave it out")
 
