@@ -117,8 +117,18 @@ def evaluate_scores(
 
 
 def subgroups_of(scores: Scores, data: Manifest) -> dict[str, npt.NDArray[np.object_]]:
-    """(N,) the sex, age band and view of each image, from the manifest's columns."""
+    """(N,) the sex, age band and view of each image, from the manifest's columns.
+
+    Raises:
+        UserError: the datasets lack an image that has a score.
+    """
     row_of = {image: row for row, image in enumerate(data.image_id.tolist())}
+    unknown = [image for image in scores.image_id.tolist() if image not in row_of]
+    if unknown:
+        raise UserError(
+            f"{len(unknown)} images have a score and are not in data.shards, the first {unknown[0]!r:.60}; remove the "
+            "run's predictions, and they are made again"
+        )
     row_N = np.array([row_of[image] for image in scores.image_id.tolist()], dtype=np.intp)
     return {
         "sex": metrics.group_names(data.column("sex")[row_N]),

@@ -392,11 +392,14 @@ def attempt(world: World, kind: str, seed: int, number: int) -> Ended:
     forged = chosen.forge(data, rng)
     before = _state(world.root)
     kept = {name: name.read_bytes() for name in before if name.suffix != ".tar"}
-    path.write_bytes(forged)
     peak, began = _peak(), time.process_time()
-    with _watching(world, not chosen.reads_elsewhere) as watch:
-        code, err, exception = call(words)
-    seconds, grown = time.process_time() - began, _peak() - peak
+    try:
+        path.write_bytes(forged)
+        with _watching(world, not chosen.reads_elsewhere) as watch:
+            code, err, exception = call(words)
+        seconds, grown = time.process_time() - began, _peak() - peak
+    finally:
+        _restore(world.root, before, kept)
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     fault = ""
     if exception:
@@ -413,7 +416,6 @@ def attempt(world: World, kind: str, seed: int, number: int) -> Ended:
         fault = f"{grown} MB"
     elif seconds > CPU_SECONDS:
         fault = f"{seconds:.0f} s"
-    _restore(world.root, before, kept)
     return Ended(kind, number, tuple(words), code, fault, lines[0] if lines else "", seconds)
 
 
@@ -492,8 +494,15 @@ def cheap() -> Iterator[None]:
 
 def campaign(world: World, runs: int, seed: int, kinds: Sequence[str]) -> list[Ended]:
     """Inputs 0 to `runs`, shared among the kinds in turn."""
+    ends = []
     with cheap():
-        return [attempt(world, kinds[n % len(kinds)], seed, n // len(kinds)) for n in range(runs)]
+        for n in range(runs):
+            ends.append(attempt(world, kinds[n % len(kinds)], seed, n // len(kinds)))
+            if ends[-1].fault:
+                print(f"{ends[-1].kind} {ends[-1].number} {ends[-1].words[0]}: {ends[-1].fault}", flush=True)
+            if n % 500 == 499:
+                print(f"{n + 1} files, {time.process_time():.0f} CPU seconds", file=sys.stderr, flush=True)
+    return ends
 
 
 def table(ends: Sequence[Ended]) -> str:
@@ -522,9 +531,6 @@ def main() -> int:
     for command, why in undamaged(world).items():
         print(f"undamaged {command}: {why}")
     ends = campaign(world, given.runs, given.seed, given.kinds)
-    for end in ends:
-        if end.fault:
-            print(f"{end.kind} {end.number} {end.words[0]}: {end.fault}")
     print(table(ends))
     print(f"peak memory {_peak()} MB, {time.process_time():.0f} CPU seconds")
     return 1 if any(end.fault for end in ends) else 0
