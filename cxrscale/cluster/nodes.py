@@ -179,6 +179,8 @@ class PlacementGroup:
     """Its resources, e.g. `2 x CPU 4`."""
     job: str
     """The job that created it, hexadecimal."""
+    actor: str
+    """The actor that created it, hexadecimal; empty where it was none."""
     detached: bool
     """Whether it outlives its job on purpose."""
 
@@ -221,11 +223,19 @@ def _placement_groups() -> list[PlacementGroup]:
             state=states.Name(group.state),
             bundles=", ".join(f"{bundles.count(bundle)} x {bundle}" for bundle in dict.fromkeys(bundles)),
             job=group.creator_job_id.hex(),
+            actor=group.creator_actor_id.hex(),
             detached=group.is_detached,
         )
         if found.state != "REMOVED":
             result.append(found)
     return result
+
+
+def remove_groups_of(actor: str) -> None:
+    """Remove the placement groups that an actor has made: when it dies they stay with its job, even those that wait."""
+    for group in _placement_groups():
+        if group.actor == actor:
+            remove_orphan(group)
 
 
 def remove_orphan(orphan: PlacementGroup) -> None:

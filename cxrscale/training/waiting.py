@@ -92,7 +92,10 @@ class Watch:
         import ray
 
         if self._controller is not None:
+            actor = self._controller._actor_id.hex()
             ray.kill(self._controller)
+            # What it has asked for would be given to it, and nobody would ever train there.
+            nodes.remove_groups_of(actor)
 
 
 def _cause() -> str:

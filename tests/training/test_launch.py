@@ -76,6 +76,10 @@ def test_a_run_without_room_says_what_it_waits_for_and_ends_at_its_limit(
     assert "waiting 2 s for" in caplog.text
     info = run_info.read_run_info(str(tmp_path / "tiny"))
     assert (info.ending, info.error) == ("failed", str(caught.value))
+    # Nothing of it holds what it has waited for.
+    again = placement_group([{"CPU": 1}] * cpus)
+    ray.get(again.ready(), timeout=60)
+    remove_placement_group(again)
 
 
 def test_datasets_that_share_images_across_splits_are_refused(
