@@ -23,7 +23,7 @@ import torch
 
 TIMES = {"time", "images_per_second", "data_wait"}
 """Fields of the training log that no two runs share."""
-LEFT_OUT = {"sessions", "seconds", "worker_hours", "gpu_hours", "cost", "hardware", "git"}
+LEFT_OUT = {"seal", "sessions", "seconds", "worker_hours", "gpu_hours", "cost", "hardware", "git"}
 """The same of run.json, of a search's sweep.json and of the rows of its trials."""
 
 State = dict[str, bytes]
