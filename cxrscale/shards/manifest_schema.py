@@ -7,6 +7,7 @@ is that of a file in the dataset's own folder, and every place is inside of that
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -57,6 +58,12 @@ class _Packed(_Lenient):
     masks: bool = False
 
 
+def _share_or_nan(value: float) -> float:
+    if not math.isnan(value) and not 0 <= value <= 1:
+        raise ValueError("it is not between 0 and 1")
+    return value
+
+
 class _Quarantined(_Lenient):
     image_id: str
     reason: str
@@ -76,8 +83,9 @@ class _Metadata(_Lenient):
     quarantined: list[_Quarantined] = []
     burned_in: Annotated[int, Field(ge=0)] = 0
     tiny_masks: Annotated[int, Field(ge=0)] = 0
-    pixel_mean: Annotated[float, Field(ge=0, le=1)] = 0.5
-    pixel_std: Annotated[float, Field(ge=0, le=1)] = 0.25
+    # NaN in a dataset without training images.
+    pixel_mean: Annotated[float, AfterValidator(_share_or_nan)] = 0.5
+    pixel_std: Annotated[float, AfterValidator(_share_or_nan)] = 0.25
 
 
 def read_metadata(text: bytes, address: str, version: int) -> dict[str, Any]:

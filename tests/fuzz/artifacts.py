@@ -481,7 +481,8 @@ def cheap() -> Iterator[None]:
             models[name] = build_model(model, data)
         return models[name]
 
-    logging.getLogger("cxrscale").setLevel(logging.ERROR)
+    logger = logging.getLogger("cxrscale")
+    level = logger.level
     with (
         mock.patch.object(predictor, "build_model", build),
         mock.patch.object(run_report, "write_plots", return_value=None),
@@ -489,7 +490,11 @@ def cheap() -> Iterator[None]:
         mock.patch.object(run_report, "metric_plots", return_value=dict.fromkeys(PLOTS, _NoPlot())),
         mock.patch.object(run_report, "threshold_plots", return_value={}),
     ):
-        yield
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
 
 def campaign(world: World, runs: int, seed: int, kinds: Sequence[str]) -> list[Ended]:

@@ -71,7 +71,7 @@ def test_a_flipped_byte_makes_that_row_alone_invalid(
     for row in set(range(12)) - {5}:
         assert np.array_equal(batch.images[row], clean.images[row])
     assert [sample.row for sample in reader.bad] == [5]
-    assert len(caplog.records) == 1
+    assert sum("left out" in record.message for record in caplog.records) == 1
     assert "5.png" in caplog.text
     assert "part-00000.tar" in caplog.text
     assert decoded(batch.images[5]).shape == (8, 8)
