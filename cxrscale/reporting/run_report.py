@@ -65,6 +65,10 @@ def write(run: str) -> str:
     thresholds, test = stored_thresholds(run), stored_test_metrics(run)
     scores = predictions.read_predictions(predictions.predictions_path(run, "test"))
     log = tracking.read_log(run)
+    if any(line["kind"] == "val" and line.get("epoch") is None for line in log):
+        raise UserError(
+            f"{storage.join(run, tracking.TRAIN_LOG)}: a line of a validation has no epoch; remove that line"
+        )
     figures = metric_plots(scores, test, thresholds)
     if storage.exists(predictions.predictions_path(run, "val")):
         scores_val = predictions.read_predictions(predictions.predictions_path(run, "val"))

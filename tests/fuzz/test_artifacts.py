@@ -53,6 +53,27 @@ def test_forged_artifacts_are_one_line_or_read(world: World) -> None:
     assert sum(bool(end.code) for end in ends) > RUNS / 2  # harmless faults would prove nothing
 
 
+def test_a_report_needs_epochs_but_no_version(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(name: str, part: str | None = None) -> Callable[[bytes, Any], bytes]:
+        def forge(data: bytes, _: Any) -> bytes:
+            lines = [json.loads(line) for line in (data.splitlines() if part is None else [data])]
+            for line in lines:
+                (line if part is None else line[part]).pop(name)
+                line.pop("seal", None)
+            return "\n".join(map(json.dumps, lines)).encode()
+
+        return forge
+
+    report = (lambda w: ["report", str(w.run)],)
+    forged = {"log": without("epoch"), "run.json": without("cxrscale", "versions")}
+    kinds = {kind: replace(KINDS[kind], forge=forge, commands=report) for kind, forge in forged.items()}
+    monkeypatch.setattr("tests.fuzz.artifacts.KINDS", kinds)
+    with cheap():
+        ends = [attempt(world, kind, 0, 0) for kind in kinds]
+    assert [(end.code, end.fault) for end in ends] == [(2, ""), (0, "")]
+    assert ends[0].said.endswith("a line of a validation has no epoch; remove that line")
+
+
 def test_a_command_that_fails_otherwise_or_looks_elsewhere_is_a_fault(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
