@@ -62,26 +62,26 @@ os.environ |= {
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-SHARED = {"ray_cluster"}
+FIRST = {"ray_cluster"}
 """The fixture of tests on the session's cluster: the longest way, so one process begins with it."""
-OWN = {"cluster", "local", "site"}
-"""Fixtures that start clusters of their own: the next longest, with which another process begins."""
+LAST = {"cluster", "local", "site"}
+"""Fixtures that start clusters of their own: for the process that is free then."""
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Processes share the tests by module, and by what clusters they need."""
-    group = {0: "ray_cluster", 1: "own clusters", 2: item.nodeid.partition("::")[0]}[_turn(item)]
+    """Two processes share the tests by module, and by what clusters they need."""
+    group = {0: "ray_cluster", 1: item.nodeid.partition("::")[0], 2: "own clusters"}[_turn(item)]
     item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests on the session's cluster first, then those that start their own: nothing long is left for the end."""
+    """Tests on the session's cluster first, those that start their own last."""
     items.sort(key=_turn)
 
 
 def _turn(item: pytest.Item) -> int:
     needs = set(getattr(item, "fixturenames", ()))
-    return 0 if needs & SHARED else 1 if needs & OWN else 2
+    return 0 if needs & FIRST else 2 if needs & LAST else 1
 
 
 @pytest.fixture(scope="session")
