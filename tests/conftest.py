@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from cxrscale.config import Pack, Recipe
 from cxrscale.shards import build, ids
 from cxrscale.sources.synthetic import archive
 from cxrscale.sources.synthetic.archive import SyntheticPaths
+from tests.servers import free_port, s3_environment
 from tests.small_datasets import make_shards, shards  # noqa: F401
 from tests.tiny import TINY_CLASSIFIER, TINY_SEGMENTER
 
@@ -44,20 +44,9 @@ hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-S3_PORT = _free_port()
+S3_PORT = free_port()
 # Set before Ray starts, so that its workers speak to the same S3.
-os.environ |= {
-    "AWS_ENDPOINT_URL": f"http://127.0.0.1:{S3_PORT}",
-    "AWS_ACCESS_KEY_ID": "testing",
-    "AWS_SECRET_ACCESS_KEY": "testing",
-    "AWS_DEFAULT_REGION": "us-east-1",
-}
+os.environ |= s3_environment(S3_PORT)
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -236,7 +236,7 @@ def _orphans(remove: bool) -> list[Row]:
     for orphan in nodes.find_orphans():
         text = f"{orphan.name or orphan.id[:12]} of ended job {orphan.job}: {orphan.state.lower()}, {orphan.bundles}"
         if remove:
-            nodes.remove_orphan(orphan)
+            nodes.remove_group(orphan)
             rows.append(Row("orphans", "all", f"removed {text}"))
         else:
             rows.append(Row("orphans", "all", text, WRONG, "cxrscale doctor --remove-orphans"))

@@ -235,15 +235,15 @@ def remove_groups_of(actor: str) -> None:
     """Remove the placement groups that an actor has made: when it dies they stay with its job, even those that wait."""
     for group in _placement_groups():
         if group.actor == actor:
-            remove_orphan(group)
+            remove_group(group)
 
 
-def remove_orphan(orphan: PlacementGroup) -> None:
+def remove_group(group: PlacementGroup) -> None:
     """Remove the placement group and release its resources."""
     from ray.util.placement_group import PlacementGroup as Handle
     from ray.util.placement_group import remove_placement_group
 
-    remove_placement_group(Handle(ray.PlacementGroupID(bytes.fromhex(orphan.id))))
+    remove_placement_group(Handle(ray.PlacementGroupID(bytes.fromhex(group.id))))
 
 
 def version_differences(driver: dict[str, str], by_node: dict[str, dict[str, str]]) -> list[str]:

@@ -88,15 +88,13 @@ def remedy(root: str) -> str:
     return f"see `cxrscale verify {root}`; indices and fingerprints come back with --repair, all else by sharding again"
 
 
+UNSEALED = f"it has no {NAME}, so damage to its tables may stay unseen; shard it again into another folder to have one"
+
+
 @lru_cache(maxsize=256)
-def tell_of_older(root: str) -> None:
-    """Once per process and dataset."""
-    LOG.warning(
-        "%s is of an older version: it has no %s, so damage to its tables may stay unseen; shard it again into another "
-        "folder to have one",
-        root,
-        NAME,
-    )
+def tell_of_older(root: str, what: str) -> None:
+    """Say what a dataset of an earlier version lacks: once per process, dataset and lack."""
+    LOG.warning("%s is of an older version: %s", root, what)
 
 
 def _digest(files: Mapping[str, FileDigest]) -> str:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from cxrscale.io import parquet, rle_masks, storage
 from cxrscale.shards import contents, ids, manifest_schema
 from cxrscale.types import UserError
 
-LOG = logging.getLogger("cxrscale")
 FORMAT = 1
 NAME = "manifest.parquet"
 FINGERPRINTS = "fingerprints.parquet"
@@ -35,6 +33,8 @@ FINGERPRINT_FIELDS = {
 LABEL = "label."
 """Prefix of the label columns: `label.Effusion` is int8, 1 present, 0 absent, null unlabeled."""
 
+OLD_IDS = "its image ids are the source's own and can name patients; shard it again to hide them"
+"""What `contents.tell_of_older` says of a dataset without keyed ids."""
 _AGAIN = f"remove it and {NAME} beside it, then `cxrscale shard` again"
 
 FIELDS: tuple[tuple[str, pa.DataType], ...] = (
@@ -202,13 +202,13 @@ def load(*roots: str) -> Manifest:
     for root in roots:
         listed = contents.read(root)
         if listed is None:
-            contents.tell_of_older(root)
+            contents.tell_of_older(root, contents.UNSEALED)
         data = read(root, listed)
         digests.append(storage.digest(data) if listed is None else listed.digest)
         table, about = parse(data, root)
         metadata.append(about)
         if ids.is_old(metadata[-1]):
-            _tell_of_old_ids(root)
+            contents.tell_of_older(root, OLD_IDS)
         parts.append(table.replace_schema_metadata(None).append_column("root", pa.array([root] * len(table))))
     joined = pa.concat_tables(parts, promote_options="default").combine_chunks()
     manifest = Manifest(
@@ -283,16 +283,6 @@ def fingerprints(root: str, columns: Sequence[str]) -> pa.Table:
     parquet.check_columns(table, {name: FINGERPRINT_FIELDS[name] for name in columns}, address, _AGAIN)
     parquet.check_no_nulls(table, columns, address, _AGAIN)
     return table
-
-
-@lru_cache(maxsize=256)
-def _tell_of_old_ids(root: str) -> None:
-    """Once per process and dataset."""
-    LOG.warning(
-        "%s is of an older version: its image ids are the source's own and can name patients; shard it again to hide "
-        "them",
-        root,
-    )
 
 
 def _check_unique(manifest: Manifest) -> None:

@@ -273,9 +273,6 @@ def _publish(
     if not len(rows):
         raise UserError(f"none of the {len(quarantined)} images could be read; the first: {quarantined[0]['reason']}")
     tiny_masks = int(np.sum(rows["tiny_mask"].to_numpy(zero_copy_only=False)))
-    total = float(np.sum(rows["pixels"].to_numpy()))
-    mean = float(np.sum(rows["pixel_sum"].to_numpy())) / total
-    square = float(np.sum(rows["pixel_squares"].to_numpy())) / total
     metadata = {
         "format": manifest.FORMAT,
         "version": __version__,
@@ -286,8 +283,7 @@ def _publish(
         "quarantined": quarantined,
         "burned_in": burned_in,
         "tiny_masks": tiny_masks,
-        "pixel_mean": mean / 255,
-        "pixel_std": float(np.sqrt(max(0.0, square - mean * mean))) / 255,
+        **_pixel_statistics(rows),
     }
     names = [name for name in rows.column_names if name not in _PART_FIELDS]
     files = {
@@ -305,6 +301,14 @@ def _publish(
     contents.write(out, digests | stored)
     _remove_parts(out)
     return PackResult(out, len(rows), len(quarantined), fresh=True, burned_in=burned_in, tiny_masks=tiny_masks)
+
+
+def _pixel_statistics(rows: pa.Table) -> dict[str, float]:
+    """Mean and standard deviation over all pixels of all images, from 0 to 1."""
+    total = float(np.sum(rows["pixels"].to_numpy()))
+    mean = float(np.sum(rows["pixel_sum"].to_numpy())) / total
+    square = float(np.sum(rows["pixel_squares"].to_numpy())) / total
+    return {"pixel_mean": mean / 255, "pixel_std": float(np.sqrt(max(0.0, square - mean * mean))) / 255}
 
 
 def _remove_parts(out: str) -> None:

@@ -45,7 +45,7 @@ def verify(root: str, progress: Progress | None = None) -> list[str]:
         return [str(error)]
     if listed is None:
         data, metadata = manifest.parse(manifest.read(root, None), root)
-        contents.tell_of_older(root)
+        contents.tell_of_older(root, contents.UNSEALED)
         return _row_faults(root, data, metadata, None, progress) + _fingerprint_faults(root, data)
     faults = _file_faults(root, listed)
     try:

@@ -117,7 +117,7 @@ def test_a_placement_group_of_a_killed_driver_is_found_and_removed() -> None:
         assert time.monotonic() < end
         time.sleep(0.2)
     assert [(orphan.name, orphan.state, orphan.bundles) for orphan in orphans] == [("sweep", "PENDING", "2 x CPU 500")]
-    nodes.remove_orphan(orphans[0])
+    nodes.remove_group(orphans[0])
     while nodes.find_orphans():
         assert time.monotonic() < end
         time.sleep(0.2)

@@ -21,6 +21,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 
+from tests.servers import free_port, s3_environment
+
 TIMES = {"time", "images_per_second", "data_wait"}
 """Fields of the training log that no two runs share."""
 LEFT_OUT = {"seal", "sessions", "seconds", "worker_hours", "gpu_hours", "cost", "hardware", "git"}
@@ -89,16 +91,10 @@ class Bucket:
                 self._client.put_object(Bucket=self.name, Key=address.removeprefix(start), Body=content)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def ray_head() -> Iterator[None]:
     """Inside, the environment names a Ray cluster of this machine."""
-    ray, port = Path(sys.executable).with_name("ray"), _free_port()
+    ray, port = Path(sys.executable).with_name("ray"), free_port()
     words = ["--head", f"--port={port}", "--node-ip-address=127.0.0.1", "--num-cpus=2", "--include-dashboard=false"]
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": f"127.0.0.1:{port}"}
     # Its temporary folder is not that of the commands; and the path of a socket must be short.
@@ -124,13 +120,8 @@ def _wait_for(port: int) -> None:
 @contextmanager
 def s3_server() -> Iterator[None]:
     """Inside, the environment names an S3 server of its own."""
-    port = _free_port()
-    os.environ |= {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
+    port = free_port()
+    os.environ |= s3_environment(port)
     command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
