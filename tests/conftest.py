@@ -53,24 +53,27 @@ REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 FIRST = {"ray_cluster"}
 """The fixture of tests on the session's cluster: the longest way, so one process begins with it."""
-LAST = {"cluster", "local", "site"}
-"""Fixtures that start clusters of their own: for the process that is free then."""
+LATER = {"cluster", "local", "site"}
+"""Fixtures that start clusters of their own: apart from the start of the session's, and not alone at the end."""
+END = ("tests/shards/", "tests/sources/", "tests/training/", "tests/tuning/", "tests/test_")
+"""What many small groups after them fill the end with, so that no process is idle there."""
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Two processes share the tests by module, and by what clusters they need."""
-    group = {0: "ray_cluster", 1: item.nodeid.partition("::")[0], 2: "own clusters"}[_turn(item)]
+    module = item.nodeid.partition("::")[0]
+    group = {0: "ray_cluster", 2: "own clusters"}.get(_turn(item), module)
     item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests on the session's cluster first, those that start their own last."""
+    """Tests on the session's cluster first, those that start their own after most of the others."""
     items.sort(key=_turn)
 
 
 def _turn(item: pytest.Item) -> int:
     needs = set(getattr(item, "fixturenames", ()))
-    return 0 if needs & FIRST else 2 if needs & LAST else 1
+    return 0 if needs & FIRST else 2 if needs & LATER else 3 if item.nodeid.startswith(END) else 1
 
 
 @pytest.fixture(scope="session")

@@ -242,14 +242,17 @@ def _ray_loop(settings: dict[str, Any]) -> None:
     # Ray restarts a failed group. That is right for a lost worker but not for a user's mistake: the new group returns.
     if storage.exists(error_file):
         return
+    worker = RayWorker(run, storage.join(run, STOP_FILE))
     try:
         with lease.share(run, settings["owner"]):
-            train_here(recipe, run, RayWorker(run, storage.join(run, STOP_FILE)))
+            train_here(recipe, run, worker)
     except AccessError:
         raise  # a worker whose bucket is away for a while is to fail and be started again
     except UserError as error:
         storage.write(error_file, f"{type(error).__name__}: {error}")
-        raise
+        # A worker alone ends without a restart. Of several, the others may wait in a collective: the group must fail.
+        if worker.dist.world > 1:
+            raise
 
 
 def _ray_folder(run: str) -> str:

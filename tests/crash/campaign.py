@@ -118,8 +118,11 @@ def main(arguments: Sequence[str]) -> int:
         "MPLCONFIGDIR": str(folder / "matplotlib"),
     }
     # Imported once: each attempt is a fork of this process.
+    import sklearn.metrics  # noqa: F401
+
     from cxrscale.cli import app  # noqa: F401
     from cxrscale.inference import predictions  # noqa: F401
+    from cxrscale.loader import dali  # noqa: F401
     from cxrscale.reporting import audit_page, run_report  # noqa: F401
     from cxrscale.training import launch  # noqa: F401
     from cxrscale.tuning import sweep  # noqa: F401
