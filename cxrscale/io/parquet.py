@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cxrscale.io import seal
+from cxrscale.io import parquet_footer, seal
 from cxrscale.types import UserError, one_line
 
 FREE_BYTES, BYTES_PER_BYTE = 64 << 20, 64
@@ -107,7 +107,7 @@ def check_no_nulls(table: pa.Table, names: Sequence[str], address: str, remedy: 
 def _read(data: bytes, names: Sequence[str] | None) -> pa.Table:
     limit = FREE_BYTES + BYTES_PER_BYTE * len(data)
     file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
-    _check_declared(file.metadata, limit)
+    _check_declared(file.metadata, parquet_footer.column_values(data), limit)
     schema = file.schema_arrow
     if len(set(schema.names)) < len(schema.names):
         twice = next(name for name in schema.names if schema.names.count(name) > 1)
@@ -132,11 +132,16 @@ def _read(data: bytes, names: Sequence[str] | None) -> pa.Table:
     return table
 
 
-def _check_declared(metadata: pq.FileMetaData, limit: int) -> None:
-    """Refuse values that take more memory than the limit, by what the file says of their number and width."""
+def _check_declared(metadata: pq.FileMetaData, groups: Sequence[Sequence[int]], limit: int) -> None:
+    """Refuse values that take more memory than the limit, by what the file says of their number and width.
+
+    Args:
+        groups: the number of values of each column, row group by row group.
+    """
     widths = [max(_VALUE, metadata.schema.column(i).length or 0) for i in range(metadata.num_columns)]
-    groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
-    total = sum(group.column(i).num_values * width for group in groups for i, width in enumerate(widths))
+    if any(len(values) != len(widths) for values in groups):
+        raise ValueError("a row group has not the columns of the schema")
+    total = sum(count * width for values in groups for count, width in zip(values, widths, strict=True))
     if max(total, _VALUE * metadata.num_rows) > limit:
         raise _TooLargeError(f"declares {metadata.num_rows:,} rows of {total:,} bytes")
 
