@@ -209,14 +209,15 @@ def _max_concurrent_trials(recipe: Recipe, use_gpu: bool) -> int | None:
 # After it
 
 
-def _score_at_own_thresholds(study: Study, total: int, show_bar: ShowBar) -> dict[str, float]:
-    """Trial's name -> its score at its own best thresholds, each computed on the cluster."""
-    names = [study.name(number) for number in range(total)]
+def _score_at_own_thresholds(study: Study, trials: int, show_bar: ShowBar) -> dict[str, float]:
+    """Trial's name -> its score at its own best thresholds, computed on the cluster; NaN without a checkpoint."""
+    scores = dict.fromkeys(map(study.name, range(trials)), math.nan)
+    runs = {name: storage.join(study.run, trial.TRIALS, name) for name in scores}
     needs = resources(study.base_recipe(), 1, study.use_gpu)
     task = ray.remote(num_cpus=needs["cpu"], num_gpus=needs.get("gpu", 0))(trial.score_at_own_thresholds)
-    pending = {task.remote(storage.join(study.run, trial.TRIALS, name)): name for name in names}
-    scores: dict[str, float] = {}
-    with show_bar("own thresholds", len(names), None) as bar:
+    pending = {task.remote(run): name for name, run in runs.items() if trial.has_checkpoint(run)}
+    total = len(pending)
+    with show_bar("own thresholds", total, None) as bar:
         while pending:
             for ready in ray.wait(list(pending), num_returns=1)[0]:
                 name = pending.pop(ready)
@@ -224,6 +225,5 @@ def _score_at_own_thresholds(study: Study, total: int, show_bar: ShowBar) -> dic
                     scores[name] = ray.get(ready)
                 except ray.exceptions.RayError as error:
                     LOG.warning("%s has no score at its own thresholds: %s", name, last_line(error))
-                    scores[name] = math.nan
-                bar.update(len(scores))
-    return {name: scores[name] for name in names}
+                bar.update(total - len(pending))
+    return scores

@@ -206,10 +206,11 @@ def validation_lines(run: str) -> list[dict[str, Any]]:
 def score_at_own_thresholds(run: str) -> float:
     """The mean F1 over findings, each at its best threshold, or the Dice of the best mask rule; validation split only.
 
-    Findings without both classes are left out. NaN where none has them, or the trial never wrote a checkpoint.
+    Findings without both classes are left out. NaN where none has them.
+
+    Args:
+        run: a trial that has a checkpoint.
     """
-    if not storage.exists(storage.join(run, checkpoint.BEST)):
-        return math.nan
     scores = predictions.predict_split(run, "val")
     if scores.maps is not None:
         return thresholds.best_mask_rule(scores.maps).dice
@@ -221,6 +222,11 @@ def score_at_own_thresholds(run: str) -> float:
         counts = metrics.confusion(score_N, label_N, threshold) if math.isfinite(threshold) else None
         values.append(metrics.f1(counts) if counts is not None else math.nan)
     return float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
+
+
+def has_checkpoint(folder: str) -> bool:
+    """Whether the trial has come to a best checkpoint."""
+    return storage.exists(storage.join(folder, checkpoint.BEST))
 
 
 def is_finished(folder: str) -> bool:
