@@ -27,7 +27,7 @@ from cxrscale.evaluation import (
     reader_comparison,
     summary,
 )
-from cxrscale.io import storage, write_artifact
+from cxrscale.io import read_sealed_yaml, storage, write_artifact
 from cxrscale.types import Scores, UserError
 
 # Methods import what brings torch, Ray or matplotlib: whoever only reads a run's recipe need not wait for them.
@@ -68,7 +68,7 @@ class Run:
         address = self.artifact(RECIPE)
         if not storage.exists(address):
             raise UserError(f"{address} does not exist; give the folder that `cxrscale train` printed")
-        return config.parse(Recipe, config.read_yaml(storage.read(address), address), where=address)
+        return config.parse(Recipe, read_sealed_yaml(address), where=address)
 
     def artifact(self, *names: str) -> str:
         """The path or address of one of its files: run.artifact("plots", "roc.png")."""

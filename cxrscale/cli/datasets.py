@@ -92,14 +92,18 @@ def _show_quarantined(packed: PackResult, path_of: Mapping[str, str], at_most: i
 
 @app.command("verify")
 def verify_command(
-    root: Annotated[str, typer.Argument(help="A dataset.")],
+    root: Annotated[str, typer.Argument(help="A dataset, a run or a search.")],
     mend: Annotated[
-        bool, typer.Option("--repair", help="First rewrite what can be rebuilt: indices and fingerprints.")
+        bool,
+        typer.Option("--repair", help="First rewrite what of a dataset can be rebuilt: indices and fingerprints."),
     ] = False,
 ) -> None:
-    """Re-read every byte of a dataset: files against their digests, tables against images, labels against JSON."""
-    from cxrscale.shards import repair, verify
+    """Re-read every byte of a dataset or run: files against their digests, tables against images and JSON."""
+    from cxrscale.shards import manifest, repair, verify
 
+    if not storage.exists(storage.join(root, manifest.NAME)) and _is_run(root):
+        _verify_run(root)
+        return
     for line in repair.repair(root) if mend else ():
         print(line)
     with progress.bar(f"verifying {root}", None, "images") as bar:
@@ -112,6 +116,31 @@ def verify_command(
             "damaged tars and the manifest, then shard again"
         )
     print(root)
+
+
+def _is_run(root: str) -> bool:
+    from cxrscale.training import resume, run_info
+
+    return any(storage.exists(storage.join(root, name)) for name in (run_info.RUN_INFO, resume.SEARCH_INFO))
+
+
+def _verify_run(run: str) -> None:
+    from cxrscale.training import run_files
+
+    with progress.bar(f"verifying {run}", None, "files") as bar:
+        files = run_files.verify(run, lambda: bar.update(bar.done + 1))
+    for line in files.faults:
+        print(terminal.printable(line))
+    for name in files.without:
+        print(terminal.printable(f"{name}: carries no digest; nothing is known of it"))
+    kept_by_others = f", {files.others} of Weights & Biases and Ray not checked" if files.others else ""
+    print(f"{files.checked} files fit the digest that they carry, {len(files.without)} carry none{kept_by_others}")
+    if files.faults:
+        raise UserError(
+            f"{run}: {len(files.faults)} faults; take these files from a backup, or write them again: reports by "
+            "`cxrscale evaluate`, checkpoints by training again"
+        )
+    print(run)
 
 
 @app.command()

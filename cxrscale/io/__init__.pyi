@@ -26,6 +26,9 @@ from .images import resize_mask as resize_mask
 from .images import shrink_mask as shrink_mask
 from .metadata import strip_metadata as strip_metadata
 from .metadata import without_quotes as without_quotes
+from .png import png_damage as png_damage
+from .sealed_yaml import read_sealed_yaml as read_sealed_yaml
+from .sealed_yaml import write_sealed_yaml as write_sealed_yaml
 from .strictness import Strictness as Strictness
 from .walk import FoundFile as FoundFile
 from .walk import walk as walk

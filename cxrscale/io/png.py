@@ -103,6 +103,15 @@ def _to_8_bits(pixels: npt.NDArray[np.uint16], significant: memoryview | None) -
     return look_up(np.rint(level_C * (255 / ((1 << bits) - 1))).astype(np.uint8), levels)
 
 
+def png_damage(data: bytes) -> str:
+    """What the checksums of a PNG file say against it; empty where it is intact."""
+    try:
+        length = len(SIGNATURE) + sum(len(whole) for _, _, whole in chunks(data))
+    except UnreadableImageError as error:
+        return str(error)
+    return "" if data.startswith(SIGNATURE) and length == len(data) else "PNG is damaged outside its chunks"
+
+
 def chunk(kind: bytes, body: bytes) -> bytes:
     """A chunk with its length and checksum."""
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))

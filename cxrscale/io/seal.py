@@ -52,7 +52,8 @@ def is_intact(content: bytes) -> bool | None:
     if not found:
         return False if _PART.search(content, tail) else None
     start, end = found[-1].span(1)
-    return storage.digest(content[:start] + b"0" * _DIGITS + content[end:]) == found[-1][1].decode()
+    view = memoryview(content)
+    return storage.digest(view[:start], b"0" * _DIGITS, view[end:]) == found[-1][1].decode()
 
 
 def check(content: bytes, address: str, remedy: str) -> bytes:

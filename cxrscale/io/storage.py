@@ -330,9 +330,12 @@ def remove_temporary_files(address: str) -> int:
     return len(paths)
 
 
-def digest(data: bytes | memoryview) -> str:
-    """BLAKE3 of the bytes, 64 hexadecimal digits."""
-    return blake3(data).hexdigest()
+def digest(*parts: bytes | memoryview) -> str:
+    """BLAKE3 of the bytes, 64 hexadecimal digits; several parts count as if they were joined."""
+    total = blake3()
+    for part in parts:
+        total.update(part)
+    return total.hexdigest()
 
 
 def file_digest(path: Path) -> str:

@@ -9,14 +9,19 @@ from typing import Any
 
 import torch
 
+from cxrscale.io import seal
+
 
 def load_tensors(content: bytes) -> Any:
     """What `torch.save` wrote: tensors and plain values, on the CPU.
 
     Raises:
         Exception: whatever the reader of pickles or archives raises for a damaged file.
-        ValueError: it unpacks to more than its size, which `torch.save` never makes, or a tensor is no plain one.
+        ValueError: it unpacks to more than its size, which `torch.save` never makes, or a tensor is no plain one; or
+            it does not fit the seal that it carries.
     """
+    if seal.is_intact(content) is False:
+        raise ValueError("it does not fit the digest that it carries")
     if zipfile.is_zipfile(io.BytesIO(content)):
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             unpacked = sum(member.file_size for member in archive.infolist())

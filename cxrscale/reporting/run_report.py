@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from cxrscale.config import LOWER_IS_BETTER, Recipe
 from cxrscale.evaluation import TestMetrics, Thresholds, artifacts, metrics, summary
 from cxrscale.inference import predictions, stored_thresholds
-from cxrscale.io import read_artifact, storage
+from cxrscale.io import read_artifact, seal, storage
 from cxrscale.reporting import gallery, html, plots, published, style
 from cxrscale.reporting.gallery import ShownCase
 from cxrscale.shards import manifest
@@ -83,7 +83,7 @@ def write(run: str) -> str:
     cases = gallery.show_cases(run, scores, kinds, manifest.load(*test.recipe.data.shards), rule)
     address = storage.join(run, artifacts.REPORT)
     report = Report(run, thresholds, test, run_info.read_run_info(run), log, figures, cases)
-    storage.write(address, render(report))
+    storage.write(address, seal.closed_text(render(report), "<!-- {} -->"))
     return address
 
 

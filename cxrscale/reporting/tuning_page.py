@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from cxrscale.config import Recipe
-from cxrscale.io import storage
+from cxrscale.io import seal, storage
 from cxrscale.reporting import html
 from cxrscale.reporting.style import BLUE, INK, LINE, RED, WIDE, YELLOW, png, styled, svg
 from cxrscale.tuning import FINISHED, STOPPED, Domain, Space, TrialRow, Verdict, direction, judge, totals
@@ -107,7 +107,8 @@ def write(rows: Sequence[TrialRow], recipe: Recipe, space: Space, run: str) -> N
         storage.write(storage.join(run, f"{name}.png"), png(figure))
     plots = {name: svg(figure, PLOT_TITLES[name]) for name, figure in figures.items()}
     name = run.rstrip("/").rsplit("/", 1)[-1]
-    storage.write(storage.join(run, PAGE), render(search, name, importance, plots))
+    page = render(search, name, importance, plots)
+    storage.write(storage.join(run, PAGE), seal.closed_text(page, "<!-- {} -->"))
 
 
 def render(search: Search, name: str, importance: Importance | None, plots: Mapping[str, Markup]) -> str:

@@ -4,6 +4,7 @@ from . import loop as loop
 from . import overfit as overfit
 from . import preflight as preflight
 from . import resume as resume
+from . import run_files as run_files
 from . import run_info as run_info
 from . import scoring as scoring
 from . import tracking as tracking

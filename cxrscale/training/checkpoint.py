@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import logging
 import re
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 
-from cxrscale.io import storage
+from cxrscale.io import seal, storage
 from cxrscale.models import load_tensors
 from cxrscale.training.state import TrainState
 from cxrscale.types import UserError, one_line
@@ -130,10 +131,12 @@ def _usable(folder: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
 
 
 def dump(state: Mapping[str, Any]) -> bytes:
-    """Serialize a state of tensors and plain values."""
+    """Serialize a state of tensors and plain values; the comment of the zip archive is its seal."""
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
-    return buffer.getvalue()
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.comment = seal.BLANK.encode()
+    return seal.close(buffer.getvalue())
 
 
 def read(content: bytes, name: str) -> dict[str, Any]:

@@ -24,15 +24,11 @@ from cxrscale.training import checkpoint, resume, run_info, waiting
 from cxrscale.training import preflight as preflight_checks
 from cxrscale.training.distributed import LocalWorker, RayWorker, Worker, handle_stop_signals
 from cxrscale.training.loop import train
-from cxrscale.training.run_info import Outcome, RunInputs
+from cxrscale.training.run_info import ERROR_FILE, STOP_FILE, Outcome, RunInputs
 from cxrscale.training.tracking import require_wandb_key
 from cxrscale.types import AccessError, NonFiniteError, UserError, last_line, one_line
 
 LOG = logging.getLogger("cxrscale")
-ERROR_FILE = "error.txt"
-"""Kind and message of a UserError on a worker, for the driver to raise."""
-STOP_FILE = "stop"
-"""Written by the driver, which gets the signals, to ask the workers to stop with a checkpoint."""
 
 MALLOC_ENV = {
     "MALLOC_ARENA_MAX": "1",

@@ -9,7 +9,7 @@ from typing import Any
 
 from cxrscale import config
 from cxrscale.config import Recipe
-from cxrscale.io import storage
+from cxrscale.io import read_sealed_yaml, storage, write_sealed_yaml
 from cxrscale.training import run_info
 from cxrscale.training.run_info import Change, RunInfo, RunInputs
 from cxrscale.types import UserError
@@ -41,9 +41,9 @@ def prepare(recipe: Recipe, inputs: RunInputs, run: str) -> dict[str, Change]:
     if not storage.exists(storage.join(run, run_info.RUN_INFO)):
         run_info.write_new(run, inputs)
     elif storage.exists(address):
-        changed = changed_fields(recipe, config.read_yaml(storage.read(address), address))
+        changed = changed_fields(recipe, read_sealed_yaml(address))
         _check_resumable(run, recipe, run_info.read_run_info(run), inputs, changed)
-    storage.write(address, config.to_yaml(recipe))
+    write_sealed_yaml(address, config.to_yaml(recipe))
     return changed
 
 

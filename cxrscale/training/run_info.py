@@ -20,6 +20,10 @@ from cxrscale.types import NonFiniteError, UserError
 RUN_INFO = "run.json"
 OUTCOME = "outcome.json"
 """Written by rank 0 at the end for the driver, which moves it into run.json."""
+ERROR_FILE = "error.txt"
+"""Kind and message of a UserError on a worker, for the driver to raise."""
+STOP_FILE = "stop"
+"""Written by the driver, which gets the signals, to ask the workers to stop with a checkpoint."""
 PACKAGES = (
     "torch",
     "timm",

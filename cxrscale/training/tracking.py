@@ -12,7 +12,9 @@ import math
 import netrc
 import os
 import time
+import zlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from cxrscale.types import UserError
 
 TRAIN_LOG = "train_log.jsonl"
 SAMPLES = "samples.png"
+CRC = "crc"
+"""The last field of a line of the log."""
 REMOTE_SECONDS = 20.0
 """An object store cannot append: there train_log.jsonl is rewritten this often, and after every validation."""
 
@@ -60,7 +64,7 @@ class Tracker:
             start: where the run goes on.
         """
         self.run, self.address = run, storage.join(run, TRAIN_LOG)
-        self._lines = [json.dumps(line) for line in read_log(run) if start.keeps(line)]
+        self._lines = [_text(line) for line in read_log(run) if start.keeps(line)]
         self._written_at = time.monotonic()
         self._file = None
         if not storage.is_remote(run):
@@ -77,7 +81,7 @@ class Tracker:
     def log(self, kind: str, step: int, values: Mapping[str, float | int | None]) -> None:
         """Append a line; `kind` is train or val, `step` the optimizer steps done. NaN becomes null."""
         plain = {name: _finite(value) for name, value in values.items()}
-        line = json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **plain})
+        line = _text({"kind": kind, "step": step, "time": round(time.time(), 3), **plain})
         if self._file is not None:
             self._file.write(line + "\n")
         else:
@@ -133,23 +137,48 @@ class Tracker:
 
 
 def read_log(run: str) -> list[dict[str, Any]]:
-    """The lines of train_log.jsonl, none where there is no file; a last line that a kill cut short is left out."""
+    """The lines of train_log.jsonl, none where there is no file; a last line that a kill cut short is left out.
+
+    Raises:
+        UserError: a line is damaged, or none of a training's log.
+    """
     address = storage.join(run, TRAIN_LOG)
-    lines: list[dict[str, Any]] = []
-    for text in storage.read(address).decode(errors="replace").split("\n") if storage.exists(address) else ():
-        try:
-            line = json.loads(text)
-        except (json.JSONDecodeError, RecursionError):
-            break
-        numbers = isinstance(line, dict) and all(
-            value is None or (isinstance(value, int | float) and math.isfinite(value))
-            for name, value in line.items()
-            if name != "kind"
-        )
-        if not numbers or not {"kind", "step", "time"} <= line.keys() or line["step"] is None or line["time"] is None:
-            raise UserError(f"{address}: line {len(lines) + 1} is not one of a training's log; remove that line")
-        lines.append(line)
+    return parse_log(storage.read(address), address) if storage.exists(address) else []
+
+
+def parse_log(content: bytes, address: str) -> list[dict[str, Any]]:
+    """The lines in the bytes of a log; the errors are those of `read_log`."""
+    *whole, last = content.split(b"\n")
+    lines = [_parse(text, f"{address}: line {number}") for number, text in enumerate(whole, start=1)]
+    with suppress(UserError):
+        lines += [_parse(last, address)] if last else []
     return lines
+
+
+def _text(values: Mapping[str, Any]) -> str:
+    """A line of the log; its last field is the CRC-32 of the line without it."""
+    plain = json.dumps(values)
+    return f'{plain[:-1]}, "{CRC}": "{zlib.crc32(plain.encode()):08x}"}}'
+
+
+def _parse(text: bytes, where: str) -> dict[str, Any]:
+    """The values of a line; in files of earlier versions it has no CRC."""
+    try:
+        line: Any = json.loads(text)
+    except (ValueError, RecursionError):
+        raise UserError(f"{where} is damaged (no JSON); remove that line") from None
+    if isinstance(line, dict) and CRC in line:
+        plain = text[: text.rindex(b",")] + b"}"
+        if line.pop(CRC) != f"{zlib.crc32(plain):08x}":
+            raise UserError(f"{where} is damaged (its CRC-32 differs); remove that line")
+    numbers = isinstance(line, dict) and all(
+        value is None or (isinstance(value, int | float) and math.isfinite(value))
+        for name, value in line.items()
+        if name != "kind"
+    )
+    if not numbers or not {"kind", "step", "time"} <= line.keys() or line["step"] is None or line["time"] is None:
+        raise UserError(f"{where} is not one of a training's log; remove that line")
+    return dict(line)
 
 
 def _finite(value: float | int | None) -> float | int | None:

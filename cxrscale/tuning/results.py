@@ -16,7 +16,7 @@ from scipy.stats import norm
 
 from cxrscale import config
 from cxrscale.config import LOWER_IS_BETTER, Recipe
-from cxrscale.io import parquet, storage
+from cxrscale.io import parquet, read_sealed_yaml, seal, storage, write_sealed_yaml
 from cxrscale.training import checkpoint, resume, run_info, tracking
 from cxrscale.tuning.search_info import SearchTotals
 from cxrscale.tuning.search_space import Point, Space, apply_point, differences
@@ -97,7 +97,7 @@ def _read_trial(study: Study, space: Space, name: str, own: float) -> TrialRow:
     lines = tracking.read_log(run)
     curve = tuple(math.nan if line[metric] is None else line[metric] for line in lines if line["kind"] == "val")
     failure = storage.join(run, FAILED)
-    reason = storage.read(failure).decode() if storage.exists(failure) else ""
+    reason = _first_line(failure) if storage.exists(failure) else ""
     if reason and storage.exists(storage.join(run, RETRIED)):
         reason += " (also when it was run once more)"
     point: Point = dict.fromkeys(space)
@@ -113,10 +113,16 @@ def _read_trial(study: Study, space: Space, name: str, own: float) -> TrialRow:
         ]
         usage = run_info.sum_usage(sessions, study.recipe["tracking"]["gpu_hour_price"])
         address = storage.join(run, resume.RECIPE)
-        tree = config.read_yaml(storage.read(address), address)
+        tree = read_sealed_yaml(address)
         point = {field: _value_at(tree, field) for field in space}
     status = BROKEN if reason else FINISHED if finished else STOPPED
     return TrialRow(name, name.startswith("seed-"), status, reason, point, curve, own, run=run, **dict(usage))
+
+
+def _first_line(address: str) -> str:
+    """Of a text under a seal."""
+    line, _, _ = seal.read(address, "remove it").decode().partition("\n")
+    return line
 
 
 def _value_at(tree: Any, name: str) -> Any:
@@ -220,7 +226,7 @@ def write_results(rows: Sequence[TrialRow], recipe: Recipe, space: Space, run: s
     """
     storage.write(storage.join(run, PARQUET), parquet.encode(results_table(rows, recipe, space), sealed=True))
     verdict = judge(rows, recipe)
-    storage.write(storage.join(run, BEST), best_recipe(verdict, recipe, space, run))
+    write_sealed_yaml(storage.join(run, BEST), best_recipe(verdict, recipe, space, run))
     weights = storage.read(storage.join(verdict.best.run, checkpoint.BEST))
     storage.write(storage.join(run, checkpoint.BEST), weights)
     return verdict

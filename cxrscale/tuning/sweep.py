@@ -16,7 +16,7 @@ import ray.tune
 from cxrscale import config
 from cxrscale.cluster import ray_session
 from cxrscale.config import Recipe
-from cxrscale.io import lease, storage
+from cxrscale.io import lease, read_sealed_yaml, storage, write_sealed_yaml
 from cxrscale.shards import manifest
 from cxrscale.training import RunInputs, launch, preflight, resume, run_info
 from cxrscale.tuning import results, trial
@@ -128,7 +128,7 @@ def _prepare(recipe: Recipe, inputs: RunInputs, run: str) -> None:
     # Before the recipe, which makes the folder a search.
     if not is_search(run):
         write_search_info(run, _new_info(inputs))
-    storage.write(address, config.to_yaml(recipe))
+    write_sealed_yaml(address, config.to_yaml(recipe))
 
 
 def _check_resumable(recipe: Recipe, inputs: RunInputs, run: str) -> None:
@@ -136,7 +136,7 @@ def _check_resumable(recipe: Recipe, inputs: RunInputs, run: str) -> None:
     if not is_search(run):
         raise UserError(f"{run} is not a search; give another tracking.name")
     address = storage.join(run, resume.RECIPE)
-    stored = config.read_yaml(storage.read(address), address)
+    stored = read_sealed_yaml(address)
     learned = config.learned_fields(Recipe)
     changed = {
         field: change

@@ -18,7 +18,7 @@ from cxrscale import config
 from cxrscale.config import LOWER_IS_BETTER, Recipe
 from cxrscale.evaluation import metrics, thresholds
 from cxrscale.inference import predictions
-from cxrscale.io import lease, storage
+from cxrscale.io import lease, read_sealed_yaml, seal, storage, write_sealed_yaml
 from cxrscale.training import LocalWorker, RunInputs, checkpoint, launch, resume, run_info, tracking
 from cxrscale.tuning import search_space
 from cxrscale.types import UserError, one_line
@@ -140,7 +140,7 @@ def _run_trial(settings: dict[str, Any], study: Study) -> None:
     folder = study.folder(number)
     recipe = study.base_recipe()
     best = BestMetric(recipe)
-    for leftover in (FAILED, launch.ERROR_FILE, launch.STOP_FILE):
+    for leftover in (FAILED, run_info.ERROR_FILE, run_info.STOP_FILE):
         storage.remove(storage.join(folder, leftover))
     try:
         recipe = study.trial_recipe(number, {name: value for name, value in settings.items() if name != NUMBER})
@@ -150,7 +150,7 @@ def _run_trial(settings: dict[str, Any], study: Study) -> None:
             ray.tune.report(best.report(line))
         if is_finished(folder):
             return
-        storage.write(storage.join(folder, resume.RECIPE), config.to_yaml(recipe))
+        write_sealed_yaml(storage.join(folder, resume.RECIPE), config.to_yaml(recipe))
         with run_info.record_session(folder, study.inputs, recipe.tune.workers, recipe.tracking.gpu_hour_price):
             if recipe.tune.workers == 1:
                 launch.train_here(recipe, folder, TrialWorker(best, study.use_gpu))
@@ -159,7 +159,7 @@ def _run_trial(settings: dict[str, Any], study: Study) -> None:
     except Exception as error:  # whatever a combination of settings may lead to; other trials go on
         reason = one_line(error, limit=500)
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        storage.write(storage.join(folder, FAILED), kind + reason)
+        storage.write(storage.join(folder, FAILED), seal.closed_text(kind + reason))
         ray.tune.report(best.failed(recipe.train.epochs))
 
 
@@ -171,7 +171,7 @@ def _check_same_point(folder: str, recipe: Recipe) -> None:
     address = storage.join(folder, resume.RECIPE)
     if not storage.exists(address):
         return
-    changed = resume.changed_fields(recipe, config.read_yaml(storage.read(address), address))
+    changed = resume.changed_fields(recipe, read_sealed_yaml(address))
     if not config.learned_fields(Recipe).isdisjoint(changed):
         for name in storage.listing(storage.join(folder, checkpoint.FOLDER)):
             storage.remove(storage.join(folder, checkpoint.FOLDER, name))

@@ -16,7 +16,7 @@ import ray
 import ray.tune
 
 from cxrscale.config import LOWER_IS_BETTER, Recipe
-from cxrscale.io import storage
+from cxrscale.io import seal, storage
 from cxrscale.tuning import results, trial
 from cxrscale.tuning.follower import Follower, bars
 from cxrscale.tuning.schedulers import Sampler, scheduler
@@ -154,7 +154,8 @@ def _record_lost(folder: str, error: BaseException) -> None:
     """Write the reason for a trial whose process was lost more than scaling.max_failures times: it could not."""
     address = storage.join(folder, trial.FAILED)
     if not storage.exists(address):
-        storage.write(address, "its process was lost too often (out of memory?): " + last_line(error))
+        reason = f"its process was lost too often (out of memory?): {last_line(error)}"
+        storage.write(address, seal.closed_text(reason))
 
 
 def _restored(address: str, trainable: Any, parameters: dict[str, Any] | None, files: Any) -> Any:

@@ -23,7 +23,7 @@ import torch
 
 from tests.servers import free_port, s3_environment
 
-TIMES = {"time", "images_per_second", "data_wait"}
+TIMES = {"time", "images_per_second", "data_wait", "crc"}
 """Fields of the training log that no two runs share."""
 LEFT_OUT = {"seal", "sessions", "seconds", "worker_hours", "gpu_hours", "cost", "hardware", "git"}
 """The same of run.json, of a search's sweep.json and of the rows of its trials."""

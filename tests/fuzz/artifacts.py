@@ -69,14 +69,16 @@ class World:
 def make_world(root: Path, dataset: str, run: str) -> World:
     """Copy a dataset and a trained run, and write all other artifacts of the run."""
     from cxrscale import config
+    from cxrscale.io import lease, process, write_artifact
     from cxrscale.run import open_run
+    from cxrscale.shards import contents
     from cxrscale.training import run_info
     from cxrscale.tuning import search_info
 
     world = World(root)
     shutil.copytree(dataset, world.dataset)
     # As before there was one: its digests would refuse every forged table before anything else could.
-    (world.dataset / "dataset.json").unlink(missing_ok=True)
+    (world.dataset / contents.NAME).rename(root / contents.NAME)
     shutil.copytree(run, world.run)
     world.outside.mkdir()
     shutil.copy(next(world.dataset.glob("*.tar")), world.outside / "canary.tar")
@@ -94,6 +96,11 @@ def make_world(root: Path, dataset: str, run: str) -> World:
     rows = ["image_id,source_image_id,patient,source_patient", *(f"{name},{n}.png,p,q" for n, name in enumerate(ids))]
     (world.root / "map.csv").write_text("\n".join(rows) + "\n")
     info = run_info.read_run_info(str(world.run))
+    outcome = run_info.Outcome(finished=True, epochs=1, best=0.5, device="CPU", workers=1)
+    write_artifact(str(world.root / run_info.OUTCOME), outcome)
+    # Of a process of this machine that is gone, so that the next command takes it over.
+    owner = lease.Owner(id="x", host="here", place=process.place(), pid=1, started="-1", began=1.0)
+    (world.root / lease.NAME).write_text(owner.model_dump_json())
     world.search.mkdir()
     inputs = {name: getattr(info, name) for name in run_info.RunInputs.model_fields}
     about = {name: getattr(info, name) for name in run_info.Environment.model_fields}
@@ -227,6 +234,12 @@ class Kind:
     commands: tuple[Callable[[World], list[str]], ...]
     reads_elsewhere: bool = False
     """Whether it is a recipe, whose addresses may be anywhere: then only writing is watched."""
+    kept: bool = False
+    """Whether the genuine file is kept beside the folder, where the commands do not meet it."""
+
+    def genuine(self, world: World) -> Path:
+        """The file that is forged."""
+        return world.root / self.file(world).name if self.kept else self.file(world)
 
 
 def _image(world: World) -> str:
@@ -293,6 +306,11 @@ KINDS = {
     "trials": Kind(
         lambda w: w.search / "trials.parquet", hostile.mutated_parquet, (lambda w: ["search", str(w.search)],)
     ),
+    "outcome": Kind(
+        lambda w: w.run / "outcome.json", hostile.mutated_json, (lambda w: ["report", str(w.run)],), kept=True
+    ),
+    "lease": Kind(lambda w: w.run / ".lease", hostile.mutated_json, THRESHOLD, kept=True),
+    "contents": Kind(lambda w: w.dataset / "dataset.json", hostile.mutated_json, DATASET, kept=True),
     "readers": Kind(lambda w: w.root / "readers.csv", hostile.mutated_csv, READERS),
     "map": Kind(lambda w: w.root / "map.csv", hostile.mutated_csv, SPLIT),
 }
@@ -389,7 +407,7 @@ def attempt(world: World, kind: str, seed: int, number: int) -> Ended:
     rng = np.random.default_rng([seed, list(KINDS).index(kind), number])
     chosen = KINDS[kind]
     path = chosen.file(world)
-    data = path.read_bytes()
+    data = chosen.genuine(world).read_bytes()
     words = chosen.commands[int(rng.integers(len(chosen.commands)))](world)
     forged = chosen.forge(data, rng)
     before = _state(world.root)
@@ -429,6 +447,8 @@ def undamaged(world: World) -> dict[str, str]:
             before = _state(world.root)
             kept = {name: name.read_bytes() for name in before if name.suffix != ".tar"}
             for command in dict.fromkeys(chosen.commands):
+                if chosen.kept:
+                    shutil.copy(chosen.genuine(world), chosen.file(world))
                 code, err, exception = call(command(world))
                 if code or exception:
                     said[f"{kind}: {command(world)[0]}"] = exception or err.splitlines()[-1]
@@ -534,7 +554,7 @@ def main() -> int:
     given = parser.parse_args()
     world = World(given.world.resolve())
     if not world.root.exists():
-        _new_world(world.root)
+        new_world(world.root)
     for command, why in undamaged(world).items():
         print(f"undamaged {command}: {why}")
     ends = campaign(world, given.runs, given.seed, given.kinds)
@@ -543,7 +563,8 @@ def main() -> int:
     return 1 if any(end.fault for end in ends) else 0
 
 
-def _new_world(root: Path) -> None:
+def new_world(root: Path) -> None:
+    """A world with a small dataset of its own."""
     import tempfile
 
     import torch
