@@ -26,7 +26,7 @@ from cxrscale.reporting import tables
 from cxrscale.run import Run, open_run, train
 from cxrscale.shards import build, leakage, manifest
 from cxrscale.sources.synthetic.archive import SyntheticPaths
-from cxrscale.training import checkpoint, scoring
+from cxrscale.training import checkpoint, scoring, tracking
 from cxrscale.training.distributed import LocalWorker
 from cxrscale.types import UserError
 from tests.conftest import tiny
@@ -229,8 +229,8 @@ def test_another_test_split_changes_nothing_that_is_chosen(
     other = train_and_evaluate(other_shards, tmp_path / "other", base)
 
     def lines(run: Run) -> list[dict[str, Any]]:
-        kept = [json.loads(line) for line in Path(run.artifact("train_log.jsonl")).read_text().splitlines()]
-        return [{k: v for k, v in line.items() if k not in ("time", "images_per_second", "data_wait")} for line in kept]
+        times = ("time", "images_per_second", "data_wait")
+        return [{k: v for k, v in line.items() if k not in times} for line in tracking.read_log(run.path)]
 
     assert lines(one) == lines(other)
     names = [storage.listing(run.artifact(checkpoint.FOLDER)) for run in (one, other)]
