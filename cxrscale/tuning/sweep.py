@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 import ray.tune
@@ -211,19 +212,24 @@ def _max_concurrent_trials(recipe: Recipe, use_gpu: bool) -> int | None:
 
 def _score_at_own_thresholds(study: Study, trials: int, show_bar: ShowBar) -> dict[str, float]:
     """Trial's name -> its score at its own best thresholds, computed on the cluster; NaN without a checkpoint."""
+    recipe = study.base_recipe()
     scores = dict.fromkeys(map(study.name, range(trials)), math.nan)
     runs = {name: storage.join(study.run, trial.TRIALS, name) for name in scores}
-    needs = resources(study.base_recipe(), 1, study.use_gpu)
+    waiting = [name for name, run in reversed(runs.items()) if trial.has_checkpoint(run)]
+    needs, total = resources(recipe, 1, study.use_gpu), len(waiting)
     task = ray.remote(num_cpus=needs["cpu"], num_gpus=needs.get("gpu", 0))(trial.score_at_own_thresholds)
-    pending = {task.remote(run): name for name, run in runs.items() if trial.has_checkpoint(run)}
-    total = len(pending)
+    limit = recipe.tune.max_concurrent_trials or total
+    pending: dict[Any, str] = {}
     with show_bar("own thresholds", total, None) as bar:
-        while pending:
+        while waiting or pending:
+            while waiting and len(pending) < limit:
+                name = waiting.pop()
+                pending[task.remote(runs[name])] = name
             for ready in ray.wait(list(pending), num_returns=1)[0]:
                 name = pending.pop(ready)
                 try:
                     scores[name] = ray.get(ready)
                 except ray.exceptions.RayError as error:
                     LOG.warning("%s has no score at its own thresholds: %s", name, last_line(error))
-                bar.update(total - len(pending))
+                bar.update(total - len(waiting) - len(pending))
     return scores
