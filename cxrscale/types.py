@@ -39,6 +39,12 @@ class NonFiniteError(UserError):
     exit_code = 4
 
 
+class UnreadInputsError(UserError):
+    """Some of the inputs could not be read; everything else is done."""
+
+    exit_code = 3
+
+
 class WaitLimitError(UserError):
     """Something that a command waited for did not come within its limit: room on a cluster, workers."""
 

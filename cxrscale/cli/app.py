@@ -12,12 +12,12 @@ from typing import Annotated
 import typer
 
 from cxrscale import __version__
-from cxrscale.cli import basics, datasets, evaluation, machines, training
+from cxrscale.cli import basics, datasets, evaluation, machines, prediction, training
 from cxrscale.cli.group import app
 
 __all__ = ["COMMANDS", "app", "main"]
 
-COMMANDS = (basics, datasets, training, evaluation, machines)
+COMMANDS = (basics, datasets, training, evaluation, prediction, machines)
 """The modules whose commands make up the application, in the order of the data's way."""
 
 

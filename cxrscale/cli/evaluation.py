@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -92,61 +89,3 @@ def compare_command(
             print(terminal.printable(f"only in {side.name}, not compared: {', '.join(findings)}"))
     write_artifact(out, comparison)
     print(storage.absolute(out))
-
-
-@app.command("predict")
-def predict_command(
-    run: Annotated[str, typer.Option(help="The run whose best checkpoint predicts.")],
-    files: Annotated[list[str] | None, typer.Argument(help="DICOM, PNG or JPEG files.")] = None,
-    split: Annotated[
-        str | None, typer.Option(help="train, val or test: the run's own images, into RUN/predictions-SPLIT.parquet.")
-    ] = None,
-    id_map: Annotated[
-        str | None,
-        typer.Option(
-            help="With --split: the map of `shard --keep-map`; --out is then a CSV under the source's own ids."
-        ),
-    ] = None,
-    out: Annotated[str | None, typer.Option(help="The file of predictions; a CSV with an id map.")] = None,
-) -> None:
-    """Probabilities and calls for image files (predict a.dcm b.png --run runs/NAME), or scores of a split (--split
-    train).
-
-    A file's probabilities are calibrated and called present or absent at the run's stored thresholds, as by evaluate.
-
-    Files whose gray values are certain are read even where `shard` would refuse them, with a warning in the result.
-    """
-    from cxrscale.inference import Predictor, predictions
-
-    if (split is None) == (not files):
-        raise UserError("predict takes either files or --split train|val|test")
-    if id_map is not None and split is None:
-        raise UserError("--id-map goes with --split; predictions of files have the files' own names")
-    if split is not None:
-        scores = predictions.predict_split(run, split)
-        print(storage.absolute(predictions.predictions_path(run, split)))
-        if id_map is not None:
-            table = out or f"predictions-{split}.csv"
-            predictions.write_under_source_ids(table, scores, id_map)
-            print(storage.absolute(table))
-        return
-    out = out or "predictions.json"
-    predictor = Predictor(run)
-    for note in predictor.provenance.notes:
-        logging.getLogger("cxrscale").warning("%s: %s", run, note)
-    results = predictor.predict(files or [])
-    for prediction in results:
-        print(terminal.printable(prediction.path))
-        for name, value in prediction.probabilities.items():
-            call = "" if name not in prediction.calls else "  present" if prediction.calls[name] else "  absent"
-            print(f"  {terminal.printable(name):<20} {value:.4f}{call}")
-        if prediction.error:
-            print(terminal.printable(f"  not read: {prediction.error}"))
-        for warning in prediction.warnings:
-            print(terminal.printable(f"  warning: {warning}"))
-    listed = [{key: value for key, value in asdict(prediction).items() if value} for prediction in results]
-    content = {"predictions": listed, **predictor.provenance.model_dump(mode="json")}
-    storage.write(out, json.dumps(content, indent=2) + "\n")
-    print(storage.absolute(out))
-    if all(prediction.error for prediction in results):
-        raise UserError("none of the files could be read; see the reasons above")

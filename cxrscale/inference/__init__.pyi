@@ -1,4 +1,9 @@
 from . import predictions as predictions
+from .files import FilePredictions as FilePredictions
+from .files import predict_files as predict_files
+from .formats import check_format as check_format
+from .inputs import Inputs as Inputs
+from .inputs import find_inputs as find_inputs
 from .predictions import PredictionsInfo as PredictionsInfo
 from .predictor import Prediction as Prediction
 from .predictor import Predictor as Predictor

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +37,7 @@ from cxrscale.io import (
 from cxrscale.loader import file_batches
 from cxrscale.models import build_model, forward, probabilities
 from cxrscale.training import LocalWorker, checkpoint, scoring
-from cxrscale.types import GrayImage, UnreadableImageError, UserError, one_line, probabilities_of
+from cxrscale.types import AccessError, GrayImage, UnreadableImageError, UserError, one_line, probabilities_of
 
 PIXELS = ("codec", "size", "quality")
 """Fields of the pack section that say how an image is stored."""
@@ -59,8 +63,19 @@ class Prediction:
     """Finding -> the model's own output, which `probabilities` are computed from."""
     mask_rle: str | None = None
     """For segmentation: the mask at the image's own size, run-length encoded as in SIIM-ACR; '-1' is empty."""
+    mask_area: int | None = None
+    """For segmentation: pixels of the mask at the image's own size."""
+    mask_area_mm2: float | None = None
+    """The same in square millimeters; None where the file does not say the distance between its pixels."""
+    height: int | None = None
+    """Of the image in pixels, upright; None where it could not be read."""
+    width: int | None = None
+    spacing_mm: tuple[float, float] | None = None
+    """Distance between (rows, columns) in millimeters, where the file says it."""
     error: str = ""
     """Why there are no probabilities; empty where there are."""
+    unreachable: bool = False
+    """Whether the file could not be reached, which says nothing of its content: another attempt may succeed."""
     warnings: tuple[str, ...] = ()
     """Faults of the file, one line each, for which a dataset would refuse it; its gray values are certain."""
 
@@ -76,6 +91,8 @@ class Provenance(ArtifactPart):
     """Digest of the datasets that the model was trained on."""
     thresholds: str
     """Digest of thresholds.json; empty where the run has none."""
+    threshold: Mapping[str, float] = {}
+    """Finding -> the threshold of its call."""
     notes: tuple[str, ...] = ()
     """What is missing from probabilities and calls, and how to get it."""
     recipe: Recipe
@@ -93,6 +110,16 @@ class TrainedModel:
     """Digest of the file of weights."""
     pixels: Mapping[str, Any]
     """How the training images were stored: codec, size, quality."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """An image as the model's batches take it; what a thread makes ready while the model runs."""
+
+    prediction: Prediction
+    """What is known without the model."""
+    stored: bytes | None = None
+    """The image as the shards would hold it; None where it could not be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +143,13 @@ class Decision:
     estimated: Mapping[str, calibration.PriorShift | None] = field(default_factory=dict)
     """With threshold.prior_shift=em: finding -> the correction that `cxrscale evaluate` estimated on the test split."""
     notes: tuple[str, ...] = ()
+
+    def threshold(self) -> dict[str, float]:
+        """Finding -> the threshold of its call, where it has one."""
+        if self.thresholds is None:
+            return {}
+        values = {name: chosen.threshold.value for name, chosen in self.thresholds.thresholds.items()}
+        return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 class Predictor:
@@ -167,6 +201,7 @@ class Predictor:
             checkpoint=self._trained.checkpoint,
             manifest=self._trained.manifest,
             thresholds=self._decision.digest,
+            threshold=self._decision.threshold(),
             notes=self._decision.notes,
             recipe=self.recipe,
         )
@@ -184,37 +219,56 @@ class Predictor:
         Args:
             batch_size: images per forward pass; None: the recipe's sampler.eval_batch_size. This many are in memory.
         """
+        return list(self.stream(items, batch_size))
+
+    def stream(
+        self, items: Iterable[Source], batch_size: int | None = None, threads: int | None = None
+    ) -> Iterator[Prediction]:
+        """The predictions for any number of images, in order, each as soon as its batch is done.
+
+        Threads read and decode the next images while the model runs. Two batches are in memory, as they are stored in
+        shards, however many images there are.
+
+        Args:
+            batch_size: images per forward pass; None: the recipe's sampler.eval_batch_size.
+            threads: that decode; None: one per CPU, four at most.
+        """
         size = batch_size or self.recipe.sampler.eval_batch_size
-        return [
-            prediction
-            for start in range(0, len(items), size)
-            for prediction in self._predict_batch(items[start : start + size])
-        ]
+        ahead, left = deque[Future[_Prepared]](), iter(items)
+        pool = ThreadPoolExecutor(threads or min(4, os.cpu_count() or 1), thread_name_prefix="decode")
+        try:
+            while True:
+                for item in islice(left, 2 * size - len(ahead)):
+                    ahead.append(pool.submit(self._prepare, item))
+                if not ahead:
+                    return
+                batch = [ahead.popleft().result() for _ in range(min(size, len(ahead)))]
+                yield from self._predict_batch(batch)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
-    def _predict_batch(self, items: Sequence[Source]) -> Iterator[Prediction]:
-        images = [self._load(item) for item in items]
-        read = [image for image in images if not isinstance(image, str)]
-        stored = [encode_as_stored(image.image_HW, self._trained.pixels) for image in read]
-        outputs = iter(self._outputs(stored))
-        for item, image in zip(items, images, strict=True):
-            path = str(item) if isinstance(item, str | Path) else ""
-            if isinstance(image, str):
-                yield Prediction(path, error=image)
-                continue
-            output = next(outputs)
-            if output is None:
-                yield Prediction(path, error="the image cannot be decoded", warnings=image.warnings)
+    def _predict_batch(self, batch: Sequence[_Prepared]) -> Iterator[Prediction]:
+        outputs = iter(self._outputs([one.stored for one in batch if one.stored is not None]))
+        for one in batch:
+            if one.stored is None:
+                yield one.prediction
+            elif (output := next(outputs)) is None:
+                yield replace(one.prediction, error="the image cannot be decoded")
             else:
-                mask_rle = None if output.score_HW is None else self._mask_rle(output.score_HW, image.image_HW)
-                found = self._prediction(path, output.logit_F, mask_rle)
-                yield replace(found, warnings=image.warnings)
+                yield self._prediction(one.prediction, output)
 
-    def _prediction(self, path: str, logit_F: npt.NDArray[np.float32], mask_rle: str | None) -> Prediction:
-        logits = dict(zip(self.findings, logit_F.tolist(), strict=True))
+    def _prediction(self, known: Prediction, output: _Output) -> Prediction:
+        logit_F = output.logit_F
+        known = replace(known, logits=dict(zip(self.findings, logit_F.tolist(), strict=True)))
+        if output.score_HW is not None and known.height is not None and known.width is not None:
+            mask_HW = apply_mask_rule(output.score_HW, self._mask_rule, (known.height, known.width))
+            area = int(mask_HW.sum())
+            area_mm2 = None if known.spacing_mm is None else area * known.spacing_mm[0] * known.spacing_mm[1]
+            known = replace(known, mask_rle=rle_masks.encode(mask_HW), mask_area=area, mask_area_mm2=area_mm2)
         chosen = self._decision.thresholds
         if chosen is None:
             own = dict(zip(self.findings, probabilities_of(logit_F).tolist(), strict=True))
-            return Prediction(path, own, logits=logits, mask_rle=mask_rle)
+            return replace(known, probabilities=own)
         found = calls.call_images(logit_F[None], self.findings, chosen, self._decision.estimated)
         final = dict(zip(self.findings, found.probability_NF[0].tolist(), strict=True))
         called = {
@@ -222,21 +276,18 @@ class Predictor:
             for name, value in zip(self.findings, found.called_NF[0].tolist(), strict=True)
             if not math.isnan(value)
         }
-        return Prediction(path, final, called, logits, mask_rle)
+        return replace(known, probabilities=final, calls=called)
 
-    @staticmethod
-    def _load(source: Source) -> LoadedImage | str:
-        """The upright gray image, or the reason why there is none."""
+    def _prepare(self, source: Source) -> _Prepared:
+        """The image as it would be stored, or the reason why there is none."""
+        path = str(source) if isinstance(source, str | Path) else ""
         try:
-            if isinstance(source, np.ndarray):
-                if source.dtype != np.uint8 or source.ndim != 2:
-                    raise UserError(f"an array of {source.dtype} {source.shape} is not an image; give uint8 (H, W)")
-                return LoadedImage(source)
-            if isinstance(source, bytes):
-                return load_image(source, strictness=Strictness.LENIENT)
-            return load_image(storage.read(str(source)), name=str(source), strictness=Strictness.LENIENT)
+            image = _load(source)
         except (UnreadableImageError, UserError) as error:
-            return str(error)
+            return _Prepared(Prediction(path, error=str(error), unreachable=isinstance(error, AccessError)))
+        height, width = image.image_HW.shape
+        known = Prediction(path, height=height, width=width, spacing_mm=image.spacing_mm, warnings=image.warnings)
+        return _Prepared(known, encode_as_stored(image.image_HW, self._trained.pixels))
 
     def _outputs(self, images: Sequence[bytes]) -> list[_Output | None]:
         """The model's output for each stored image; None where it cannot be decoded."""
@@ -256,8 +307,22 @@ class Predictor:
                     outputs[int(batch.row_B[index])] = _Output(logit_BF[index], score_HW)
         return outputs
 
-    def _mask_rle(self, score_HW: npt.NDArray[np.float32], image_HW: GrayImage) -> str:
-        return rle_masks.encode(apply_mask_rule(score_HW, self._mask_rule, image_HW.shape))
+
+def _load(source: Source) -> LoadedImage:
+    """The upright gray image of a file, its bytes or an array, read leniently.
+
+    Raises:
+        UnreadableImageError: it cannot be decoded.
+        UserError: there is no such file, or the array is no image.
+        AccessError: the file cannot be reached.
+    """
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim != 2:
+            raise UserError(f"an array of {source.dtype} {source.shape} is not an image; give uint8 (H, W)")
+        return LoadedImage(source)
+    if isinstance(source, bytes):
+        return load_image(source, strictness=Strictness.LENIENT)
+    return load_image(storage.read(str(source)), name=str(source), strictness=Strictness.LENIENT)
 
 
 def load_model(run: str | Path, device: torch.device) -> TrainedModel:

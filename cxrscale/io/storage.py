@@ -100,6 +100,39 @@ def listing(address: str, suffix: str = "") -> list[str]:
     return patiently(address, lambda: _names(address, suffix))
 
 
+def is_folder(address: str) -> bool:
+    """Whether it is a folder, or the prefix of objects.
+
+    Raises:
+        AccessError: the store cannot be asked.
+    """
+    if not is_remote(address):
+        return local_path(address).is_dir()
+
+    def ask() -> bool:
+        files, path = store(address)
+        files.invalidate_cache()
+        return bool(files.isdir(path))
+
+    return patiently(address, ask)
+
+
+def matches(pattern: str) -> list[str]:
+    """The sorted addresses of the objects that an fsspec pattern names.
+
+    Raises:
+        AccessError: the store cannot be asked.
+    """
+    scheme, _, _ = pattern.partition("://")
+
+    def ask() -> list[str]:
+        files, path = store(pattern)
+        files.invalidate_cache()
+        return sorted(f"{scheme}://{name}" for name in files.glob(path) if not files.isdir(name))
+
+    return patiently(pattern, ask)
+
+
 def _names(address: str, suffix: str) -> list[str]:
     if not is_remote(address):
         root = local_path(address)

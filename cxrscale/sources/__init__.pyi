@@ -1,7 +1,10 @@
 from . import synthetic as synthetic
 from .csv_rows import read_names as read_names
 from .csv_rows import read_rows as read_rows
+from .image_files import FORMATS as FORMATS
+from .image_files import find_images as find_images
 from .image_files import image_key as image_key
+from .image_files import image_name as image_name
 from .ledger import LEDGER as LEDGER
 from .ledger import Ledger as Ledger
 from .ledger import LedgerBook as LedgerBook

@@ -37,8 +37,8 @@ DICOM = Format("DICOM", (".dcm", ".dicom", ".dic"), b"DICM", 128)
 Accept = Callable[[tuple[str, ...]], str]
 """Folders below the root -> why images there are left out, or '' where they are not."""
 
-_FORMATS = (PNG, JPEG, DICOM)
-_IMAGE_SUFFIXES = frozenset(suffix for known in _FORMATS for suffix in known.suffixes)
+FORMATS = (PNG, JPEG, DICOM)
+_IMAGE_SUFFIXES = frozenset(suffix for known in FORMATS for suffix in known.suffixes)
 _HEAD = 132
 _OTHER_IMAGES = (".bmp", ".gif", ".jp2", ".nii", ".npy", ".tif", ".tiff", ".webp")
 _ARCHIVES = (".7z", ".rar", ".tar", ".tgz", ".zip")
@@ -150,11 +150,11 @@ def _format_of(file: FoundFile) -> Format | None:
     name = file.parts[-1]
     suffix = _suffix(name)
     if suffix:
-        return next((known for known in _FORMATS if suffix in known.suffixes), None)
+        return next((known for known in FORMATS if suffix in known.suffixes), None)
     if file.problem or name.startswith(".") or not name.isprintable():
         return None
     head = _head(file.path)
-    return next((known for known in _FORMATS if head[known.magic_at :].startswith(known.magic)), None)
+    return next((known for known in FORMATS if head[known.magic_at :].startswith(known.magic)), None)
 
 
 def _head(path: str) -> bytes:

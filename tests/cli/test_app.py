@@ -73,12 +73,13 @@ def test_the_whole_way_by_commands_in_a_folder_with_an_odd_name(
     assert {"manifest", "checkpoint"} <= found.keys()
     image = str(next(drawn.nih.rglob("*.png")))
     dicom = str(next(drawn.siim.rglob("*.dcm")))
-    made, bare = tmp_path / "predictions.json", tmp_path / "bare"
+    made, bare = tmp_path / "predictions" / "predictions.json", tmp_path / "bare"
     bare.write_bytes(Path(dicom).read_bytes()[132:])
     files = (image, dicom, __file__, str(bare))
-    code, out, _ = run(capsys, "predict", *files, "--run", str(tmp_path / "small"), "--out", str(made))
+    code, out, err = run(capsys, "predict", *files, "--run", str(tmp_path / "small"), "--out", str(made.parent))
     lines = json.loads(made.read_text())["predictions"]
-    assert (code, out[-1]) == (0, str(made))
+    assert (code, out[-1]) == (3, str(made))
+    assert "error: 1 of 4 inputs could not be read; `error` in their rows says why" in err
     assert [len(line.get("probabilities", {})) for line in lines] == [3, 3, 0, 3]
     assert lines[2]["error"]
     (warning,) = lines[3]["warnings"]

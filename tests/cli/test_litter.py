@@ -43,7 +43,7 @@ def test_commands_leave_nothing_in_the_temporary_folder(
         ["threshold", run, "--resamples", "4"],
         ["evaluate", run, "--resamples", "4"],
         ["compare", run, run, "--resamples", "4", "--out", f"{out}/compare.json"],
-        ["predict", image, "--run", run, "--out", f"{out}/predictions.json"],
+        ["predict", image, "--run", run, "--out", f"{out}/predictions"],
         ["predict", "--split", "val", "--run", run],
         ["overfit", recipe, f"tracking.runs_dir={out}", "--images", "8", "--epochs", "1"],
         ["doctor"],

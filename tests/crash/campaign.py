@@ -61,7 +61,7 @@ def scenarios(source: str, work: str, root: str) -> list[Scenario]:
         Scenario("train", (*train, "tracking.name=tiny", "--local")),
         Scenario("threshold", ("threshold", run, "--resamples", "10")),
         Scenario("evaluate", ("evaluate", run, "--resamples", "10")),
-        Scenario("predict", ("predict", f"{work}/a.png", "--run", run, "--out", f"{root}/p.json")),
+        Scenario("predict", ("predict", f"{work}/a.png", "--run", run, "--out", f"{root}/p")),
         Scenario("tune", ("tune", *train[1:], *SEARCH, "tracking.name=search")),
     ]
 

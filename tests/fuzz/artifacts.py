@@ -246,7 +246,7 @@ def _image(world: World) -> str:
     return str(world.root / "image.png")
 
 
-PREDICT = (lambda w: ["predict", _image(w), "--run", str(w.run), "--out", str(w.root / "out" / "p.json")],)
+PREDICT = (lambda w: ["predict", _image(w), "--run", str(w.run), "--out", str(w.root / "out" / "p")],)
 THRESHOLD = (lambda w: ["threshold", str(w.run), "--resamples", "2"],)
 EVALUATE = (lambda w: ["evaluate", str(w.run), "--resamples", "2"],)
 COMPARE = (lambda w: ["compare", str(w.run), str(w.run), "--resamples", "2", "--out", str(w.root / "out" / "c.json")],)

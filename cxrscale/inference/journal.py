@@ -1,0 +1,104 @@
+"""Predictions of many files, kept as they come: a command that is killed goes on where it was.
+
+A folder of predictions holds `parts/00000.jsonl`, `00001.jsonl`, ... while it is being filled, each written whole, and
+`parts/job.json` with what they were made by. At the end they become one file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import cache
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from cxrscale.inference.predictor import Prediction, Provenance
+from cxrscale.io import Artifact, read_artifact, seal, storage, write_artifact
+from cxrscale.types import UserError
+
+FOLDER, JOB = "parts", "job.json"
+ROWS = 256
+"""Predictions in a part: what a kill can cost."""
+
+
+class Job(Artifact):
+    """What the parts of a folder were made by."""
+
+    schema_version: int = 1
+    checkpoint: str
+    """Digest of the weights."""
+    thresholds: str
+    """Digest of thresholds.json."""
+    run: str
+
+
+class Journal:
+    """The parts of a folder of predictions."""
+
+    def __init__(self, out: str, provenance: Provenance) -> None:
+        """Begin, or go on.
+
+        Args:
+            out: the folder or address of predictions.
+
+        Raises:
+            UserError: it holds parts of another run, or of other thresholds.
+        """
+        self._folder = storage.join(out, FOLDER)
+        address = storage.join(self._folder, JOB)
+        mine = Job(run=provenance.run, checkpoint=provenance.checkpoint, thresholds=provenance.thresholds)
+        if not storage.exists(address):
+            write_artifact(address, mine)
+        elif (theirs := read_artifact(Job, address, f"remove {self._folder}")) != mine:
+            what = "other thresholds of this run" if theirs.run == mine.run else f"run {theirs.run}"
+            raise UserError(f"{out} holds unfinished predictions of {what}; give another --out, or remove it")
+        self._parts = list(storage.listing(self._folder, ".jsonl"))
+        self._pending: list[Prediction] = []
+
+    def rows(self) -> Iterator[Prediction]:
+        """The predictions that are written, in the order in which they were made."""
+        for name in self._parts:
+            address = storage.join(self._folder, name)
+            content = seal.read(address, "remove it: its images are predicted again")
+            for line in content.decode().splitlines()[:-1]:
+                yield _adapter().validate_json(line)
+
+    def add(self, prediction: Prediction) -> None:
+        """Keep one more; every `ROWS`-th writes a part."""
+        self._pending.append(prediction)
+        if len(self._pending) == ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is not yet written."""
+        if self._pending:
+            name = f"{len(self._parts):05}.jsonl"
+            text = "".join(f"{json.dumps(row(one))}\n" for one in self._pending)
+            storage.write(storage.join(self._folder, name), seal.closed_text(text))
+            self._parts.append(name)
+            self._pending = []
+
+    def forget(self, unreachable: Sequence[Prediction]) -> None:
+        """Remove the parts, and the folder with them; but for nothing that is still to be tried again.
+
+        Args:
+            unreachable: predictions of files that could not be reached: without them the parts are kept, so that the
+                same command tries only those.
+        """
+        if unreachable:
+            return
+        for name in [*self._parts, JOB]:
+            storage.remove(storage.join(self._folder, name))
+        storage.remove_empty_folder(self._folder)
+
+
+def row(prediction: Prediction) -> dict[str, Any]:
+    """What is known of an image; fields without a value are left out."""
+    return {name: value for name, value in asdict(prediction).items() if value not in (None, "", {}, (), False)}
+
+
+@cache
+def _adapter() -> TypeAdapter[Prediction]:
+    return TypeAdapter(Prediction)
