@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from blake3 import blake3
 
@@ -34,13 +35,7 @@ def exists(address: str) -> bool:
     """
     if not is_remote(address):
         return local_path(address).exists()
-
-    def ask() -> bool:
-        files, path = store(address)
-        files.invalidate_cache()
-        return bool(files.exists(path))
-
-    return patiently(address, ask)
+    return bool(_ask(address, lambda files, path: files.exists(path)))
 
 
 def read(address: str, *, listed: bool = False) -> bytes:
@@ -108,13 +103,7 @@ def is_folder(address: str) -> bool:
     """
     if not is_remote(address):
         return local_path(address).is_dir()
-
-    def ask() -> bool:
-        files, path = store(address)
-        files.invalidate_cache()
-        return bool(files.isdir(path))
-
-    return patiently(address, ask)
+    return bool(_ask(address, lambda files, path: files.isdir(path)))
 
 
 def matches(pattern: str) -> list[str]:
@@ -124,13 +113,19 @@ def matches(pattern: str) -> list[str]:
         AccessError: the store cannot be asked.
     """
     scheme, _, _ = pattern.partition("://")
+    found = _ask(pattern, lambda files, path: [name for name in files.glob(path) if not files.isdir(name)])
+    return sorted(f"{scheme}://{name}" for name in found)
 
-    def ask() -> list[str]:
-        files, path = store(pattern)
+
+def _ask(address: str, question: Callable[[Any, str], Any]) -> Any:
+    """What a store says of the path of an address now, not when it was asked before."""
+
+    def ask() -> Any:
+        files, path = store(address)
         files.invalidate_cache()
-        return sorted(f"{scheme}://{name}" for name in files.glob(path) if not files.isdir(name))
+        return question(files, path)
 
-    return patiently(pattern, ask)
+    return patiently(address, ask)
 
 
 def _names(address: str, suffix: str) -> list[str]:
