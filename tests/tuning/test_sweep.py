@@ -22,7 +22,7 @@ from cxrscale.inference import predictions
 from cxrscale.inference.predictor import load_model
 from cxrscale.io import storage
 from cxrscale.reporting import tuning_page
-from cxrscale.training import run_info, tracking
+from cxrscale.training import run_files, run_info, tracking
 from cxrscale.tuning import results, search_space, sweep
 from cxrscale.tuning.search_info import read_search_info
 from cxrscale.types import UserError
@@ -81,6 +81,8 @@ def test_a_search_writes_a_recipe_a_checkpoint_a_table_and_a_page(nih_shards: st
     assert "times the seed sd" in (run / "tune.html").read_text() or "no trial beats" in (run / "tune.html").read_text()
     logged = [path for row in trials for path in Path(row["run"]).glob("wandb/offline-run-*/*.wandb")]
     assert len(logged) == len(trials)
+    files = run_files.verify(str(run))
+    assert (files.faults, files.without) == ((), ())
     # A trial that is stopped early may leave before wandb has written its first record.
     ended = [Path(row["run"]) for row in trials if not row["stopped_early"]]
     assert all(b"tiny" in path.read_bytes() for run_ in ended for path in run_.glob("wandb/offline-run-*/*.wandb"))
