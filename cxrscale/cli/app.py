@@ -14,6 +14,7 @@ import typer
 from cxrscale import __version__
 from cxrscale.cli import basics, datasets, evaluation, machines, prediction, training
 from cxrscale.cli.group import app
+from cxrscale.io import scratch
 
 __all__ = ["COMMANDS", "app", "main"]
 
@@ -36,6 +37,7 @@ def main() -> None:
             stream.reconfigure(errors="surrogateescape")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     end_as_ctrl_c()
+    scratch.remove_stale()
     app()
 
 

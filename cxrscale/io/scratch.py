@@ -87,8 +87,15 @@ def remove(folder: Path) -> None:
         os.close(handle)
 
 
-def remove_stale(base: Path) -> None:
-    """Remove the folders in `base` whose process no longer lives."""
+def remove_stale(base: Path | None = None) -> None:
+    """Remove the folders whose process no longer lives.
+
+    A command that needs no folder calls this too: the one before it may have been killed.
+
+    Args:
+        base: where they are; None: in the temporary folder.
+    """
+    base = base or _base(short=False)
     for owner in base.glob(f"{PREFIX}*/{OWNER}"):
         try:
             handle = os.open(owner, os.O_RDWR | os.O_NOFOLLOW)

@@ -99,12 +99,22 @@ def run(words: Sequence[str], roots: Sequence[str], at: int | None, log: Path) -
         except BaseException:
             traceback.print_exc()
         finally:
+            _remove_own_folders()
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
     _, status = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(status)
     return code, int(counted.read_text()) if code == 0 and roots else -1
+
+
+def _remove_own_folders() -> None:
+    """What Python does at its end, which a fork must not reach: it would run its parent's exit functions too."""
+    from cxrscale.io import scratch
+
+    if scratch._created_by == os.getpid():
+        for folder in list(scratch._open):
+            scratch.remove(folder)
 
 
 def _command(words: Sequence[str], killer: Killer | None) -> int:

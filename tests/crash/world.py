@@ -137,8 +137,8 @@ def comparable(state: Mapping[str, bytes]) -> dict[str, Any]:
     for name, content in state.items():
         base = name.rsplit("/", 1)[-1]
         if name.startswith("tmp/cxr-"):
-            # A process's own folder goes when Python ends, which the harness skips; a killed process's must not stay.
-            # But for an empty one, killed before it had locked it: that goes after a minute.
+            # A killed process's must not stay. But for an empty one, killed before it had locked it: that goes after a
+            # minute.
             if not base:
                 continue
             result.setdefault("tmp/cxr-*/" + base, []).append("a folder of a process")
