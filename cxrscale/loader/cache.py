@@ -88,6 +88,8 @@ def staged_copy(shard: RemoteShard, use: CacheUse | None = None) -> BinaryIO:
         with _locked(folder / f"{name}.lock"):
             if not _complete(final, shard):
                 _download(shard, final)
+            # Left by a process that was killed when its copy was complete; no other can be downloading this one now.
+            final.with_suffix(".room").unlink(missing_ok=True)
             os.utime(final)
             if use is not None:
                 use.add(name, folder)

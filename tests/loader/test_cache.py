@@ -86,6 +86,17 @@ def test_a_copy_is_named_by_its_digest_and_replaced_when_truncated(
     assert content(shard) == b"x" * 1000
 
 
+def test_a_reservation_of_a_killed_process_goes_with_the_next_use(
+    cache: Path, bucket: fsspec.AbstractFileSystem
+) -> None:
+    shard = remote(bucket, "train-000.tar", b"content")
+    assert content(shard) == b"content"
+    (copy,) = cache.glob("*.tar")
+    copy.with_suffix(".room").write_text("7")
+    assert content(shard) == b"content"
+    assert not list(cache.glob("*.room"))
+
+
 def test_what_differs_from_the_manifest_is_refused_and_leaves_nothing(
     bucket: fsspec.AbstractFileSystem, cache: Path
 ) -> None:
