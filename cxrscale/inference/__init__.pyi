@@ -1,4 +1,5 @@
 from . import predictions as predictions
+from .decision import stored_thresholds as stored_thresholds
 from .files import FilePredictions as FilePredictions
 from .files import predict_files as predict_files
 from .formats import check_format as check_format
@@ -11,4 +12,3 @@ from .predictor import Provenance as Provenance
 from .predictor import TrainedModel as TrainedModel
 from .predictor import apply_mask_rule as apply_mask_rule
 from .predictor import load_model as load_model
-from .predictor import stored_thresholds as stored_thresholds

@@ -34,7 +34,7 @@ def predict_files(
     """Predict files and write `out`/predictions.json (or .csv, .parquet, submission.csv).
 
     What is done is kept in `out`/parts, 256 predictions at a time and at a Ctrl-C, until the file is written; the same
-    call goes on from there.
+    call resumes there.
 
     Args:
         paths: local paths or addresses; each once.
@@ -60,10 +60,10 @@ def predict_files(
             journal.flush()
         counted = _Counted(_newest(journal, set(paths)))
         address = write_predictions(out, kind, counted, predictor.provenance)
-        journal.forget(counted.unreachable)
-    return FilePredictions(
-        address, counted.read, counted.not_read, len(counted.unreachable), resumed=len(paths) - len(todo)
-    )
+        # Else the parts are kept, so that the same call tries only what could not be reached.
+        if not counted.unreachable:
+            journal.remove()
+    return FilePredictions(address, counted.read, counted.not_read, counted.unreachable, len(paths) - len(todo))
 
 
 class _Counted:
@@ -71,15 +71,13 @@ class _Counted:
 
     def __init__(self, rows: Iterator[Prediction]) -> None:
         self._rows = rows
-        self.read, self.not_read = 0, 0
-        self.unreachable: list[Prediction] = []
+        self.read, self.not_read, self.unreachable = 0, 0, 0
 
     def __iter__(self) -> Iterator[Prediction]:
         for one in self._rows:
             self.read += not one.error
             self.not_read += bool(one.error)
-            if one.unreachable:
-                self.unreachable.append(one)
+            self.unreachable += one.unreachable
             yield one
 
 

@@ -7,7 +7,7 @@ A folder of predictions holds `parts/00000.jsonl`, `00001.jsonl`, ... while it i
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cache
 from typing import Any
@@ -80,15 +80,8 @@ class Journal:
             self._parts.append(name)
             self._pending = []
 
-    def forget(self, unreachable: Sequence[Prediction]) -> None:
-        """Remove the parts, and the folder with them; but for nothing that is still to be tried again.
-
-        Args:
-            unreachable: predictions of files that could not be reached: without them the parts are kept, so that the
-                same command tries only those.
-        """
-        if unreachable:
-            return
+    def remove(self) -> None:
+        """Remove the parts, and their folder."""
         for name in [*self._parts, JOB]:
             storage.remove(storage.join(self._folder, name))
         storage.remove_empty_folder(self._folder)
@@ -96,7 +89,9 @@ class Journal:
 
 def row(prediction: Prediction) -> dict[str, Any]:
     """What is known of an image; fields without a value are left out."""
-    return {name: value for name, value in asdict(prediction).items() if value not in (None, "", {}, (), False)}
+    known = asdict(prediction).items()
+    # An area of 0 equals False, but is a value.
+    return {name: value for name, value in known if value is not False and value not in (None, "", {}, ())}
 
 
 @cache

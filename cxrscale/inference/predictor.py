@@ -20,8 +20,9 @@ from torch import nn
 
 from cxrscale import config
 from cxrscale.config import Pack, Recipe
-from cxrscale.evaluation import DEFAULT_MASK_RULE, MaskRule, TestMetrics, Thresholds, artifacts, calibration, calls
+from cxrscale.evaluation import DEFAULT_MASK_RULE, MaskRule, calls
 from cxrscale.evaluation.metrics import bin_of
+from cxrscale.inference.decision import read_decision
 from cxrscale.io import (
     ArtifactPart,
     LoadedImage,
@@ -29,7 +30,6 @@ from cxrscale.io import (
     encode_jpeg,
     encode_png,
     load_image,
-    read_artifact,
     resize_image,
     rle_masks,
     storage,
@@ -130,26 +130,6 @@ class _Output:
     """For segmentation of the map's highest pixel."""
     score_HW: npt.NDArray[np.float32] | None
     """For segmentation: the map's probabilities."""
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """What makes calls of a run's scores."""
-
-    thresholds: Thresholds | None = None
-    """None where the run has no thresholds.json."""
-    digest: str = ""
-    """Of thresholds.json."""
-    estimated: Mapping[str, calibration.PriorShift | None] = field(default_factory=dict)
-    """With threshold.prior_shift=em: finding -> the correction that `cxrscale evaluate` estimated on the test split."""
-    notes: tuple[str, ...] = ()
-
-    def threshold(self) -> dict[str, float]:
-        """Finding -> the threshold of its call, where it has one."""
-        if self.thresholds is None:
-            return {}
-        values = {name: chosen.threshold.value for name, chosen in self.thresholds.thresholds.items()}
-        return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 class Predictor:
@@ -352,44 +332,6 @@ def load_model(run: str | Path, device: torch.device) -> TrainedModel:
         raise UserError(f"{path}: its weights do not fit its recipe ({one_line(error, limit=160)})") from None
     stored = {name: getattr(pixels, name) for name in PIXELS}
     return TrainedModel(model.to(device).eval(), recipe, state["manifest"], storage.digest(content), stored)
-
-
-def stored_thresholds(run: str, digest: str | None = None) -> Thresholds:
-    """The run's thresholds.json.
-
-    Args:
-        digest: of the run's best.pt, where the caller knows it.
-
-    Raises:
-        UserError: there is none, it is damaged or of another version, or the run's weights have changed since.
-    """
-    path, remedy = storage.join(run, artifacts.THRESHOLDS), f"run `cxrscale threshold {run}`"
-    stored = read_artifact(Thresholds, path, remedy)
-    digest = digest or storage.digest(storage.read(storage.join(run, checkpoint.BEST)))
-    if stored.checkpoint != digest:
-        raise UserError(f"{path} belongs to other weights than best.pt; {remedy} again")
-    return stored
-
-
-def read_decision(run: str, checkpoint_digest: str) -> Decision:
-    """The stored thresholds of a run, and what its evaluation estimated.
-
-    Raises:
-        UserError: as `stored_thresholds`, but for a run without thresholds.json.
-    """
-    path, again = storage.join(run, artifacts.THRESHOLDS), f"run `cxrscale evaluate {run}`"
-    if not storage.exists(path):
-        note = f"no thresholds.json: probabilities are the model's own and no calls; run `cxrscale threshold {run}`"
-        return Decision(notes=(note,))
-    chosen, digest = stored_thresholds(run, checkpoint_digest), storage.digest(storage.read(path))
-    if chosen.rule.prior_shift != "em":
-        return Decision(chosen, digest)
-    address = storage.join(run, artifacts.TEST_METRICS)
-    test = read_artifact(TestMetrics, address, again) if storage.exists(address) else None
-    if test is None or test.thresholds != digest:
-        note = f"not corrected for the prevalence that threshold.prior_shift=em estimates on the test split; {again}"
-        return Decision(chosen, digest, notes=(note,))
-    return Decision(chosen, digest, calls.estimated_shifts(test))
 
 
 def apply_mask_rule(score_HW: npt.NDArray[np.float32], rule: MaskRule, shape: tuple[int, int]) -> npt.NDArray[np.bool_]:

@@ -68,6 +68,11 @@ class TrainContext:
         return self.requests.stop or self.requests.save or bool(every and step % every == 0)
 
 
+def _metadata(recipe: Recipe, data: Manifest) -> dict[str, Any]:
+    """What a checkpoint says of its training."""
+    return {"recipe": recipe.model_dump(mode="json"), "manifest": data.digest, "pixels": pixel_format(data)}
+
+
 def train(recipe: Recipe, run: str, worker: Worker) -> TrainResult:
     """Train, or resume training, the recipe's model; every rank of a run calls this with the same arguments.
 
@@ -87,11 +92,7 @@ def train(recipe: Recipe, run: str, worker: Worker) -> TrainResult:
     steps = sampler.steps_per_epoch(training_epoch_length(data, recipe), recipe.sampler)
     start_step = progress.epoch * steps + progress.step
     _check_same_start(start_step, run, worker)
-    metadata: dict[str, Any] = {
-        "recipe": recipe.model_dump(mode="json"),
-        "manifest": data.digest,
-        "pixels": pixel_format(data),
-    }
+    metadata = _metadata(recipe, data)
     if resumed and dist.rank == 0:
         # A kill may have come between the writing of this one and the removal of those that it replaces.
         checkpoint.prune(storage.join(run, checkpoint.FOLDER), resumed, recipe.train.keep_checkpoints)

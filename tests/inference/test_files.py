@@ -12,11 +12,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
+from cxrscale.evaluation import DEFAULT_MASK_RULE
 from cxrscale.inference import Prediction, Predictor, find_inputs, formats, journal, predict_files
 from cxrscale.io import rle_masks, storage
 from cxrscale.sources.synthetic.archive import SyntheticPaths
@@ -139,6 +141,10 @@ def test_masks_are_a_submission_of_the_challenge(segmenter_run: str, drawn: Synt
         assert one.mask_area == rle_masks.decode(one.mask_rle, (one.height, one.width)).astype(bool).sum()
         assert one.spacing_mm is not None
         assert one.mask_area_mm2 == pytest.approx(one.mask_area * one.spacing_mm[0] * one.spacing_mm[1])
+    never = Predictor(segmenter_run, "cpu", replace(DEFAULT_MASK_RULE, min_area=10**9))
+    for model, areas in ((predictor, [one.mask_area for one in expected]), (never, [0] * len(paths))):
+        address = predict_files(model, paths, str(tmp_path / "areas"), "parquet").address
+        assert pq.read_table(address)["mask_area"].to_pylist() == areas
 
 
 def test_masks_of_a_classifier_and_other_formats_are_refused(predictor: Predictor, tmp_path: Path) -> None:
