@@ -36,7 +36,7 @@ DOORS = {
 
 
 def modules() -> list[Path]:
-    return sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT or path.name in ("types.py", "run.py"))
+    return sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT or path.name == "types.py")
 
 
 def place(path: Path) -> str:

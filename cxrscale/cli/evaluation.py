@@ -1,8 +1,8 @@
-"""Commands on trained runs: threshold, evaluate, compare, predict."""
+"""Commands on trained runs: threshold, evaluate, compare, ensemble."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,6 +10,9 @@ from cxrscale.cli import progress
 from cxrscale.cli.group import Overrides, Resamples, RunFolder, app
 from cxrscale.io import storage, terminal
 from cxrscale.types import UserError
+
+if TYPE_CHECKING:
+    from cxrscale.inference import Averaging
 
 # Each command imports what it runs: torch, Ray and DALI take seconds that `--help` and a typing mistake need not.
 
@@ -89,3 +92,53 @@ def compare_command(
             print(terminal.printable(f"only in {side.name}, not compared: {', '.join(findings)}"))
     write_artifact(out, comparison)
     print(storage.absolute(out))
+
+
+@app.command("ensemble")
+def ensemble_command(
+    runs: Annotated[
+        list[str], typer.Argument(help="Runs over the same datasets, findings and input size.", metavar="RUN...")
+    ],
+    name: Annotated[str, typer.Option(help="Of the new run; its folder stands beside the first of the runs.")],
+    mean: Annotated[str, typer.Option(help="Of what: probabilities or logits.")] = "probabilities",
+    tta: Annotated[
+        str | None, typer.Option(help="hflip: each model also sees the image mirrored (test-time augmentation).")
+    ] = None,
+    resamples: Resamples = 1000,
+) -> None:
+    """Several runs as one: the mean of their scores, with thresholds, test metrics and report of its own.
+
+    Thresholds are chosen on validation, as for any run. The test split then says what the ensemble gains over each of
+    its members, with the interval of the paired difference: ensemble.json.
+    """
+    from cxrscale.reporting import tables
+    from cxrscale.run import ensemble, ensemble_gains
+
+    averaging = parse_averaging(mean, tta)
+    made = ensemble(runs, name, averaging.mean, hflip=averaging.hflip)
+    with progress.bar("scoring validation", None, "images") as bar:
+        made.choose_thresholds((), resamples, lambda count: bar.update(bar.done + count))
+    with progress.bar("scoring test", None, "images") as bar:
+        test = made.evaluate(resamples, lambda count: bar.update(bar.done + count))
+        gains = ensemble_gains(made, resamples, lambda count: bar.update(bar.done + count))
+    tables.print_metrics(test, made.path)
+    for gain in gains.values():
+        tables.print_comparison(gain)
+    print(storage.absolute(made.report()))
+    print(storage.absolute(made.path))
+
+
+def parse_averaging(mean: str, tta: str | None) -> Averaging:
+    """What --mean and --tta say.
+
+    Raises:
+        UserError: one of them is no word that is known.
+    """
+    from cxrscale.inference import Averaging
+    from cxrscale.models import MEANS
+
+    if mean not in MEANS:
+        raise UserError(f"--mean {mean}: give one of {', '.join(MEANS)}")
+    if tta not in (None, "hflip"):
+        raise UserError(f"--tta {tta}: give hflip, the one that keeps a chest X-ray a chest X-ray")
+    return Averaging(mean=mean, hflip=tta is not None)

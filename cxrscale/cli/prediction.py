@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cxrscale.cli import progress
+from cxrscale.cli.evaluation import parse_averaging
 from cxrscale.cli.group import app
 from cxrscale.io import storage, terminal
 from cxrscale.types import UnreadInputsError, UserError
 
 if TYPE_CHECKING:
-    from cxrscale.inference import Prediction
+    from cxrscale.inference import Prediction, Predictor
 
 SHOWN = 20
 """Predictions of up to so many inputs are printed one by one."""
@@ -22,7 +23,10 @@ SHOWN = 20
 
 @app.command("predict")
 def predict_command(
-    run: Annotated[str, typer.Option(help="The run whose best checkpoint predicts.")],
+    run: Annotated[
+        list[str],
+        typer.Option(help="The run whose best checkpoint predicts; given several times, the mean of the runs."),
+    ],
     inputs: Annotated[
         list[str] | None,
         typer.Argument(
@@ -47,6 +51,12 @@ def predict_command(
         str,
         typer.Option("--format", help="json, csv, parquet, or rle: masks as a submission of the SIIM challenge."),
     ] = "json",
+    mean: Annotated[
+        str, typer.Option(help="With several runs: the mean of their probabilities or logits.")
+    ] = "probabilities",
+    tta: Annotated[
+        str | None, typer.Option(help="hflip: the mean with the mirrored image (test-time augmentation).")
+    ] = None,
 ) -> None:
     """Probabilities and calls for images (predict a.dcm folder --run runs/NAME), or scores of a split (--split train).
 
@@ -59,11 +69,17 @@ def predict_command(
     if (split is None) == (not inputs):
         raise UserError("predict takes either inputs or --split train|val|test")
     if split is not None:
-        _predict_split(run, split, id_map, out)
+        if len(run) > 1 or tta is not None:
+            raise UserError("--split takes one --run; make a run of an ensemble: cxrscale ensemble RUN... --name NAME")
+        _predict_split(run[0], split, id_map, out)
         return
+    from cxrscale.inference import Predictor
+
     if id_map is not None:
         raise UserError("--id-map goes with --split; predictions of files have the files' own names")
-    _predict_files(run, inputs or [], out or "predictions", kind)
+    averaging = parse_averaging(mean, tta)
+    predictor = Predictor(run, averaging=averaging)
+    _predict_files(predictor, inputs or [], out or "predictions", kind)
 
 
 def _predict_split(run: str, split: str, id_map: str | None, out: str | None) -> None:
@@ -77,15 +93,14 @@ def _predict_split(run: str, split: str, id_map: str | None, out: str | None) ->
         print(storage.absolute(table))
 
 
-def _predict_files(run: str, given: list[str], out: str, kind: str) -> None:
-    from cxrscale.inference import Predictor, check_format, find_inputs, predict_files
+def _predict_files(predictor: Predictor, given: list[str], out: str, kind: str) -> None:
+    from cxrscale.inference import check_format, find_inputs, predict_files
 
     if not storage.is_remote(out) and storage.exists(out) and not storage.is_folder(out):
         raise UserError(f"--out {out} is a file; give a folder, in which the predictions are one file")
-    predictor = Predictor(run)
     check_format(kind, predictor.provenance)
     for note in predictor.provenance.notes:
-        logging.getLogger("cxrscale").warning("%s: %s", run, note)
+        logging.getLogger("cxrscale").warning("%s: %s", predictor.provenance.run, note)
     found = find_inputs(given, sys.stdin)
     for line in found.left_out:
         print(terminal.printable(line))

@@ -1,5 +1,9 @@
+from . import ensemble as ensemble
 from . import predictions as predictions
 from .decision import stored_thresholds as stored_thresholds
+from .ensemble import EnsembleInfo as EnsembleInfo
+from .ensemble import build_ensemble as build_ensemble
+from .ensemble import read_ensemble as read_ensemble
 from .files import FilePredictions as FilePredictions
 from .files import predict_files as predict_files
 from .formats import check_format as check_format
@@ -9,6 +13,7 @@ from .predictions import PredictionsInfo as PredictionsInfo
 from .predictor import Prediction as Prediction
 from .predictor import Predictor as Predictor
 from .predictor import Provenance as Provenance
-from .predictor import TrainedModel as TrainedModel
 from .predictor import apply_mask_rule as apply_mask_rule
-from .predictor import load_model as load_model
+from .trained import Averaging as Averaging
+from .trained import TrainedModel as TrainedModel
+from .trained import load_model as load_model

@@ -18,7 +18,7 @@ import torch
 from pydantic import ValidationError
 
 from cxrscale.config import Recipe
-from cxrscale.inference.predictor import load_model
+from cxrscale.inference.trained import load_model
 from cxrscale.io import Artifact, parquet, storage
 from cxrscale.loader import evaluation_batches
 from cxrscale.models import forward, probabilities

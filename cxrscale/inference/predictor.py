@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 
-from cxrscale import config
-from cxrscale.config import Pack, Recipe
+from cxrscale.config import Recipe
 from cxrscale.evaluation import DEFAULT_MASK_RULE, MaskRule, calls
 from cxrscale.evaluation.metrics import bin_of
-from cxrscale.inference.decision import read_decision
+from cxrscale.inference.decision import Decision, read_decision
+from cxrscale.inference.trained import Averaging, Member, load_models
 from cxrscale.io import (
     ArtifactPart,
     LoadedImage,
@@ -35,12 +34,14 @@ from cxrscale.io import (
     storage,
 )
 from cxrscale.loader import file_batches
-from cxrscale.models import build_model, forward, probabilities
-from cxrscale.training import LocalWorker, checkpoint, scoring
-from cxrscale.types import AccessError, GrayImage, UnreadableImageError, UserError, one_line, probabilities_of
+from cxrscale.models import forward, probabilities
+from cxrscale.training import LocalWorker, scoring
+from cxrscale.types import AccessError, GrayImage, UnreadableImageError, UserError, probabilities_of
 
-PIXELS = ("codec", "size", "quality")
-"""Fields of the pack section that say how an image is stored."""
+NO_CALLS = (
+    "an ensemble without thresholds: probabilities are the mean of its models' own and no calls; "
+    "`cxrscale ensemble RUN... --name NAME` makes a run of it"
+)
 Source = str | Path | bytes | GrayImage
 """An image: a path or fsspec address of a DICOM, PNG or JPEG file, such a file's bytes, or an upright gray array."""
 
@@ -95,21 +96,11 @@ class Provenance(ArtifactPart):
     """Finding -> the threshold of its call."""
     notes: tuple[str, ...] = ()
     """What is missing from probabilities and calls, and how to get it."""
+    members: tuple[Member, ...] = ()
+    """Of an ensemble."""
+    averaging: Averaging | None = None
+    """Of an ensemble."""
     recipe: Recipe
-
-
-@dataclass(frozen=True, slots=True)
-class TrainedModel:
-    """A run's best weights, ready to score."""
-
-    model: nn.Module
-    recipe: Recipe
-    manifest: str
-    """Digest of the datasets that it was trained on."""
-    checkpoint: str
-    """Digest of the file of weights."""
-    pixels: Mapping[str, Any]
-    """How the training images were stored: codec, size, quality."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,22 +133,32 @@ class Predictor:
     Threads decode their images side by side and take turns at the model.
     """
 
-    def __init__(self, run: str | Path, device: str | None = None, mask_rule: MaskRule | None = None) -> None:
+    def __init__(
+        self,
+        run: str | Path | Sequence[str | Path],
+        device: str | None = None,
+        mask_rule: MaskRule | None = None,
+        averaging: Averaging | None = None,
+    ) -> None:
         """Load the run's best checkpoint.
 
         Args:
-            run: the run's folder or address.
+            run: the run's folder or address. Several runs, or `averaging`, are an ensemble: its probabilities are no
+                run's own and it makes no calls, until `cxrscale ensemble` has made a run of it.
             device: cpu, cuda, cuda:1, ...; None: the GPU where there is one.
             mask_rule: for segmentation; None: the one in the run's thresholds.json, or 0.5 where there is none.
+            averaging: of several models, and of an image and its mirror image (test-time augmentation).
 
         Raises:
-            UserError: the folder is not a run, nothing has been trained in it yet, or its thresholds.json does not
-                belong to its weights.
+            UserError: the folder is not a run, nothing has been trained in it yet, its thresholds.json does not belong
+                to its weights, or the runs cannot be averaged.
         """
+        runs = [run] if isinstance(run, str | Path) else list(run)
         self._device = LocalWorker(device).dist.device
-        self._trained = load_model(run, self._device)
-        self._run = storage.absolute(str(run))
-        self._decision = read_decision(str(run), self._trained.checkpoint)
+        self._trained = load_models(runs, self._device, averaging)
+        self._run = " + ".join(storage.absolute(str(one)) for one in runs)
+        own = len(runs) == 1 and averaging in (None, Averaging())
+        self._decision = read_decision(str(runs[0]), self._trained.checkpoint) if own else Decision(notes=(NO_CALLS,))
         chosen = self._decision.thresholds
         self._mask_rule = mask_rule or (chosen and chosen.mask_rule) or DEFAULT_MASK_RULE
         # Batches and model: a DALI pipeline belongs to one thread, and a GPU gains nothing from two at once.
@@ -183,6 +184,8 @@ class Predictor:
             thresholds=self._decision.digest,
             threshold=self._decision.threshold(),
             notes=self._decision.notes,
+            members=self._trained.members,
+            averaging=self._trained.averaging,
             recipe=self.recipe,
         )
 
@@ -303,35 +306,6 @@ def _load(source: Source) -> LoadedImage:
     if isinstance(source, bytes):
         return load_image(source, strictness=Strictness.LENIENT)
     return load_image(storage.read(str(source)), name=str(source), strictness=Strictness.LENIENT)
-
-
-def load_model(run: str | Path, device: torch.device) -> TrainedModel:
-    """The best checkpoint of a run, in evaluation mode.
-
-    Raises:
-        UserError: the folder is not a run, or nothing has been trained in it yet.
-    """
-    path = storage.join(run, checkpoint.BEST)
-    if not storage.exists(path):
-        raise UserError(f"{path} does not exist; give the folder that `cxrscale train` printed, after its first epoch")
-    content = storage.read(path)
-    state = checkpoint.read(content, path)
-    if not isinstance(state.get("recipe"), dict):
-        raise UserError(f"{path} has no recipe; give a run's best.pt")
-    recipe = config.parse(Recipe, state["recipe"], where=path)
-    try:
-        pixels = Pack.model_validate({name: state["pixels"][name] for name in PIXELS})
-    except (LookupError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path} does not say how its training images were stored ({one_line(error, limit=120)})"
-        ) from None
-    model = build_model(recipe.model.without_weights(), recipe.data)
-    try:
-        model.load_state_dict(state["model"])
-    except Exception as error:  # torch raises whatever a value of another type or shape leads to
-        raise UserError(f"{path}: its weights do not fit its recipe ({one_line(error, limit=160)})") from None
-    stored = {name: getattr(pixels, name) for name in PIXELS}
-    return TrainedModel(model.to(device).eval(), recipe, state["manifest"], storage.digest(content), stored)
 
 
 def apply_mask_rule(score_HW: npt.NDArray[np.float32], rule: MaskRule, shape: tuple[int, int]) -> npt.NDArray[np.bool_]:

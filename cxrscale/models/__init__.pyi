@@ -1,4 +1,7 @@
 from . import losses as losses
+from .averaged import MEANS as MEANS
+from .averaged import Averaged as Averaged
+from .averaged import Mean as Mean
 from .forward import forward as forward
 from .forward import probabilities as probabilities
 from .losses import ClassWeights as ClassWeights

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from cxrscale.config import LOWER_IS_BETTER, Recipe
 from cxrscale.evaluation import TestMetrics, Thresholds, artifacts, metrics, summary
-from cxrscale.inference import predictions, stored_thresholds
+from cxrscale.inference import EnsembleInfo, predictions, read_ensemble, stored_thresholds
 from cxrscale.io import read_artifact, seal, storage
 from cxrscale.reporting import gallery, html, plots, published, style
 from cxrscale.reporting.gallery import ShownCase
@@ -54,6 +54,8 @@ class Report:
     """By the name of the PNG."""
     cases: Mapping[str, Sequence[ShownCase]]
     """By kind."""
+    ensemble: EnsembleInfo | None = None
+    """None where the run is no ensemble."""
 
 
 def write(run: str) -> str:
@@ -82,7 +84,7 @@ def write(run: str) -> str:
     kinds = gallery.classification_cases(scores) if rule is None else gallery.segmentation_cases(scores, rule)
     cases = gallery.show_cases(run, scores, kinds, manifest.load(*test.recipe.data.shards), rule)
     address = storage.join(run, artifacts.REPORT)
-    report = Report(run, thresholds, test, run_info.read_run_info(run), log, figures, cases)
+    report = Report(run, thresholds, test, run_info.read_run_info(run), log, figures, cases, read_ensemble(run))
     storage.write(address, seal.closed_text(render(report), "<!-- {} -->"))
     return address
 
@@ -118,6 +120,7 @@ def render(report: Report) -> str:
         test=test,
         thresholds=report.thresholds,
         info=report.info,
+        ensemble=report.ensemble,
         best=best_epoch(report.log, test.recipe.train.monitor),
         differences=differences(recipe),
         comparable=comparable,

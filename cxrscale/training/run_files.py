@@ -77,8 +77,10 @@ def _missing(run: str, names: set[str]) -> list[str]:
             info = run_info.read_run_info(storage.join(run, *filter(None, [folder])))
         except UserError:
             continue  # its seal will say so
-        needed = [resume.RECIPE, *([tracking.TRAIN_LOG] if info.finished else [])]
-        needed += [checkpoint.BEST] if info.finished and info.best is not None else []
+        needed = [resume.RECIPE, *([tracking.TRAIN_LOG] if info.finished and info.sessions else [])]
+        # An ensemble has weights without a session of training.
+        whole = info.finished and (info.best is not None or not info.sessions)
+        needed += [checkpoint.BEST] if whole else []
         wanted |= {f"{folder}/{one}".removeprefix("/") for one in needed}
     return sorted(wanted - names)
 

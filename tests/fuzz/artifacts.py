@@ -570,7 +570,7 @@ def new_world(root: Path) -> None:
     import torch
 
     from cxrscale.config import Pack
-    from cxrscale.run import _no_watcher
+    from cxrscale.run import no_watcher
     from cxrscale.shards import build
     from cxrscale.sources.synthetic import archive
     from cxrscale.training import launch
@@ -583,7 +583,7 @@ def new_world(root: Path) -> None:
         build.build_shards("nih", str(drawn.nih), Pack(size=32, samples_per_shard=20), sets, local=True)
         findings = "data.findings=[Cardiomegaly, Effusion, Mass, Hernia]"
         recipe = tiny(sets, Path(folder), findings, "augment.size=32", "train.epochs=1", "threshold.report_at=[0.25]")
-        run = launch.launch(recipe, "tiny", _no_watcher, local=True)
+        run = launch.launch(recipe, "tiny", no_watcher, local=True)
         root.mkdir()
         shutil.copy(next(drawn.nih.rglob("*.png")), root / "image.png")
         make_world(root, sets, run)

@@ -18,8 +18,7 @@ import torch
 from cxrscale import config
 from cxrscale.cli import progress
 from cxrscale.config import Recipe
-from cxrscale.inference import predictions
-from cxrscale.inference.predictor import load_model
+from cxrscale.inference import load_model, predictions
 from cxrscale.io import storage
 from cxrscale.reporting import tuning_page
 from cxrscale.training import run_files, run_info, tracking

@@ -5,26 +5,18 @@ Also the Python API for what makes runs: `train` and `tune`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cxrscale import config
 from cxrscale.config import Recipe, Threshold
 from cxrscale.evaluation import (
-    DEFAULT_MASK_RULE,
-    Comparison,
-    MaskRule,
-    ReaderComparison,
     TestMetrics,
     Thresholds,
     artifacts,
-    calls,
-    comparison,
     metrics,
-    reader_comparison,
     summary,
 )
 from cxrscale.io import read_sealed_yaml, storage, write_artifact
@@ -34,7 +26,6 @@ from cxrscale.types import Scores, UserError
 if TYPE_CHECKING:
     from cxrscale.inference import Predictor
     from cxrscale.shards import JoinedDatasets
-    from cxrscale.tuning import SearchResult
 
 RECIPE = "recipe.yaml"
 RESAMPLES = 1000
@@ -229,130 +220,6 @@ def open_run(path: str | Path) -> Run:
     return run
 
 
-def compare_runs(
-    run_a: Run | str | Path, run_b: Run | str | Path, split: str = "test", resamples: int = 2000, seed: int = 0
-) -> Comparison:
-    """Whether two runs differ on the images of a split by more than chance; scores the split where that is yet to do.
-
-    Masks follow each run's own mask rule, or the threshold 0.5 where it has no thresholds.json.
-
-    Args:
-        split: val or test.
-        resamples: bootstrap resamples of the patients.
-        seed: of the bootstrap.
-
-    Raises:
-        UserError: a folder is not a trained run, its thresholds belong to other weights, or the runs do not fit (see
-            `evaluation.comparison.compare_scores`).
-    """
-    from cxrscale.inference import predictions
-
-    a, b = (run if isinstance(run, Run) else Run(run) for run in (run_a, run_b))
-    names = (a.name, b.name) if a.name != b.name else (a.path, b.path)
-    scores_a, scores_b = a.predictions(split), b.predictions(split)
-    mask_rules = _mask_rule(a), _mask_rule(b)
-    result = comparison.compare_scores(scores_a, scores_b, resamples, seed, names, mask_rules)
-    sides = {}
-    for side, run, name in (("a", a, names[0]), ("b", b, names[1])):
-        info = predictions.read_info(predictions.predictions_path(run.path, split))
-        sides[side] = artifacts.ComparedRun(name=name, run=run.path, checkpoint=info.checkpoint, manifest=info.manifest)
-    return result.model_copy(update={"split": split, **sides})
-
-
-def compare_with_readers(
-    run: Run | str | Path, tables: Sequence[str], split: str = "test", resamples: int = 2000, seed: int = 0
-) -> ReaderComparison:
-    """A run's calls at its thresholds against readers who labeled images of a split: F1 by the protocol of CheXNet.
-
-    Args:
-        tables: CSV tables, as `evaluation.reader_comparison.read_tables` describes them.
-        split: val or test.
-        resamples: bootstrap resamples of the patients.
-        seed: of the bootstrap.
-
-    Raises:
-        UserError: the run has no thresholds; a table cannot be used, or fits no image or finding of the run.
-    """
-    from cxrscale.inference import predictions
-    from cxrscale.shards import ids, manifest
-
-    trained = run if isinstance(run, Run) else Run(run)
-    readers = reader_comparison.read_tables(tables)
-    thresholds, scores = trained.thresholds(), trained.predictions(split)
-    called = calls.call_split(scores.logit_NF, scores.findings, thresholds)
-    metadata = manifest.load(*trained.recipe.data.shards).metadata
-    row_of = ids.row_finder(scores.image_id.tolist(), metadata, config.Pack())
-    result = reader_comparison.compare_with_readers(scores, called, readers, row_of, resamples, seed)
-    info = predictions.read_info(predictions.predictions_path(trained.path, split))
-    side = artifacts.ComparedRun(
-        name=trained.name, run=trained.path, checkpoint=info.checkpoint, manifest=info.manifest
-    )
-    return result.model_copy(update={"split": split, "run": side})
-
-
-def train(recipe: Recipe | str | Path, name: str | None = None, *, local: bool = False) -> Run:
-    """Train a recipe; an unfinished run of the same name is resumed.
-
-        run = cx.train(cx.load_recipe("jobs/chexnet14.yaml", ["data.shards=[shards/nih]"]), name="first")
-
-    Args:
-        recipe: a recipe, or the path of one.
-        name: of the run's folder under tracking.runs_dir; None: the recipe's, or one with the time.
-        local: train in this process, without Ray.
-
-    Raises:
-        UserError: datasets, weights, the cluster or an earlier run of that name do not fit the recipe.
-    """
-    from cxrscale.training import launch
-
-    resolved, stem = _named(recipe, name)
-    return Run(launch.launch(resolved, stem, _no_watcher, local=local))
-
-
-def tune(recipe: Recipe | str | Path, name: str | None = None) -> SearchResult:
-    """Search the fields of a recipe's `tune.space`; an unfinished search of the same name is resumed.
-
-        search = cx.tune("jobs/tune-chexnet14.yaml", name="search")
-        recipe = cx.load_recipe(f"{search.run}/best.yaml")
-
-    Args:
-        recipe: a recipe, or the path of one.
-        name: of the search's folder under tracking.runs_dir; None: the recipe's, or one with the time.
-
-    Raises:
-        UserError: space, datasets or cluster do not fit the recipe, or an earlier search of that name was another.
-    """
-    from cxrscale.reporting import tuning_page
-    from cxrscale.tuning import sweep
-
-    resolved, stem = _named(recipe, name)
-    return sweep.tune(resolved, stem, _no_bar, tuning_page.write)
-
-
-def _named(recipe: Recipe | str | Path, name: str | None) -> tuple[Recipe, str]:
-    """The recipe with the name set, and the stem for the name of a new run."""
-    stem = "run" if isinstance(recipe, Recipe) else Path(recipe).stem
-    resolved = recipe if isinstance(recipe, Recipe) else config.load_recipe(recipe)
-    if name is not None:
-        resolved = resolved.model_copy(update={"tracking": resolved.tracking.model_copy(update={"name": name})})
-    return resolved, stem
-
-
-class _NoBar:
-    def update(self, done: int, note: str = "") -> None:
-        """Show nothing."""
-
-
-@contextmanager
-def _no_bar(title: str, total: int | None, unit: str | None) -> Iterator[Any]:  # noqa: ARG001 - a bar's arguments
-    yield _NoBar()
-
-
-@contextmanager
-def _no_watcher(run: str) -> Iterator[None]:  # noqa: ARG001 - a watcher's argument
-    yield
-
-
 def _rule(recipe: Recipe, overrides: Sequence[str], findings: Sequence[str]) -> Threshold:
     for item in overrides:
         if not item.startswith("threshold."):
@@ -365,11 +232,6 @@ def _rule(recipe: Recipe, overrides: Sequence[str], findings: Sequence[str]) -> 
     if rule.prior_shift == "known" and not rule.priors:
         raise UserError("threshold.prior_shift=known needs the prevalences: threshold.priors={FINDING: 0.1}")
     return rule
-
-
-def _mask_rule(run: Run) -> MaskRule:
-    stored = run.thresholds().mask_rule if storage.exists(run.artifact(artifacts.THRESHOLDS)) else None
-    return stored or DEFAULT_MASK_RULE
 
 
 def _data_info(joined: JoinedDatasets, recipe: Recipe) -> artifacts.DataInfo:

@@ -1,0 +1,189 @@
+"""A run's best weights as a model that is ready to score; several of them as one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import nn
+
+from cxrscale import config
+from cxrscale.config import Pack, Recipe
+from cxrscale.io import ArtifactPart, storage
+from cxrscale.models import Averaged, Mean, build_model
+from cxrscale.training import checkpoint
+from cxrscale.types import UserError, one_line
+
+PIXELS = ("codec", "size", "quality")
+"""Fields of the pack section that say how an image is stored."""
+INPUT = ("size", "clahe", "clahe_clip", "clahe_tiles", "normalize", "mean", "std")
+"""Fields of the augment section that say what the model sees of an image that is not augmented."""
+
+
+class Member(ArtifactPart):
+    """One of the models of an ensemble."""
+
+    run: str
+    """The run's absolute path or address."""
+    checkpoint: str
+    """Digest of its file of weights."""
+
+
+class Averaging(ArtifactPart):
+    """How the outputs of several models, or of one model for an image and its mirror image, become one."""
+
+    mean: Mean = "probabilities"
+    """Of the members' probabilities, or of their logits."""
+    hflip: bool = False
+    """Whether each member also sees the image mirrored left to right."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedModel:
+    """A run's best weights, ready to score."""
+
+    model: nn.Module
+    recipe: Recipe
+    manifest: str
+    """Digest of the datasets that it was trained on."""
+    checkpoint: str
+    """Digest of the file of weights."""
+    pixels: Mapping[str, Any]
+    """How the training images were stored: codec, size, quality."""
+    members: tuple[Member, ...] = ()
+    """Of an ensemble."""
+    averaging: Averaging | None = None
+    """Of an ensemble."""
+
+
+def load_model(run: str | Path, device: torch.device) -> TrainedModel:
+    """The best checkpoint of a run, in evaluation mode.
+
+    Raises:
+        UserError: the folder is not a run, or nothing has been trained in it yet.
+    """
+    path = storage.join(run, checkpoint.BEST)
+    if not storage.exists(path):
+        raise UserError(f"{path} does not exist; give the folder that `cxrscale train` printed, after its first epoch")
+    content = storage.read(path)
+    state = checkpoint.read(content, path)
+    if not isinstance(state.get("recipe"), dict):
+        raise UserError(f"{path} has no recipe; give a run's best.pt")
+    recipe = config.parse(Recipe, state["recipe"], where=path)
+    try:
+        pixels = Pack.model_validate({name: state["pixels"][name] for name in PIXELS})
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} does not say how its training images were stored ({one_line(error, limit=120)})"
+        ) from None
+    stored = {name: getattr(pixels, name) for name in PIXELS}
+    digest = storage.digest(content)
+    if "members" not in state:
+        model = _with_weights(recipe, state["model"], path).to(device).eval()
+        return TrainedModel(model, recipe, state["manifest"], digest, stored)
+    models, members, averaging = _members(state, path)
+    averaged = Averaged(models, averaging.mean, hflip=averaging.hflip).to(device).eval()
+    return TrainedModel(averaged, recipe, state["manifest"], digest, stored, members, averaging)
+
+
+def load_models(runs: Sequence[str | Path], device: torch.device, averaging: Averaging | None = None) -> TrainedModel:
+    """The models of several runs as one; of one run without `averaging`, its own.
+
+    Raises:
+        UserError: as `load_model`; the runs cannot be averaged, or there is none.
+    """
+    if not runs:
+        raise UserError("give a run")
+    loaded = [load_model(run, device) for run in runs]
+    plain = averaging is None or averaging == Averaging()
+    return loaded[0] if len(loaded) == 1 and plain else average(runs, loaded, averaging or Averaging())
+
+
+def average(runs: Sequence[str | Path], loaded: Sequence[TrainedModel], averaging: Averaging) -> TrainedModel:
+    """Several models as one; its recipe is that of the first.
+
+    Raises:
+        UserError: a model is an ensemble itself, or they differ in findings, in datasets, or in what they see of an
+            image.
+    """
+    for run, model in zip(runs, loaded, strict=True):
+        if model.members:
+            raise UserError(f"{run} is an ensemble itself; name its members: {_names(model.members)}")
+    for run, model in zip(runs[1:], loaded[1:], strict=True):
+        _check_same_input((str(runs[0]), loaded[0]), (str(run), model))
+    members = tuple(
+        Member(run=storage.absolute(str(run)), checkpoint=one.checkpoint) for run, one in zip(runs, loaded, strict=True)
+    )
+    parts = [*(one.checkpoint for one in members), averaging.model_dump_json()]
+    return replace(
+        loaded[0],
+        model=Averaged([one.model for one in loaded], averaging.mean, hflip=averaging.hflip).eval(),
+        checkpoint=storage.digest("\n".join(parts).encode()),
+        members=members,
+        averaging=averaging,
+    )
+
+
+def ensemble_state(runs: Sequence[str | Path], ensemble: TrainedModel) -> dict[str, Any]:
+    """An ensemble as the content of a best.pt, with the weights of all members."""
+    assert ensemble.averaging is not None
+    states = [
+        checkpoint.read(storage.read(path), path) for path in (storage.join(run, checkpoint.BEST) for run in runs)
+    ]
+    members = [
+        {**member.model_dump(), "recipe": state["recipe"], "model": state["model"]}
+        for member, state in zip(ensemble.members, states, strict=True)
+    ]
+    first = {name: states[0][name] for name in ("recipe", "manifest", "pixels")}
+    return {**first, "model": {}, "members": members, "averaging": ensemble.averaging.model_dump()}
+
+
+def _members(state: Mapping[str, Any], path: str) -> tuple[list[nn.Module], tuple[Member, ...], Averaging]:
+    """The models of an ensemble's best.pt, and what they are."""
+    try:
+        given = TypeAdapter(list[dict[str, Any]]).validate_python(state["members"], strict=True)
+        averaging = Averaging.model_validate(state.get("averaging"))
+        members = tuple(Member(run=one["run"], checkpoint=one["checkpoint"]) for one in given)
+        parts = [(one["recipe"], one["model"]) for one in given]
+    except (ValidationError, LookupError) as error:
+        raise UserError(f"{path} is no ensemble ({one_line(error, limit=160)}); make it again") from None
+    if not parts:
+        raise UserError(f"{path} is an ensemble without members; make it again")
+    models = [_with_weights(config.parse(Recipe, recipe, where=path), weights, path) for recipe, weights in parts]
+    return models, members, averaging
+
+
+def _with_weights(recipe: Recipe, weights: Any, path: str) -> nn.Module:
+    model = build_model(recipe.model.without_weights(), recipe.data)
+    try:
+        model.load_state_dict(weights)
+    except Exception as error:  # torch raises whatever a value of another type or shape leads to
+        raise UserError(f"{path}: its weights do not fit its recipe ({one_line(error, limit=160)})") from None
+    return model
+
+
+def _check_same_input(a: tuple[str, TrainedModel], b: tuple[str, TrainedModel]) -> None:
+    """Refuse two models that cannot be averaged."""
+    fields_a, fields_b = ({**_input_of(one)} for _, one in (a, b))
+    for name, value in fields_a.items():
+        if value != fields_b[name]:
+            raise UserError(
+                f"{a[0]} and {b[0]} cannot be averaged: {name} is {value} and {fields_b[name]}; an ensemble's members "
+                "share datasets, findings and input"
+            )
+
+
+def _input_of(trained: TrainedModel) -> dict[str, Any]:
+    data, augment = trained.recipe.data, trained.recipe.augment
+    fields = {f"data.{name}": getattr(data, name) for name in ("task", "findings", "val_split", "test_split")}
+    fields |= {f"augment.{name}": getattr(augment, name) for name in INPUT}
+    fields |= {f"pack.{name}": value for name, value in trained.pixels.items()}
+    return {**fields, "the datasets' digest": trained.manifest}
+
+
+def _names(members: Sequence[Member]) -> str:
+    return ", ".join(member.run for member in members)

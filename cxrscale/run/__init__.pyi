@@ -1,0 +1,9 @@
+from .comparisons import compare_runs as compare_runs
+from .comparisons import compare_with_readers as compare_with_readers
+from .ensembles import ensemble as ensemble
+from .ensembles import ensemble_gains as ensemble_gains
+from .making import no_watcher as no_watcher
+from .making import train as train
+from .making import tune as tune
+from .trained_run import Run as Run
+from .trained_run import open_run as open_run
