@@ -17,13 +17,22 @@ if TYPE_CHECKING:
 # Each command imports what it runs: torch, Ray and DALI take seconds that `--help` and a typing mistake need not.
 
 
+GateRun = Annotated[
+    str | None, typer.Option(help="A classifier's run: it decides which images the segmenter RUN sees.", metavar="RUN")
+]
+
+
 @app.command()
-def threshold(run: RunFolder, overrides: Overrides = None, resamples: Resamples = 1000) -> None:
+def threshold(run: RunFolder, overrides: Overrides = None, resamples: Resamples = 1000, gate: GateRun = None) -> None:
     """Choose thresholds on validation: cxrscale threshold RUN threshold.goal=recall threshold.min_rate=0.9.
 
     Goals: f1, youden, recall, precision, cost, fixed. threshold.calibration=platt|temperature|isotonic also makes
-    probabilities of the scores. The test split is not looked at.
+    probabilities of the scores. The test split is not looked at. --gate CLASSIFIER chooses the classifier's threshold
+    and the segmenter's mask rule together instead: cascade.json.
     """
+    if gate is not None:
+        _choose_cascade(run, gate, overrides or [], resamples)
+        return
     from cxrscale.evaluation import artifacts
     from cxrscale.reporting import tables
     from cxrscale.run import open_run
@@ -36,8 +45,14 @@ def threshold(run: RunFolder, overrides: Overrides = None, resamples: Resamples 
 
 
 @app.command("evaluate")
-def evaluate_command(run: RunFolder, resamples: Resamples = 1000) -> None:
-    """Metrics of the test split at the stored thresholds, with intervals: test_metrics.json, plots/, report.html."""
+def evaluate_command(run: RunFolder, resamples: Resamples = 1000, gate: GateRun = None) -> None:
+    """Metrics of the test split at the stored thresholds, with intervals: test_metrics.json, plots/, report.html.
+
+    --gate CLASSIFIER measures the segmenter RUN behind a classifier, against RUN alone: cascade_metrics.json.
+    """
+    if gate is not None:
+        _evaluate_cascade(run, gate, resamples)
+        return
     from cxrscale.evaluation import artifacts
     from cxrscale.reporting import tables
     from cxrscale.run import open_run
@@ -48,6 +63,34 @@ def evaluate_command(run: RunFolder, resamples: Resamples = 1000) -> None:
     tables.print_metrics(test, run)
     print(storage.absolute(trained.artifact(artifacts.TEST_METRICS)))
     print(storage.absolute(trained.report()))
+
+
+def _choose_cascade(run: str, gate: str, overrides: list[str], resamples: int) -> None:
+    from cxrscale.evaluation import artifacts
+    from cxrscale.reporting import tables
+    from cxrscale.run import choose_cascade, open_run
+
+    if overrides:
+        raise UserError(f"{overrides[0]}: threshold --gate takes no fields; it maximizes Dice over all images")
+    segmenter = open_run(run)
+    with progress.bar("scoring validation", None, "images") as bar:
+        chosen = choose_cascade(segmenter, open_run(gate), resamples, lambda count: bar.update(bar.done + count))
+    tables.print_cascade(chosen)
+    print(storage.absolute(segmenter.artifact(artifacts.CASCADE)))
+
+
+def _evaluate_cascade(run: str, gate: str, resamples: int) -> None:
+    from cxrscale.evaluation import artifacts
+    from cxrscale.reporting import tables
+    from cxrscale.run import evaluate_cascade, open_run
+
+    segmenter = open_run(run)
+    with progress.bar("scoring test", None, "images") as bar:
+        test = evaluate_cascade(segmenter, open_run(gate), resamples, lambda count: bar.update(bar.done + count))
+    tables.print_cascade(test)
+    if not test.chosen_together:
+        print(f"each run's own threshold and mask rule; `cxrscale threshold {run} --gate {gate}` chooses them together")
+    print(storage.absolute(segmenter.artifact(artifacts.CASCADE_METRICS)))
 
 
 @app.command("compare")

@@ -15,7 +15,7 @@ from cxrscale.io import storage, terminal
 from cxrscale.types import UnreadInputsError, UserError
 
 if TYPE_CHECKING:
-    from cxrscale.inference import Prediction, Predictor
+    from cxrscale.inference import Averaging, ImagePredictor, Prediction
 
 SHOWN = 20
 """Predictions of up to so many inputs are printed one by one."""
@@ -37,6 +37,12 @@ def predict_command(
     ] = None,
     split: Annotated[
         str | None, typer.Option(help="train, val or test: the run's own images, into RUN/predictions-SPLIT.parquet.")
+    ] = None,
+    gate: Annotated[
+        str | None,
+        typer.Option(
+            help="A classifier's run: only what it calls positive goes to the segmenter --run.", metavar="RUN"
+        ),
     ] = None,
     id_map: Annotated[
         str | None,
@@ -71,15 +77,23 @@ def predict_command(
     if split is not None:
         if len(run) > 1 or tta is not None:
             raise UserError("--split takes one --run; make a run of an ensemble: cxrscale ensemble RUN... --name NAME")
+        if gate is not None:
+            raise UserError("--gate goes with files; of a split: cxrscale evaluate RUN --gate CLASSIFIER")
         _predict_split(run[0], split, id_map, out)
         return
-    from cxrscale.inference import Predictor
-
     if id_map is not None:
         raise UserError("--id-map goes with --split; predictions of files have the files' own names")
-    averaging = parse_averaging(mean, tta)
-    predictor = Predictor(run, averaging=averaging)
-    _predict_files(predictor, inputs or [], out or "predictions", kind)
+    _predict_files(_predictor(run, gate, parse_averaging(mean, tta)), inputs or [], out or "predictions", kind)
+
+
+def _predictor(runs: list[str], gate: str | None, averaging: Averaging) -> ImagePredictor:
+    from cxrscale.inference import GatedPredictor, Predictor
+
+    if gate is None:
+        return Predictor(runs, averaging=averaging)
+    if len(runs) > 1 or averaging.hflip:
+        raise UserError("--gate takes one --run; make a run of an ensemble: cxrscale ensemble RUN... --name NAME")
+    return GatedPredictor(runs[0], gate)
 
 
 def _predict_split(run: str, split: str, id_map: str | None, out: str | None) -> None:
@@ -93,7 +107,7 @@ def _predict_split(run: str, split: str, id_map: str | None, out: str | None) ->
         print(storage.absolute(table))
 
 
-def _predict_files(predictor: Predictor, given: list[str], out: str, kind: str) -> None:
+def _predict_files(predictor: ImagePredictor, given: list[str], out: str, kind: str) -> None:
     from cxrscale.inference import check_format, find_inputs, predict_files
 
     if not storage.is_remote(out) and storage.exists(out) and not storage.is_folder(out):
@@ -128,6 +142,10 @@ def _predict_files(predictor: Predictor, given: list[str], out: str, kind: str) 
 
 def _show(prediction: Prediction) -> None:
     print(terminal.printable(prediction.path))
+    for name, value in prediction.gate.items():
+        print(
+            f"  {terminal.printable(name):<20} {value:.4f}  {'passed on' if prediction.gate_call else 'not passed on'}"
+        )
     for name, value in prediction.probabilities.items():
         call = "" if name not in prediction.calls else "  present" if prediction.calls[name] else "  absent"
         print(f"  {terminal.printable(name):<20} {value:.4f}{call}")

@@ -1,11 +1,15 @@
 from . import artifacts as artifacts
 from . import calibration as calibration
 from . import calls as calls
+from . import cascade as cascade
 from . import comparison as comparison
 from . import metrics as metrics
 from . import reader_comparison as reader_comparison
 from . import summary as summary
 from . import thresholds as thresholds
+from .artifacts import Cascade as Cascade
+from .artifacts import CascadeMetrics as CascadeMetrics
+from .artifacts import CascadeTest as CascadeTest
 from .artifacts import Comparison as Comparison
 from .artifacts import ReaderComparison as ReaderComparison
 from .artifacts import TestMetrics as TestMetrics

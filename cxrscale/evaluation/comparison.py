@@ -53,7 +53,7 @@ def compare_scores(
     if not common:
         lists = f"{', '.join(run_a.findings)} and {', '.join(run_b.findings)}"
         raise UserError(f"{names[0]} and {names[1]} share no finding ({lists}); compare runs of one task")
-    row_b_N = _rows_in_b(run_a, run_b, names)
+    row_b_N = rows_in_b(run_a, run_b, names)
     weights_RN = metrics.bootstrap_weights(run_a.patient, resamples, seed)
     rows: dict[str, FindingDifference] = {}
     auroc_2FR = np.empty((2, len(common), resamples))
@@ -84,7 +84,7 @@ def compare_scores(
     )
 
 
-def _rows_in_b(run_a: Scores, run_b: Scores, names: tuple[str, str]) -> npt.NDArray[np.intp]:
+def rows_in_b(run_a: Scores, run_b: Scores, names: tuple[str, str]) -> npt.NDArray[np.intp]:
     """(N,) the row of run B that holds each image of run A."""
     row_of = {image: row for row, image in enumerate(run_b.image_id.tolist())}
     images_a = set(run_a.image_id.tolist())

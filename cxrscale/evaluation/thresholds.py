@@ -192,9 +192,9 @@ def best_mask_rule(maps: ScoreHistograms, areas: tuple[int, ...] | None = None) 
     With the gate G (N, tops x areas) and Dice D (N, bottoms), the mean is (G' D + (1 - G)' empty) / N: two matrix
     products instead of a loop over maps.
     """
-    above_NT, dice_NT, empty_N = _by_bin(maps)
+    above_NT, dice_NT, empty_N = rule_tables(maps)
     bins = above_NT.shape[1]
-    candidates = _areas(maps) if areas is None else areas
+    candidates = rule_areas(maps) if areas is None else areas
     best: tuple[float, int, int, int] = (-1.0, 0, 0, 0)
     for area in candidates:
         gate_NT = (above_NT >= max(1, area)).astype(np.float64)
@@ -219,12 +219,12 @@ def mask_rule_intervals(
     are known to 1 / steps; where nothing is better they keep `rule`. A wide interval means that many rules are
     equally good.
     """
-    tables = _by_bin(maps)
+    tables = rule_tables(maps)
     bins = maps.all_NT.shape[1]
     own = (bin_of(rule.top, bins), rule.min_area, bin_of(rule.bottom, bins))
     even = np.linspace(0, bins, min(steps, bins), endpoint=False).astype(int)
     grid = np.unique(np.r_[even, bins - 1, own[0], own[2]])
-    candidates = _areas(maps) if areas is None else areas
+    candidates = rule_areas(maps) if areas is None else areas
     rule_R3 = np.concatenate(
         [_search_mask_rules(tables, weights_RN[part], own, candidates, grid) for part in blocks(weights_RN)]
     )
@@ -259,8 +259,9 @@ def _search_mask_rules(
     return rule_R3
 
 
-def _by_bin(maps: ScoreHistograms) -> _Tables:
-    """(N, T) pixels that score at least each bin's lower end, (N, T) Dice of these, (N,) Dice of no mask."""
+def rule_tables(maps: ScoreHistograms) -> _Tables:
+    """What a search for mask rules needs: (N, T) pixels that score at least each bin's lower end, (N, T) Dice of these,
+    (N,) Dice of no mask."""
     above = maps.all_NT[:, ::-1].cumsum(axis=1, dtype=np.int64)[:, ::-1]
     inside = maps.true_NT[:, ::-1].cumsum(axis=1, dtype=np.int64)[:, ::-1]
     total = above + inside[:, :1]
@@ -268,8 +269,9 @@ def _by_bin(maps: ScoreHistograms) -> _Tables:
     return above, dice_NT, (inside[:, 0] == 0).astype(np.float64)
 
 
-def _areas(maps: ScoreHistograms) -> tuple[int, ...]:
-    """0 and the squares up to a fiftieth of the image, of the usual one where images have several sizes."""
+def rule_areas(maps: ScoreHistograms) -> tuple[int, ...]:
+    """Candidates of a mask rule's min_area: 0 and the squares up to a fiftieth of the image, of the usual one where
+    images have several sizes."""
     pixels = float(np.median(maps.all_NT.sum(axis=1)))
     side = round((pixels / 50) ** 0.5)
     return tuple(sorted({step * step for step in range(0, side + 1, max(1, side // 16))}))

@@ -1,5 +1,7 @@
 from . import ensemble as ensemble
 from . import predictions as predictions
+from .cascade import GatedPredictor as GatedPredictor
+from .cascade import read_cascade as read_cascade
 from .decision import stored_thresholds as stored_thresholds
 from .ensemble import EnsembleInfo as EnsembleInfo
 from .ensemble import build_ensemble as build_ensemble
@@ -9,11 +11,12 @@ from .files import predict_files as predict_files
 from .formats import check_format as check_format
 from .inputs import Inputs as Inputs
 from .inputs import find_inputs as find_inputs
+from .prediction import Prediction as Prediction
+from .prediction import Provenance as Provenance
 from .predictions import PredictionsInfo as PredictionsInfo
-from .predictor import Prediction as Prediction
 from .predictor import Predictor as Predictor
-from .predictor import Provenance as Provenance
 from .predictor import apply_mask_rule as apply_mask_rule
+from .streaming import ImagePredictor as ImagePredictor
 from .trained import Averaging as Averaging
 from .trained import TrainedModel as TrainedModel
 from .trained import load_model as load_model

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from cxrscale.inference.formats import check_format, write_predictions
 from cxrscale.inference.journal import Journal
-from cxrscale.inference.predictor import Prediction, Predictor
+from cxrscale.inference.prediction import Prediction
+from cxrscale.inference.streaming import ImagePredictor
 from cxrscale.io import lease
 
 OnPrediction = Callable[[Prediction], None]
@@ -29,7 +30,11 @@ class FilePredictions:
 
 
 def predict_files(
-    predictor: Predictor, paths: Sequence[str], out: str, kind: str = "json", on_prediction: OnPrediction | None = None
+    predictor: ImagePredictor,
+    paths: Sequence[str],
+    out: str,
+    kind: str = "json",
+    on_prediction: OnPrediction | None = None,
 ) -> FilePredictions:
     """Predict files and write `out`/predictions.json (or .csv, .parquet, submission.csv).
 

@@ -14,11 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cxrscale.inference.journal import row
-from cxrscale.inference.predictor import Prediction, Provenance
+from cxrscale.inference.prediction import Prediction, Provenance
 from cxrscale.io import storage
 from cxrscale.sources import image_name
 from cxrscale.types import UserError
 
+GATE = "gate."
+"""Prefix of the column of a cascade's classifier; `gate.call` is its call."""
 CALL, LOGIT = ".call", ".logit"
 """Suffixes of a finding's columns; its probability has its name alone."""
 INFO = "cxrscale"
@@ -124,11 +126,12 @@ def _schema(provenance: Provenance) -> pa.Schema:
         for name in provenance.recipe.data.findings
         for field in ((name, number), (name + CALL, pa.bool_()), (name + LOGIT, number))
     ]
+    gate = [] if provenance.gate is None else [(GATE + provenance.gate.finding, number), (GATE + "call", pa.bool_())]
     size = [("height", whole), ("width", whole), ("row_spacing_mm", number), ("column_spacing_mm", number)]
     mask = [("mask_rle", pa.string()), ("mask_area", whole), ("mask_area_mm2", number)]
     of_masks = mask if provenance.recipe.data.task == "segment" else []
     said = [("warnings", pa.list_(pa.string())), ("error", pa.string())]
-    return pa.schema([("path", pa.string()), *findings, *of_masks, *size, *said])
+    return pa.schema([("path", pa.string()), *gate, *findings, *of_masks, *size, *said])
 
 
 def _flat(prediction: Prediction) -> dict[str, Any]:
@@ -140,6 +143,8 @@ def _flat(prediction: Prediction) -> dict[str, Any]:
     values |= prediction.probabilities
     values |= {name + CALL: value for name, value in prediction.calls.items()}
     values |= {name + LOGIT: value for name, value in prediction.logits.items()}
+    values |= {GATE + name: value for name, value in prediction.gate.items()}
+    values |= {} if prediction.gate_call is None else {GATE + "call": prediction.gate_call}
     if prediction.mask_rle is not None:
         values |= {"mask_rle": prediction.mask_rle, "mask_area": prediction.mask_area}
         values |= {"mask_area_mm2": prediction.mask_area_mm2}

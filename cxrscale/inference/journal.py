@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from cxrscale.inference.predictor import Prediction, Provenance
+from cxrscale.inference.prediction import Prediction, Provenance
 from cxrscale.io import Artifact, read_artifact, seal, storage, write_artifact
 from cxrscale.types import UserError
 
@@ -32,6 +32,8 @@ class Job(Artifact):
     thresholds: str
     """Digest of thresholds.json."""
     run: str
+    settings: str = ""
+    """Digest of all that a prediction follows from: weights, thresholds, the classifier before it."""
 
 
 class Journal:
@@ -48,11 +50,12 @@ class Journal:
         """
         self._folder = storage.join(out, FOLDER)
         address = storage.join(self._folder, JOB)
-        mine = Job(run=provenance.run, checkpoint=provenance.checkpoint, thresholds=provenance.thresholds)
+        mine = _job(provenance)
         if not storage.exists(address):
             write_artifact(address, mine)
         elif (theirs := read_artifact(Job, address, f"remove {self._folder}")) != mine:
-            what = "other thresholds of this run" if theirs.run == mine.run else f"run {theirs.run}"
+            same = theirs.run == mine.run
+            what = "other thresholds, or another gate, of this run" if same else f"run {theirs.run}"
             raise UserError(f"{out} holds unfinished predictions of {what}; give another --out, or remove it")
         self._parts = list(storage.listing(self._folder, ".jsonl"))
         self._pending: list[Prediction] = []
@@ -87,11 +90,22 @@ class Journal:
         storage.remove_empty_folder(self._folder)
 
 
+def _job(provenance: Provenance) -> Job:
+    settings = provenance.model_dump_json(exclude={"recipe", "notes"})
+    return Job(
+        run=provenance.run,
+        checkpoint=provenance.checkpoint,
+        thresholds=provenance.thresholds,
+        settings=storage.digest(settings.encode()),
+    )
+
+
 def row(prediction: Prediction) -> dict[str, Any]:
     """What is known of an image; fields without a value are left out."""
-    known = asdict(prediction).items()
-    # An area of 0 equals False, but is a value.
-    return {name: value for name, value in known if value is not False and value not in (None, "", {}, ())}
+    known = asdict(replace(prediction, maps={}))
+    if not prediction.unreachable:
+        del known["unreachable"]
+    return {name: value for name, value in known.items() if value is not None and value not in ("", {}, ())}
 
 
 @cache

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import threading
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,96 +17,19 @@ from cxrscale.config import Recipe
 from cxrscale.evaluation import DEFAULT_MASK_RULE, MaskRule, calls
 from cxrscale.evaluation.metrics import bin_of
 from cxrscale.inference.decision import Decision, read_decision
-from cxrscale.inference.trained import Averaging, Member, load_models
-from cxrscale.io import (
-    ArtifactPart,
-    LoadedImage,
-    Strictness,
-    encode_jpeg,
-    encode_png,
-    load_image,
-    resize_image,
-    rle_masks,
-    storage,
-)
+from cxrscale.inference.prediction import Prediction, Provenance
+from cxrscale.inference.streaming import ImagePredictor, Prepared
+from cxrscale.inference.trained import Averaging, load_models
+from cxrscale.io import encode_jpeg, encode_png, resize_image, rle_masks, storage
 from cxrscale.loader import file_batches
-from cxrscale.models import forward, probabilities
+from cxrscale.models import forward, pooled_features, probabilities
 from cxrscale.training import LocalWorker, scoring
-from cxrscale.types import AccessError, GrayImage, UnreadableImageError, UserError, probabilities_of
+from cxrscale.types import GrayImage, probabilities_of
 
 NO_CALLS = (
     "an ensemble without thresholds: probabilities are the mean of its models' own and no calls; "
     "`cxrscale ensemble RUN... --name NAME` makes a run of it"
 )
-Source = str | Path | bytes | GrayImage
-"""An image: a path or fsspec address of a DICOM, PNG or JPEG file, such a file's bytes, or an upright gray array."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """What a model predicts for one image, or why it cannot."""
-
-    path: str = ""
-    """The file's path or address; empty for bytes and arrays."""
-    probabilities: Mapping[str, float] = field(default_factory=dict)
-    """Finding -> probability in 0..1; for segmentation of the map's highest pixel.
-
-    With thresholds.json in the run it is the final one, as `cxrscale evaluate` computes it: calibrated, and corrected
-    for another prevalence."""
-    calls: Mapping[str, bool] = field(default_factory=dict)
-    """Finding -> whether it is called present: probability >= the run's stored threshold. Findings without a threshold
-    are missing; without thresholds.json all are."""
-    logits: Mapping[str, float] = field(default_factory=dict)
-    """Finding -> the model's own output, which `probabilities` are computed from."""
-    mask_rle: str | None = None
-    """For segmentation: the mask at the image's own size, run-length encoded as in SIIM-ACR; '-1' is empty."""
-    mask_area: int | None = None
-    """For segmentation: pixels of the mask at the image's own size."""
-    mask_area_mm2: float | None = None
-    """The same in square millimeters; None where the file does not say the distance between its pixels."""
-    height: int | None = None
-    """Of the image in pixels, upright; None where it could not be read."""
-    width: int | None = None
-    spacing_mm: tuple[float, float] | None = None
-    """Distance between (rows, columns) in millimeters, where the file says it."""
-    error: str = ""
-    """Why there are no probabilities; empty where there are."""
-    unreachable: bool = False
-    """Whether the file could not be reached, which says nothing of its content: another attempt may succeed."""
-    warnings: tuple[str, ...] = ()
-    """Faults of the file, one line each, for which a dataset would refuse it; its gray values are certain."""
-
-
-class Provenance(ArtifactPart):
-    """What a prediction must name to be reproduced."""
-
-    run: str
-    """The run's absolute path or address."""
-    checkpoint: str
-    """Digest of the file of weights."""
-    manifest: str
-    """Digest of the datasets that the model was trained on."""
-    thresholds: str
-    """Digest of thresholds.json; empty where the run has none."""
-    threshold: Mapping[str, float] = {}
-    """Finding -> the threshold of its call."""
-    notes: tuple[str, ...] = ()
-    """What is missing from probabilities and calls, and how to get it."""
-    members: tuple[Member, ...] = ()
-    """Of an ensemble."""
-    averaging: Averaging | None = None
-    """Of an ensemble."""
-    recipe: Recipe
-
-
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """An image as the model's batches take it; what a thread makes ready while the model runs."""
-
-    prediction: Prediction
-    """What is known without the model."""
-    stored: bytes | None = None
-    """The image as the shards would hold it; None where it could not be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +40,11 @@ class _Output:
     """For segmentation of the map's highest pixel."""
     score_HW: npt.NDArray[np.float32] | None
     """For segmentation: the map's probabilities."""
+    map_Fhw: npt.NDArray[np.float32] | None = None
+    """For classification, where it was asked for: class activation maps."""
 
 
-class Predictor:
+class Predictor(ImagePredictor):
     """A run's model, loaded once, for many calls from any number of threads.
 
         predictor = cx.Predictor("runs/chexnet14")
@@ -139,6 +60,8 @@ class Predictor:
         device: str | None = None,
         mask_rule: MaskRule | None = None,
         averaging: Averaging | None = None,
+        *,
+        maps: bool = False,
     ) -> None:
         """Load the run's best checkpoint.
 
@@ -148,6 +71,7 @@ class Predictor:
             device: cpu, cuda, cuda:1, ...; None: the GPU where there is one.
             mask_rule: for segmentation; None: the one in the run's thresholds.json, or 0.5 where there is none.
             averaging: of several models, and of an image and its mirror image (test-time augmentation).
+            maps: give each prediction its `Prediction.maps`, where the model has them.
 
         Raises:
             UserError: the folder is not a run, nothing has been trained in it yet, its thresholds.json does not belong
@@ -160,7 +84,8 @@ class Predictor:
         own = len(runs) == 1 and averaging in (None, Averaging())
         self._decision = read_decision(str(runs[0]), self._trained.checkpoint) if own else Decision(notes=(NO_CALLS,))
         chosen = self._decision.thresholds
-        self._mask_rule = mask_rule or (chosen and chosen.mask_rule) or DEFAULT_MASK_RULE
+        self.mask_rule = mask_rule or (chosen and chosen.mask_rule) or DEFAULT_MASK_RULE
+        self._maps = maps
         # Batches and model: a DALI pipeline belongs to one thread, and a GPU gains nothing from two at once.
         self._lock = threading.Lock()
 
@@ -189,65 +114,40 @@ class Predictor:
             recipe=self.recipe,
         )
 
-    def __call__(self, source: Source) -> Prediction:
-        """The prediction for one image; an unreadable one gives `Prediction.error`."""
-        return self.predict([source])[0]
+    def encode(self, image_HW: GrayImage) -> bytes:
+        """The image as the shards of the run's datasets would hold it."""
+        return encode_as_stored(image_HW, self._trained.pixels)
 
-    def predict(self, items: Sequence[Source], batch_size: int | None = None) -> list[Prediction]:
-        """The predictions for many images, in order; an unreadable one gives its `Prediction.error`.
-
-        An image is processed as the training images were: upright gray, stored size and encoding, same operations.
-        Files are read leniently: `cxrscale.io.strictness` lists what then becomes a warning instead of an error.
+    def predict_stored(self, known: Sequence[Prediction], stored: Sequence[bytes]) -> list[Prediction]:
+        """The predictions of images that are in memory, in one batch.
 
         Args:
-            batch_size: images per forward pass; None: the recipe's sampler.eval_batch_size. This many are in memory.
+            known: of each image what is known without the model.
+            stored: the images, as `encode` gives them.
         """
-        return list(self.stream(items, batch_size))
+        return [
+            replace(one, error="the image cannot be decoded") if output is None else self._prediction(one, output)
+            for one, output in zip(known, self._outputs(stored), strict=True)
+        ]
 
-    def stream(
-        self, items: Iterable[Source], batch_size: int | None = None, threads: int | None = None
-    ) -> Iterator[Prediction]:
-        """The predictions for any number of images, in order, each as soon as its batch is done.
+    def _encode(self, image_HW: GrayImage) -> tuple[bytes, ...]:
+        return (self.encode(image_HW),)
 
-        Threads read and decode the next images while the model runs. Two batches are in memory, as they are stored in
-        shards, however many images there are.
-
-        Args:
-            batch_size: images per forward pass; None: the recipe's sampler.eval_batch_size.
-            threads: that decode; None: one per CPU, four at most.
-        """
-        size = batch_size or self.recipe.sampler.eval_batch_size
-        ahead, left = deque[Future[_Prepared]](), iter(items)
-        pool = ThreadPoolExecutor(threads or min(4, os.cpu_count() or 1), thread_name_prefix="decode")
-        try:
-            while True:
-                for item in islice(left, 2 * size - len(ahead)):
-                    ahead.append(pool.submit(self._prepare, item))
-                if not ahead:
-                    return
-                batch = [ahead.popleft().result() for _ in range(min(size, len(ahead)))]
-                yield from self._predict_batch(batch)
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def _predict_batch(self, batch: Sequence[_Prepared]) -> Iterator[Prediction]:
-        outputs = iter(self._outputs([one.stored for one in batch if one.stored is not None]))
-        for one in batch:
-            if one.stored is None:
-                yield one.prediction
-            elif (output := next(outputs)) is None:
-                yield replace(one.prediction, error="the image cannot be decoded")
-            else:
-                yield self._prediction(one.prediction, output)
+    def _predict_batch(self, batch: Sequence[Prepared]) -> list[Prediction]:
+        return self.predict_stored([one.prediction for one in batch], [one.stored[0] for one in batch])
 
     def _prediction(self, known: Prediction, output: _Output) -> Prediction:
         logit_F = output.logit_F
         known = replace(known, logits=dict(zip(self.findings, logit_F.tolist(), strict=True)))
         if output.score_HW is not None and known.height is not None and known.width is not None:
-            mask_HW = apply_mask_rule(output.score_HW, self._mask_rule, (known.height, known.width))
+            mask_HW = apply_mask_rule(output.score_HW, self.mask_rule, (known.height, known.width))
             area = int(mask_HW.sum())
             area_mm2 = None if known.spacing_mm is None else area * known.spacing_mm[0] * known.spacing_mm[1]
             known = replace(known, mask_rle=rle_masks.encode(mask_HW), mask_area=area, mask_area_mm2=area_mm2)
+        if output.map_Fhw is not None:
+            known = replace(known, maps=dict(zip(self.findings, output.map_Fhw, strict=True)))
+        elif self._maps and output.score_HW is not None:
+            known = replace(known, maps={self.findings[0]: output.score_HW})
         chosen = self._decision.thresholds
         if chosen is None:
             own = dict(zip(self.findings, probabilities_of(logit_F).tolist(), strict=True))
@@ -261,17 +161,6 @@ class Predictor:
         }
         return replace(known, probabilities=final, calls=called)
 
-    def _prepare(self, source: Source) -> _Prepared:
-        """The image as it would be stored, or the reason why there is none."""
-        path = str(source) if isinstance(source, str | Path) else ""
-        try:
-            image = _load(source)
-        except (UnreadableImageError, UserError) as error:
-            return _Prepared(Prediction(path, error=str(error), unreachable=isinstance(error, AccessError)))
-        height, width = image.image_HW.shape
-        known = Prediction(path, height=height, width=width, spacing_mm=image.spacing_mm, warnings=image.warnings)
-        return _Prepared(known, encode_as_stored(image.image_HW, self._trained.pixels))
-
     def _outputs(self, images: Sequence[bytes]) -> list[_Output | None]:
         """The model's output for each stored image; None where it cannot be decoded."""
         outputs: list[_Output | None] = [None] * len(images)
@@ -282,30 +171,17 @@ class Predictor:
         recipe = self.recipe.model_copy(update={"sampler": sampler})
         with self._lock, torch.no_grad():
             for batch in file_batches(images, recipe, self._device):
-                logits = forward(self._trained.model, batch, recipe.train, self._device)
+                with pooled_features(self._trained.model) as features:
+                    logits = forward(self._trained.model, batch, recipe.train, self._device)
+                of_classes = features.maps(logits) if self._maps and logits.ndim == 2 else None
+                map_BFhw = None if of_classes is None else of_classes.cpu().numpy()
                 maps = probabilities(logits)[:, 0].cpu().numpy() if logits.ndim == 4 else None
                 logit_BF = logits.flatten(2).amax(dim=2).cpu().numpy() if logits.ndim == 4 else logits.cpu().numpy()
                 for index in np.flatnonzero(batch.valid_B.cpu().numpy()):
                     score_HW = None if maps is None else maps[index]
-                    outputs[int(batch.row_B[index])] = _Output(logit_BF[index], score_HW)
+                    map_Fhw = None if map_BFhw is None else map_BFhw[index]
+                    outputs[int(batch.row_B[index])] = _Output(logit_BF[index], score_HW, map_Fhw)
         return outputs
-
-
-def _load(source: Source) -> LoadedImage:
-    """The upright gray image of a file, its bytes or an array, read leniently.
-
-    Raises:
-        UnreadableImageError: it cannot be decoded.
-        UserError: there is no such file, or the array is no image.
-        AccessError: the file cannot be reached.
-    """
-    if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.ndim != 2:
-            raise UserError(f"an array of {source.dtype} {source.shape} is not an image; give uint8 (H, W)")
-        return LoadedImage(source)
-    if isinstance(source, bytes):
-        return load_image(source, strictness=Strictness.LENIENT)
-    return load_image(storage.read(str(source)), name=str(source), strictness=Strictness.LENIENT)
 
 
 def apply_mask_rule(score_HW: npt.NDArray[np.float32], rule: MaskRule, shape: tuple[int, int]) -> npt.NDArray[np.bool_]:

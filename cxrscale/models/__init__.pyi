@@ -1,4 +1,5 @@
 from . import losses as losses
+from .activation_maps import pooled_features as pooled_features
 from .averaged import MEANS as MEANS
 from .averaged import Averaged as Averaged
 from .averaged import Mean as Mean

@@ -9,7 +9,16 @@ from typing import Any
 from rich.table import Table
 
 from cxrscale.config import Recipe
-from cxrscale.evaluation import Comparison, Estimate, ReaderComparison, TestMetrics, Thresholds, artifacts
+from cxrscale.evaluation import (
+    Cascade,
+    CascadeTest,
+    Comparison,
+    Estimate,
+    ReaderComparison,
+    TestMetrics,
+    Thresholds,
+    artifacts,
+)
 from cxrscale.io import terminal
 
 WIDTH = 110
@@ -67,6 +76,35 @@ def thresholds_table(thresholds: Thresholds, title: str) -> Table:
         of = "" if rule.own_size else " of the input"
         text = f"top {rule.top:.3f}, at least {rule.min_area} pixels{of}, bottom {rule.bottom:.3f}"
         table.add_row("masks", text, "", "", f"Dice {rule.dice:.3f}", style="bold")
+    return table
+
+
+def print_cascade(result: Cascade | CascadeTest) -> None:
+    """Print what a classifier before a segmenter changes, as a table."""
+    terminal.show(cascade_table(result), WIDTH)
+
+
+def cascade_table(result: Cascade | CascadeTest) -> Table:
+    """Masks behind the classifier, alone, and the difference with its interval."""
+    split, found = ("test", result.test) if isinstance(result, CascadeTest) else ("validation", result.validation)
+    title = f"{result.segmenter.name} behind {result.gate.name}: {result.images} {split} images"
+    rule = result.mask_rule
+    caption = (
+        f"passed on: {estimate(found.passed)}, at {result.finding} >= {result.threshold:.3f}; "
+        f"masks: top {rule.top:.3f}, at least {rule.min_area} pixels, bottom {rule.bottom:.3f}"
+    )
+    table = Table(title=f"{title} of {result.patients} patients", caption=caption)
+    table.add_column("masks", no_wrap=True)
+    for name in ("cascade", "segmenter alone", "difference (95% interval)"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for field, words in (
+        ("dice_all", "Dice, all (empty = 1)"),
+        ("dice_on_positives", "Dice, positives"),
+        ("sensitivity", "positives with a mask"),
+        ("false_masks", "negatives with a mask"),
+    ):
+        both = (number(getattr(side, field).value) for side in (found.cascade, found.segmenter))
+        table.add_row(words, *both, _signed(getattr(found.difference, field)))
     return table
 
 

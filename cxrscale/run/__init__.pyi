@@ -1,3 +1,5 @@
+from .cascades import choose_cascade as choose_cascade
+from .cascades import evaluate_cascade as evaluate_cascade
 from .comparisons import compare_runs as compare_runs
 from .comparisons import compare_with_readers as compare_with_readers
 from .ensembles import ensemble as ensemble

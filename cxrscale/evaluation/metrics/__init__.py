@@ -48,7 +48,15 @@ from cxrscale.evaluation.metrics.reliability import (
     probability_metrics,
     reliability,
 )
-from cxrscale.evaluation.metrics.segmentation import bin_of, empty_baseline, has_mask, map_dice, map_iou, overlaps
+from cxrscale.evaluation.metrics.segmentation import (
+    bin_of,
+    empty_baseline,
+    has_mask,
+    map_dice,
+    map_iou,
+    overlaps,
+    pixels_above,
+)
 from cxrscale.evaluation.metrics.significance import bootstrap_p, delong, delong_test, holm
 from cxrscale.evaluation.metrics.subgroups import (
     Group,
@@ -103,6 +111,7 @@ __all__ = [
     "map_dice",
     "map_iou",
     "overlaps",
+    "pixels_above",
     "pr_curve",
     "probability_metrics",
     "rates",

@@ -59,6 +59,11 @@ def overlaps(
     return result
 
 
+def pixels_above(maps: ScoreHistograms, first: int) -> npt.NDArray[np.int64]:
+    """(N,) pixels of each map in the bins from `first` on."""
+    return np.asarray(maps.all_NT[:, first:].sum(axis=1, dtype=np.int64))
+
+
 def bin_of(threshold: float, bins: int) -> int:
     """The histogram bin that a threshold in 0..1 begins."""
     return min(bins - 1, max(0, round(threshold * bins)))

@@ -1,0 +1,119 @@
+"""A cascade: a classifier decides which images a segmenter sees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from cxrscale.evaluation import Cascade, artifacts
+from cxrscale.inference.prediction import Gate, Prediction, Provenance
+from cxrscale.inference.predictor import Predictor
+from cxrscale.inference.streaming import ImagePredictor, Prepared
+from cxrscale.io import read_artifact, rle_masks, storage
+from cxrscale.types import GrayImage, UserError
+
+
+class GatedPredictor(ImagePredictor):
+    """Two runs, loaded once: only what the classifier calls positive goes to the segmenter.
+
+    predictor = GatedPredictor("runs/siim-unet", "runs/siim-classifier")
+    predictor("a.dcm").gate_call, predictor("a.dcm").mask_rle
+    """
+
+    def __init__(
+        self, segmenter: str | Path, gate: str | Path, device: str | None = None, *, maps: bool = False
+    ) -> None:
+        """Load both runs' best checkpoints.
+
+        Threshold and mask rule are those of the segmenter's cascade.json, where `cxrscale threshold SEGMENTER --gate
+        GATE` has chosen them together for these weights; else each run's own.
+
+        Args:
+            maps: give each prediction that the segmenter made its `Prediction.maps`.
+
+        Raises:
+            UserError: as `Predictor`; the runs do not fit, or the gate has no threshold.
+        """
+        self._gate, self._segmenter = Predictor(gate, device), Predictor(segmenter, device, maps=maps)
+        finding, about = check_fit(self._segmenter, self._gate), self._gate.provenance
+        chosen = read_cascade(str(segmenter), self._segmenter.provenance.checkpoint, about.checkpoint)
+        threshold = about.threshold.get(finding) if chosen is None else chosen.threshold
+        if threshold is None:
+            raise UserError(f"{gate} has no threshold for {finding}; run `cxrscale threshold {gate}`")
+        if chosen is not None:
+            self._segmenter.mask_rule = chosen.mask_rule
+        self._about = Gate(
+            run=about.run,
+            checkpoint=about.checkpoint,
+            thresholds=about.thresholds,
+            finding=finding,
+            threshold=threshold,
+            mask_rule=self._segmenter.mask_rule,
+        )
+
+    @property
+    def provenance(self) -> Provenance:
+        """That of the segmenter, with the gate."""
+        return self._segmenter.provenance.model_copy(update={"gate": self._about})
+
+    def _encode(self, image_HW: GrayImage) -> tuple[bytes, ...]:
+        return self._gate.encode(image_HW), self._segmenter.encode(image_HW)
+
+    def _predict_batch(self, batch: Sequence[Prepared]) -> list[Prediction]:
+        judged = self._gate.predict_stored([one.prediction for one in batch], [one.stored[0] for one in batch])
+        named = [
+            one if one.error else self._decided(before.prediction, one)
+            for before, one in zip(batch, judged, strict=True)
+        ]
+        passed = [index for index, one in enumerate(named) if one.gate_call]
+        masks = self._segmenter.predict_stored(
+            [named[index] for index in passed], [batch[index].stored[1] for index in passed]
+        )
+        for index, prediction in zip(passed, masks, strict=True):
+            named[index] = prediction
+        return named
+
+    def _decided(self, known: Prediction, judged: Prediction) -> Prediction:
+        """What is known of an image after the classifier: where it is negative, that is all."""
+        probability = judged.probabilities[self._about.finding]
+        known = replace(known, gate={self._about.finding: probability}, gate_call=probability >= self._about.threshold)
+        if known.gate_call:
+            return known
+        area_mm2 = None if known.spacing_mm is None else 0.0
+        absent = dict.fromkeys(self.findings, False)
+        return replace(known, calls=absent, mask_rle=rle_masks.EMPTY, mask_area=0, mask_area_mm2=area_mm2)
+
+
+def check_fit(segmenter: Predictor, gate: Predictor) -> str:
+    """The finding that a segmenter and the classifier before it are about.
+
+    Raises:
+        UserError: they are no segmenter and classifier, or not of one finding.
+    """
+    for predictor, task, word in ((segmenter, "segment", "segmenter"), (gate, "classify", "classifier")):
+        if predictor.recipe.data.task != task:
+            raise UserError(
+                f"{predictor.provenance.run} is no {word}: a gate is a classifier (--gate), and stands before a "
+                "segmenter (--run)"
+            )
+    finding = segmenter.findings[0]
+    if finding not in gate.findings:
+        raise UserError(
+            f"{gate.provenance.run} does not know {finding}, which {segmenter.provenance.run} segments; it knows "
+            f"{', '.join(gate.findings)}"
+        )
+    return finding
+
+
+def read_cascade(segmenter: str, digest: str, gate_digest: str) -> Cascade | None:
+    """The segmenter's cascade.json; None where there is none, or it is of other weights than these.
+
+    Raises:
+        UserError: it is damaged or of another version.
+    """
+    address = storage.join(segmenter, artifacts.CASCADE)
+    if not storage.exists(address):
+        return None
+    stored = read_artifact(Cascade, address, f"run `cxrscale threshold {segmenter} --gate GATE` again")
+    return stored if (stored.segmenter.checkpoint, stored.gate.checkpoint) == (digest, gate_digest) else None

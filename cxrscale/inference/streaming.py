@@ -1,0 +1,128 @@
+"""Images in, predictions out, in order: threads read and decode the next images while the model runs."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from cxrscale.inference.prediction import Prediction, Provenance
+from cxrscale.io import LoadedImage, Strictness, load_image, storage
+from cxrscale.types import AccessError, GrayImage, UnreadableImageError, UserError
+
+Source = str | Path | bytes | GrayImage
+"""An image: a path or fsspec address of a DICOM, PNG or JPEG file, such a file's bytes, or an upright gray array."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """An image as the models' batches take it; what a thread makes ready while a model runs."""
+
+    prediction: Prediction
+    """What is known without a model."""
+    stored: tuple[bytes, ...] = ()
+    """For each model the image as its shards would hold it; none where it could not be read."""
+
+
+class ImagePredictor(ABC):
+    """What predicts images: one model, an ensemble, a classifier before a segmenter."""
+
+    @property
+    @abstractmethod
+    def provenance(self) -> Provenance:
+        """What its predictions must name to be reproduced."""
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """The keys of `Prediction.probabilities`."""
+        return self.provenance.recipe.data.findings
+
+    @property
+    def batch_size(self) -> int:
+        """Images per forward pass where the caller does not say."""
+        return self.provenance.recipe.sampler.eval_batch_size
+
+    @abstractmethod
+    def _encode(self, image_HW: GrayImage) -> tuple[bytes, ...]:
+        """The image as the shards of each model would hold it."""
+
+    @abstractmethod
+    def _predict_batch(self, batch: Sequence[Prepared]) -> list[Prediction]:
+        """The predictions of images that could be read."""
+
+    def __call__(self, source: Source) -> Prediction:
+        """The prediction for one image; an unreadable one gives `Prediction.error`."""
+        return self.predict([source])[0]
+
+    def predict(self, items: Sequence[Source], batch_size: int | None = None) -> list[Prediction]:
+        """The predictions for many images, in order; an unreadable one gives its `Prediction.error`.
+
+        An image is processed as the training images were: upright gray, stored size and encoding, same operations.
+        Files are read leniently: `cxrscale.io.strictness` lists what then becomes a warning instead of an error.
+
+        Args:
+            batch_size: images per forward pass; None: the recipe's sampler.eval_batch_size. This many are in memory.
+        """
+        return list(self.stream(items, batch_size))
+
+    def stream(
+        self, items: Iterable[Source], batch_size: int | None = None, threads: int | None = None
+    ) -> Iterator[Prediction]:
+        """The predictions for any number of images, in order, each as soon as its batch is done.
+
+        Threads read and decode the next images while the model runs. Two batches are in memory, as they are stored in
+        shards, however many images there are.
+
+        Args:
+            batch_size: images per forward pass; None: the recipe's sampler.eval_batch_size.
+            threads: that decode; None: one per CPU, four at most.
+        """
+        size = batch_size or self.batch_size
+        ahead, left = deque[Future[Prepared]](), iter(items)
+        pool = ThreadPoolExecutor(threads or min(4, os.cpu_count() or 1), thread_name_prefix="decode")
+        try:
+            while True:
+                for item in islice(left, 2 * size - len(ahead)):
+                    ahead.append(pool.submit(self._prepare, item))
+                if not ahead:
+                    return
+                batch = [ahead.popleft().result() for _ in range(min(size, len(ahead)))]
+                done = iter(self._predict_batch([one for one in batch if one.stored]))
+                yield from [next(done) if one.stored else one.prediction for one in batch]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _prepare(self, source: Source) -> Prepared:
+        """The image as it would be stored, or the reason why there is none."""
+        path = str(source) if isinstance(source, str | Path) else ""
+        try:
+            image = _load(source)
+        except (UnreadableImageError, UserError) as error:
+            return Prepared(Prediction(path, error=str(error), unreachable=isinstance(error, AccessError)))
+        height, width = image.image_HW.shape
+        known = Prediction(path, height=height, width=width, spacing_mm=image.spacing_mm, warnings=image.warnings)
+        return Prepared(known, self._encode(image.image_HW))
+
+
+def _load(source: Source) -> LoadedImage:
+    """The upright gray image of a file, its bytes or an array, read leniently.
+
+    Raises:
+        UnreadableImageError: it cannot be decoded.
+        UserError: there is no such file, or the array is no image.
+        AccessError: the file cannot be reached.
+    """
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim != 2:
+            raise UserError(f"an array of {source.dtype} {source.shape} is not an image; give uint8 (H, W)")
+        return LoadedImage(source)
+    if isinstance(source, bytes):
+        return load_image(source, strictness=Strictness.LENIENT)
+    return load_image(storage.read(str(source)), name=str(source), strictness=Strictness.LENIENT)
