@@ -15,7 +15,7 @@ from cxrscale.io import storage, terminal
 from cxrscale.types import UnreadInputsError, UserError
 
 if TYPE_CHECKING:
-    from cxrscale.inference import Averaging, ImagePredictor, Prediction
+    from cxrscale.inference import GroupPredictor, Prediction, PredictorSpec
 
 SHOWN = 20
 """Predictions of up to so many inputs are printed one by one."""
@@ -60,6 +60,10 @@ def predict_command(
     mean: Annotated[
         str, typer.Option(help="With several runs: the mean of their probabilities or logits.")
     ] = "probabilities",
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Share the files among so many Ray workers (RAY_ADDRESS, or this machine).", min=1),
+    ] = None,
     tta: Annotated[
         str | None, typer.Option(help="hflip: the mean with the mirrored image (test-time augmentation).")
     ] = None,
@@ -83,17 +87,19 @@ def predict_command(
         return
     if id_map is not None:
         raise UserError("--id-map goes with --split; predictions of files have the files' own names")
-    _predict_files(_predictor(run, gate, parse_averaging(mean, tta)), inputs or [], out or "predictions", kind)
+    from cxrscale.inference import Averaging, PredictorSpec
+
+    averaging = parse_averaging(mean, tta)
+    spec = PredictorSpec(tuple(run), gate, None if averaging == Averaging() else averaging)
+    _predict_files(_predictor(spec, workers), inputs or [], out or "predictions", kind)
 
 
-def _predictor(runs: list[str], gate: str | None, averaging: Averaging) -> ImagePredictor:
-    from cxrscale.inference import GatedPredictor, Predictor
+def _predictor(spec: PredictorSpec, workers: int | None) -> GroupPredictor:
+    from cxrscale.inference import ClusterPredictor
 
-    if gate is None:
-        return Predictor(runs, averaging=averaging)
-    if len(runs) > 1 or averaging.hflip:
+    if spec.gate is not None and (len(spec.runs) > 1 or spec.averaging is not None):
         raise UserError("--gate takes one --run; make a run of an ensemble: cxrscale ensemble RUN... --name NAME")
-    return GatedPredictor(runs[0], gate)
+    return spec.load() if workers is None else ClusterPredictor(spec, workers)
 
 
 def _predict_split(run: str, split: str, id_map: str | None, out: str | None) -> None:
@@ -107,7 +113,7 @@ def _predict_split(run: str, split: str, id_map: str | None, out: str | None) ->
         print(storage.absolute(table))
 
 
-def _predict_files(predictor: ImagePredictor, given: list[str], out: str, kind: str) -> None:
+def _predict_files(predictor: GroupPredictor, given: list[str], out: str, kind: str) -> None:
     from cxrscale.inference import check_format, find_inputs, predict_files
 
     if not storage.is_remote(out) and storage.exists(out) and not storage.is_folder(out):

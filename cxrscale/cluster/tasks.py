@@ -45,7 +45,7 @@ def run_tasks(
                 running.append(remote.remote(function, waiting.pop()))
             ready, running = ray.wait(running, num_returns=1)
             result = ray.get(ready[0])
-            if isinstance(result, _UserErrorMessage):
+            if isinstance(result, UserErrorMessage):
                 raise UserError(result.message)
             yield result
     finally:
@@ -54,14 +54,14 @@ def run_tasks(
 
 
 @dataclass(frozen=True, slots=True)
-class _UserErrorMessage:
+class UserErrorMessage:
     """The message of a UserError as a task's result; Ray would wrap the exception in a page of traceback."""
 
     message: str
 
 
-def _call(function: Callable[..., Result], job: tuple[Any, ...]) -> Result | _UserErrorMessage:
+def _call(function: Callable[..., Result], job: tuple[Any, ...]) -> Result | UserErrorMessage:
     try:
         return function(*job)
     except UserError as error:
-        return _UserErrorMessage(str(error))
+        return UserErrorMessage(str(error))

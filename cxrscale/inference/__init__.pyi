@@ -11,11 +11,14 @@ from .files import predict_files as predict_files
 from .formats import check_format as check_format
 from .inputs import Inputs as Inputs
 from .inputs import find_inputs as find_inputs
+from .on_cluster import ClusterPredictor as ClusterPredictor
+from .on_cluster import PredictorSpec as PredictorSpec
 from .prediction import Prediction as Prediction
 from .prediction import Provenance as Provenance
 from .predictions import PredictionsInfo as PredictionsInfo
 from .predictor import Predictor as Predictor
 from .predictor import apply_mask_rule as apply_mask_rule
+from .streaming import GroupPredictor as GroupPredictor
 from .streaming import ImagePredictor as ImagePredictor
 from .trained import Averaging as Averaging
 from .trained import TrainedModel as TrainedModel

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from cxrscale.inference.formats import check_format, write_predictions
 from cxrscale.inference.journal import Journal
 from cxrscale.inference.prediction import Prediction
-from cxrscale.inference.streaming import ImagePredictor
+from cxrscale.inference.streaming import GroupPredictor
 from cxrscale.io import lease
 
 OnPrediction = Callable[[Prediction], None]
@@ -30,7 +30,7 @@ class FilePredictions:
 
 
 def predict_files(
-    predictor: ImagePredictor,
+    predictor: GroupPredictor,
     paths: Sequence[str],
     out: str,
     kind: str = "json",
@@ -38,10 +38,11 @@ def predict_files(
 ) -> FilePredictions:
     """Predict files and write `out`/predictions.json (or .csv, .parquet, submission.csv).
 
-    What is done is kept in `out`/parts, 256 predictions at a time and at a Ctrl-C, until the file is written; the same
-    call resumes there.
+    What is done is kept in `out`/parts, some 256 predictions at a time and at a Ctrl-C, until the file is written; the
+    same call resumes there.
 
     Args:
+        predictor: a `Predictor`, a `GatedPredictor`, or a `ClusterPredictor` of either.
         paths: local paths or addresses; each once.
         out: a folder or address, made where it is not there.
         kind: json, csv, parquet or rle.
@@ -54,16 +55,18 @@ def predict_files(
     check_format(kind, predictor.provenance)
     with lease.held(out, f"the folder of predictions {out}"):
         journal = Journal(out, predictor.provenance)
-        done = {one.path for one in journal.rows() if not one.unreachable}
+        done = journal.done
         todo = [path for path in paths if path not in done]
         try:
-            for prediction in predictor.stream(todo):
-                journal.add(prediction)
+            # By whole groups: what is left then falls into the same batches as if nothing had stopped it.
+            for group in predictor.groups(todo):
+                journal.add(group)
                 if on_prediction is not None:
-                    on_prediction(prediction)
+                    for prediction in group:
+                        on_prediction(prediction)
         finally:
             journal.flush()
-        counted = _Counted(_newest(journal, set(paths)))
+        counted = _Counted(journal.newest(paths))
         address = write_predictions(out, kind, counted, predictor.provenance)
         # Else the parts are kept, so that the same call tries only what could not be reached.
         if not counted.unreachable:
@@ -84,9 +87,3 @@ class _Counted:
             self.not_read += bool(one.error)
             self.unreachable += one.unreachable
             yield one
-
-
-def _newest(journal: Journal, wanted: set[str]) -> Iterator[Prediction]:
-    """The last row of each input: a file that could not be reached was tried again."""
-    last = {one.path: number for number, one in enumerate(journal.rows())}
-    return (one for number, one in enumerate(journal.rows()) if one.path in wanted and last[one.path] == number)

@@ -7,7 +7,7 @@ A folder of predictions holds `parts/00000.jsonl`, `00001.jsonl`, ... while it i
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
@@ -57,21 +57,25 @@ class Journal:
             same = theirs.run == mine.run
             what = "other thresholds, or another gate, of this run" if same else f"run {theirs.run}"
             raise UserError(f"{out} holds unfinished predictions of {what}; give another --out, or remove it")
-        self._parts = list(storage.listing(self._folder, ".jsonl"))
+        self._parts: list[str] = []
+        self._last: dict[str, int] = {}
+        """Input -> the part with its newest row: one that could not be reached was tried again."""
+        self._first: list[str] = []
+        """Of each part, its first input."""
+        self._unreachable: set[str] = set()
         self._pending: list[Prediction] = []
+        for name in storage.listing(self._folder, ".jsonl"):
+            self._index(name, list(self._rows(name)))
 
-    def rows(self) -> Iterator[Prediction]:
-        """The predictions that are written, in the order in which they were made."""
-        for name in self._parts:
-            address = storage.join(self._folder, name)
-            content = seal.read(address, "remove it: its images are predicted again")
-            for line in content.decode().splitlines()[:-1]:
-                yield _adapter().validate_json(line)
+    @property
+    def done(self) -> set[str]:
+        """Inputs whose predictions are kept, without those that could not be reached."""
+        return self._last.keys() - self._unreachable
 
-    def add(self, prediction: Prediction) -> None:
-        """Keep one more; every `ROWS`-th writes a part."""
-        self._pending.append(prediction)
-        if len(self._pending) == ROWS:
+    def add(self, predictions: Sequence[Prediction]) -> None:
+        """Keep more; every `ROWS` of them, or as soon as there are more, they become a part."""
+        self._pending += predictions
+        if len(self._pending) >= ROWS:
             self.flush()
 
     def flush(self) -> None:
@@ -80,8 +84,30 @@ class Journal:
             name = f"{len(self._parts):05}.jsonl"
             text = "".join(f"{json.dumps(row(one))}\n" for one in self._pending)
             storage.write(storage.join(self._folder, name), seal.closed_text(text))
-            self._parts.append(name)
+            self._index(name, self._pending)
             self._pending = []
+
+    def newest(self, inputs: Sequence[str]) -> Iterator[Prediction]:
+        """The newest row of each of these inputs: parts in the order of their first inputs, whoever was done first."""
+        order = {path: number for number, path in enumerate(inputs)}
+        for part in sorted(range(len(self._parts)), key=lambda one: order.get(self._first[one], -1)):
+            for one in self._rows(self._parts[part]):
+                if self._last[one.path] == part and one.path in order:
+                    yield one
+
+    def _index(self, name: str, rows: Sequence[Prediction]) -> None:
+        part = len(self._parts)
+        self._parts.append(name)
+        self._first.append(rows[0].path if rows else "")
+        for one in rows:
+            self._last[one.path] = part
+            (self._unreachable.add if one.unreachable else self._unreachable.discard)(one.path)
+
+    def _rows(self, name: str) -> Iterator[Prediction]:
+        address = storage.join(self._folder, name)
+        content = seal.read(address, "remove it: its images are predicted again")
+        for line in content.decode().splitlines()[:-1]:
+            yield _adapter().validate_json(line)
 
     def remove(self) -> None:
         """Remove the parts, and their folder."""

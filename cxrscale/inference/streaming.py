@@ -31,13 +31,21 @@ class Prepared:
     """For each model the image as its shards would hold it; none where it could not be read."""
 
 
-class ImagePredictor(ABC):
-    """What predicts images: one model, an ensemble, a classifier before a segmenter."""
+class GroupPredictor(ABC):
+    """What predicts many files in groups: here, or on a cluster."""
 
     @property
     @abstractmethod
     def provenance(self) -> Provenance:
         """What its predictions must name to be reproduced."""
+
+    @abstractmethod
+    def groups(self, paths: Sequence[str]) -> Iterator[Sequence[Prediction]]:
+        """The predictions of all files in groups of whole batches, each as soon as it is done."""
+
+
+class ImagePredictor(GroupPredictor):
+    """What predicts images: one model, an ensemble, a classifier before a segmenter."""
 
     @property
     def findings(self) -> tuple[str, ...]:
@@ -71,6 +79,12 @@ class ImagePredictor(ABC):
             batch_size: images per forward pass; None: the recipe's sampler.eval_batch_size. This many are in memory.
         """
         return list(self.stream(items, batch_size))
+
+    def groups(self, paths: Sequence[str]) -> Iterator[Sequence[Prediction]]:
+        """The predictions batch by batch, in order."""
+        stream = self.stream(paths)
+        while group := list(islice(stream, self.batch_size)):
+            yield group
 
     def stream(
         self, items: Iterable[Source], batch_size: int | None = None, threads: int | None = None

@@ -158,6 +158,7 @@ def test_an_interrupted_command_keeps_what_is_done(
     predictor: Predictor, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(journal, "ROWS", 2)
+    monkeypatch.setattr(Predictor, "batch_size", 2)
     paths, out = find_inputs([str(folder)]).paths, str(tmp_path / "out")
     predict_files(predictor, paths, str(tmp_path / "whole"))
     seen: list[str] = []
@@ -170,8 +171,8 @@ def test_an_interrupted_command_keeps_what_is_done(
     with pytest.raises(KeyboardInterrupt):
         predict_files(predictor, paths, out, on_prediction=interrupt)
     result = predict_files(predictor, paths, out, on_prediction=lambda one: seen.append(one.path))
-    assert seen == list(paths)
-    assert result.resumed == 3
+    assert seen == [*paths[:3], *paths[4:]]
+    assert result.resumed == 4  # whole batches
     whole, again = (Path(tmp_path, name, "predictions.json").read_text() for name in ("whole", "out"))
     assert json.loads(again) == json.loads(whole)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["predictions.json"]
@@ -206,8 +207,7 @@ def test_parts_of_another_run_and_damaged_ones_are_one_line(
 ) -> None:
     out = str(tmp_path / "out")
     kept = journal.Journal(out, predictor.provenance)
-    for prediction in predictor.predict([str(folder / "0.png")]):
-        kept.add(prediction)
+    kept.add(predictor.predict([str(folder / "0.png")]))
     kept.flush()
     other = predictor.provenance.model_copy(update={"run": "/runs/other", "checkpoint": "x"})
     with pytest.raises(UserError, match=r"holds unfinished predictions of run .*; give another --out, or remove it"):
@@ -215,7 +215,7 @@ def test_parts_of_another_run_and_damaged_ones_are_one_line(
     (part,) = (tmp_path / "out" / "parts").glob("*.jsonl")
     part.write_bytes(part.read_bytes().replace(b"0.png", b"1.png"))
     with pytest.raises(UserError, match="remove it: its images are predicted again"):
-        list(journal.Journal(out, predictor.provenance).rows())
+        journal.Journal(out, predictor.provenance)
     monkeypatch.undo()
 
 
