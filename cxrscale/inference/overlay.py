@@ -1,0 +1,124 @@
+"""One picture per image for whoever would rather look than read: mask outline, heat map, calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from cxrscale.inference.objects import Draft, Drafter
+from cxrscale.inference.prediction import Prediction, Provenance
+from cxrscale.io import Strictness, load_image, rle_masks, storage
+from cxrscale.types import GrayImage
+
+KIND = "overlay"
+SUFFIX = ".overlay.png"
+SHOWN = 8
+"""Findings whose probabilities stand below an image, the likeliest first."""
+HEAT = 0.45
+"""Opacity of a heat map where it is highest."""
+OUTLINE, PRESENT, ABSENT, PLAIN = (0, 215, 255), (110, 160, 255), (200, 200, 200), (235, 235, 235)
+"""Colors, BGR."""
+Line = tuple[str, tuple[int, int, int]]
+"""A text and its color."""
+Color = npt.NDArray[np.uint8]
+
+
+def overlay_drafter(provenance: Provenance) -> Drafter:
+    """What draws the overlay of an image; a prediction without `maps` gets no heat map."""
+    thresholds = provenance.threshold
+    identity = (
+        provenance.checkpoint,
+        provenance.thresholds,
+        provenance.gate.model_dump_json() if provenance.gate else "",
+    )
+
+    def draft(prediction: Prediction) -> Draft:
+        content = storage.read(prediction.path)
+
+        def encode() -> bytes:
+            image = load_image(content, name=prediction.path, strictness=Strictness.LENIENT)
+            done, encoded = cv2.imencode(".png", draw_overlay(image.image_HW, prediction, thresholds))
+            assert done
+            return encoded.tobytes()
+
+        return Draft(SUFFIX, (*identity, storage.digest(content)), encode)
+
+    return draft
+
+
+def draw_overlay(image_HW: GrayImage, prediction: Prediction, thresholds: Mapping[str, float]) -> Color:
+    """The image in color (H + strip, W, 3), BGR, at its own size: heat map and mask outline over it, calls below it.
+
+    The map is that of the finding that lies highest above its threshold (without thresholds: of the likeliest). It says
+    where the score comes from, not where the disease is.
+
+    Args:
+        thresholds: finding -> threshold.
+    """
+    color_HW3 = cv2.cvtColor(image_HW, cv2.COLOR_GRAY2BGR)
+    finding = _mapped_finding(prediction, thresholds)
+    if finding is not None:
+        color_HW3 = _with_heat(color_HW3, np.asarray(prediction.maps[finding], dtype=np.float32))
+    if prediction.mask_rle is not None:
+        mask_HW = rle_masks.decode(prediction.mask_rle, image_HW.shape).astype(np.uint8)
+        contours, _ = cv2.findContours(mask_HW, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+        cv2.drawContours(color_HW3, contours, -1, OUTLINE, max(1, round(max(image_HW.shape) / 400)))
+    strip = _strip(_lines(prediction, thresholds, finding), color_HW3.shape[1])
+    return np.concatenate([color_HW3, strip]).astype(np.uint8)
+
+
+def _mapped_finding(prediction: Prediction, thresholds: Mapping[str, float]) -> str | None:
+    def above(name: str) -> float:
+        return prediction.probabilities[name] - thresholds.get(name, 0.5 if not thresholds else 1.0)
+
+    return max(prediction.maps, key=above, default=None)
+
+
+def _with_heat(color_HW3: Color, map_hw: npt.NDArray[np.float32]) -> Color:
+    """The image under a map's positive part, scaled to its highest value."""
+    height, width = color_HW3.shape[:2]
+    positive_hw = np.maximum(map_hw, 0) / max(float(map_hw.max()), 1e-6)
+    share_HW = np.clip(cv2.resize(positive_hw, (width, height), interpolation=cv2.INTER_LINEAR), 0, 1)
+    heat_HW3 = cv2.applyColorMap((share_HW * 255).astype(np.uint8), cv2.COLORMAP_INFERNO)
+    opacity_HW1 = HEAT * share_HW[..., None]
+    return np.asarray(color_HW3 * (1 - opacity_HW1) + heat_HW3 * opacity_HW1, dtype=np.uint8)
+
+
+def _lines(prediction: Prediction, thresholds: Mapping[str, float], mapped: str | None) -> list[Line]:
+    """What stands below the image."""
+    lines = []
+    for name, value in prediction.gate.items():
+        words = "passed on" if prediction.gate_call else "not passed on"
+        lines.append((f"{name} {value:.3f} by the classifier: {words}", PRESENT if prediction.gate_call else ABSENT))
+    # False before True: what is called present comes first.
+    likeliest = sorted(
+        prediction.probabilities, key=lambda name: (not prediction.calls.get(name), -prediction.probabilities[name])
+    )
+    for name in likeliest[:SHOWN]:
+        called, heat = prediction.calls.get(name), "  [heat map]" if name == mapped else ""
+        word = {None: "", True: "  present", False: "  absent"}[called]
+        at = f" (threshold {thresholds[name]:.3f})" if name in thresholds else ""
+        lines.append((f"{name} {prediction.probabilities[name]:.3f}{word}{at}{heat}", PRESENT if called else ABSENT))
+    if prediction.mask_area is not None:
+        size = f"{prediction.mask_area} pixels" if prediction.mask_area else "empty"
+        if prediction.mask_area_mm2:
+            size += f", {prediction.mask_area_mm2 / 100:.1f} cm2"
+        lines.append((f"mask: {size}", OUTLINE if prediction.mask_area else ABSENT))
+    return [*lines, ("Not a medical device.", PLAIN)]
+
+
+def _strip(lines: list[Line], width: int) -> Color:
+    """Lines of text on black, as wide as the image; OpenCV's font has ASCII alone."""
+    texts = ["".join(char if " " <= char <= "~" else "?" for char in text) for text, _ in lines]
+    font = cv2.FONT_HERSHEY_SIMPLEX
+    widest = max(cv2.getTextSize(text, font, 1.0, 1)[0][0] for text in texts)
+    scale = min(width / 1000, 0.96 * width / widest)
+    step = max(8, round(34 * scale))
+    strip_HW3 = np.zeros((step * len(lines) + step // 2, width, 3), np.uint8)
+    for number, (text, (_, color)) in enumerate(zip(texts, lines, strict=True), start=1):
+        origin = (round(0.02 * width), number * step)
+        cv2.putText(strip_HW3, text, origin, font, scale, color, max(1, round(1.5 * scale)), cv2.LINE_AA)
+    return strip_HW3
