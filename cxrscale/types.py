@@ -169,6 +169,8 @@ class Scores:
     findings: tuple[str, ...]
     maps: ScoreHistograms | None = None
     """For segmentation: what the choice of thresholds needs from the score maps."""
+    ood_distance_N: npt.NDArray[np.float64] | None = None
+    """How unlike the training images each image is (see `evaluation.ood`); None where it was not measured."""
 
     @property
     def probability_NF(self) -> npt.NDArray[np.float64]:

@@ -66,7 +66,7 @@ def evaluate_command(run: RunFolder, resamples: Resamples = 1000, gate: GateRun 
 
 
 def _choose_cascade(run: str, gate: str, overrides: list[str], resamples: int) -> None:
-    from cxrscale.evaluation import artifacts
+    from cxrscale.evaluation import CASCADE
     from cxrscale.reporting import tables
     from cxrscale.run import choose_cascade, open_run
 
@@ -76,11 +76,11 @@ def _choose_cascade(run: str, gate: str, overrides: list[str], resamples: int) -
     with progress.bar("scoring validation", None, "images") as bar:
         chosen = choose_cascade(segmenter, open_run(gate), resamples, lambda count: bar.update(bar.done + count))
     tables.print_cascade(chosen)
-    print(storage.absolute(segmenter.artifact(artifacts.CASCADE)))
+    print(storage.absolute(segmenter.artifact(CASCADE)))
 
 
 def _evaluate_cascade(run: str, gate: str, resamples: int) -> None:
-    from cxrscale.evaluation import artifacts
+    from cxrscale.evaluation import CASCADE_METRICS
     from cxrscale.reporting import tables
     from cxrscale.run import evaluate_cascade, open_run
 
@@ -90,7 +90,7 @@ def _evaluate_cascade(run: str, gate: str, resamples: int) -> None:
     tables.print_cascade(test)
     if not test.chosen_together:
         print(f"each run's own threshold and mask rule; `cxrscale threshold {run} --gate {gate}` chooses them together")
-    print(storage.absolute(segmenter.artifact(artifacts.CASCADE_METRICS)))
+    print(storage.absolute(segmenter.artifact(CASCADE_METRICS)))
 
 
 @app.command("compare")

@@ -13,8 +13,6 @@ from cxrscale.io import Artifact, ArtifactPart, Number
 
 THRESHOLDS = "thresholds.json"
 TEST_METRICS = "test_metrics.json"
-CASCADE = "cascade.json"
-CASCADE_METRICS = "cascade_metrics.json"
 PLOTS = "plots"
 """Folder of the figures."""
 REPORT = "report.html"
@@ -78,6 +76,9 @@ class ChosenThresholds(ArtifactPart):
     mask_rule: MaskRule | None = None
     """For segmentation."""
     mask_rule_intervals: MaskRuleIntervals | None = None
+    ood_limit: Number | None = None
+    """The distance above which an image counts as unlike the training images: 1% of the validation images lie above
+    it. None where distances were not measured."""
 
 
 class Thresholds(ChosenThresholds, ScoresProvenance, Artifact):
@@ -160,6 +161,16 @@ class DiceMetrics(ArtifactPart):
     """At the images' own sizes, with enlarged probabilities, as SIIM-ACR scored it; else at the model's input size."""
 
 
+class OodMetrics(ArtifactPart):
+    """The check for images unlike the training images (see `evaluation.ood`) on test images, all of which are like."""
+
+    limit: Number
+    false_alarms: Estimate
+    """Share of the images above the limit."""
+    images: int
+    """Those images."""
+
+
 class SplitMetrics(ArtifactPart):
     """Every metric of one split's scores."""
 
@@ -174,6 +185,8 @@ class SplitMetrics(ArtifactPart):
     findings: Mapping[str, FindingMetrics]
     dice: DiceMetrics | None = None
     """For segmentation."""
+    ood: OodMetrics | None = None
+    """None where distances were not measured."""
 
 
 class PartInfo(ArtifactPart):
@@ -340,63 +353,3 @@ class Comparison(Artifact):
     mean_auroc: MeanDifference
     dice: DiceDifference | None = None
     """Where both are segmentation runs."""
-
-
-# cascade.json and cascade_metrics.json
-
-
-class MaskMetrics(ArtifactPart):
-    """Predicted masks of one split; as differences, of the cascade minus the segmenter alone on the same resamples."""
-
-    dice_all: Estimate
-    """Mean Dice over all images; empty against empty counts 1."""
-    dice_on_positives: Estimate
-    """Over the images with a mask."""
-    sensitivity: Estimate
-    """Share of the images with a mask for which one is predicted."""
-    false_masks: Estimate
-    """Share of the images without a mask for which one is predicted."""
-
-
-class CascadeMetrics(ArtifactPart):
-    """A segmenter behind a classifier, and alone."""
-
-    cascade: MaskMetrics
-    segmenter: MaskMetrics
-    difference: MaskMetrics
-    passed: Estimate
-    """Share of the images that the classifier passes on."""
-
-
-class CascadeRule(ArtifactPart):
-    """What decides in a cascade."""
-
-    gate: ComparedRun
-    """The classifier."""
-    segmenter: ComparedRun
-    finding: str
-    threshold: Number
-    """Of the classifier's final probability."""
-    mask_rule: MaskRule
-    """Of the segmenter behind it."""
-
-
-class Cascade(CascadeRule, Artifact):
-    """cascade.json: threshold and mask rule, chosen together on validation."""
-
-    schema_version: int = 1
-    images: int
-    patients: int
-    validation: CascadeMetrics
-
-
-class CascadeTest(CascadeRule, Artifact):
-    """cascade_metrics.json: a cascade on the test split."""
-
-    schema_version: int = 1
-    chosen_together: bool
-    """Whether threshold and mask rule are those of cascade.json; else each run's own."""
-    images: int
-    patients: int
-    resamples: int
-    test: CascadeMetrics

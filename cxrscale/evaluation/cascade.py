@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from cxrscale.evaluation.artifacts import CascadeMetrics, MaskMetrics
+from cxrscale.evaluation.cascade_models import CascadeMetrics, MaskMetrics
 from cxrscale.evaluation.metrics import (
     BootstrapWeights,
     Estimate,

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cxrscale.config import Threshold, age_band
-from cxrscale.evaluation import calibration, metrics, thresholds
+from cxrscale.evaluation import calibration, metrics, ood, thresholds
 from cxrscale.evaluation.artifacts import (
     CalibrationStep,
     ChosenThresholds,
@@ -20,6 +20,7 @@ from cxrscale.evaluation.artifacts import (
     FindingCalibration,
     FindingMetrics,
     FindingThreshold,
+    OodMetrics,
     PriorShiftMetrics,
     SplitMetrics,
     SubgroupMetrics,
@@ -84,6 +85,7 @@ def choose_thresholds(scores: Scores, rule: Threshold, weights_RN: BootstrapWeig
         calibration={name: fitted for name, (_, fitted) in rows.items()},
         mask_rule=mask_rule,
         mask_rule_intervals=intervals,
+        ood_limit=None if scores.ood_distance_N is None else ood.choose_limit(scores.ood_distance_N),
     )
 
 
@@ -113,6 +115,7 @@ def evaluate_scores(
         findings_in_mean=sum(row.auroc.defined for row in rows),
         findings=dict(zip(scores.findings, rows, strict=True)),
         dice=None if scores.maps is None or chosen.mask_rule is None else _dice(scores, chosen.mask_rule, weights_RN),
+        ood=_ood(scores, chosen.ood_limit, weights_RN),
     )
 
 
@@ -339,6 +342,14 @@ def _dice(scores: Scores, rule: MaskRule, weights_RN: BootstrapWeights) -> DiceM
         empty_baseline=metrics.empty_baseline(scores.maps),
         own_size=scores.maps.own_size,
     )
+
+
+def _ood(scores: Scores, limit: float | None, weights_RN: BootstrapWeights) -> OodMetrics | None:
+    if scores.ood_distance_N is None or limit is None or not np.isfinite(limit):
+        return None
+    above_N = (scores.ood_distance_N > limit).astype(np.float64)
+    share = metrics.interval(float(above_N.mean()), metrics.weighted_means(above_N, weights_RN))
+    return OodMetrics(limit=limit, false_alarms=share, images=int(above_N.sum()))
 
 
 def refuse_other_size(rule: MaskRule, maps: ScoreHistograms) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cxrscale.evaluation import Cascade, artifacts
+from cxrscale.evaluation import CASCADE, Cascade
 from cxrscale.inference.prediction import Gate, Prediction, Provenance
 from cxrscale.inference.predictor import Predictor
 from cxrscale.inference.streaming import ImagePredictor, Prepared
@@ -77,6 +77,7 @@ class GatedPredictor(ImagePredictor):
     def _decided(self, known: Prediction, judged: Prediction) -> Prediction:
         """What is known of an image after the classifier: where it is negative, that is all."""
         probability = judged.probabilities[self._about.finding]
+        known = replace(known, warnings=judged.warnings, ood_distance=judged.ood_distance)
         known = replace(known, gate={self._about.finding: probability}, gate_call=probability >= self._about.threshold)
         if known.gate_call:
             return known
@@ -112,7 +113,7 @@ def read_cascade(segmenter: str, digest: str, gate_digest: str) -> Cascade | Non
     Raises:
         UserError: it is damaged or of another version.
     """
-    address = storage.join(segmenter, artifacts.CASCADE)
+    address = storage.join(segmenter, CASCADE)
     if not storage.exists(address):
         return None
     stored = read_artifact(Cascade, address, f"run `cxrscale threshold {segmenter} --gate GATE` again")

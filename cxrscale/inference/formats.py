@@ -130,7 +130,7 @@ def _schema(provenance: Provenance) -> pa.Schema:
     size = [("height", whole), ("width", whole), ("row_spacing_mm", number), ("column_spacing_mm", number)]
     mask = [("mask_rle", pa.string()), ("mask_area", whole), ("mask_area_mm2", number)]
     of_masks = mask if provenance.recipe.data.task == "segment" else []
-    said = [("warnings", pa.list_(pa.string())), ("error", pa.string())]
+    said = [("ood_distance", number), ("warnings", pa.list_(pa.string())), ("error", pa.string())]
     return pa.schema([("path", pa.string()), *gate, *findings, *of_masks, *size, *said])
 
 
@@ -139,6 +139,7 @@ def _flat(prediction: Prediction) -> dict[str, Any]:
     spacing = prediction.spacing_mm or (None, None)
     values: dict[str, Any] = {"path": prediction.path, "warnings": list(prediction.warnings)}
     values |= {"height": prediction.height, "width": prediction.width, "error": prediction.error or None}
+    values |= {"ood_distance": prediction.ood_distance}
     values |= {"row_spacing_mm": spacing[0], "column_spacing_mm": spacing[1]}
     values |= prediction.probabilities
     values |= {name + CALL: value for name, value in prediction.calls.items()}

@@ -51,6 +51,9 @@ class Prediction:
     maps: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """Where it was asked for: finding -> float32 (h, w) map over the whole image. Of a classifier the class activation
     map, in logits, whose mean is the finding's logit; of a segmenter the probabilities. Kept in no file."""
+    ood_distance: float | None = None
+    """How unlike the training images the image is, 1 being usual (see `evaluation.ood`); above the run's limit there is
+    a warning. None where the run has no reference."""
     warnings: tuple[str, ...] = ()
     """Faults of the file, one line each, for which a dataset would refuse it; its gray values are certain."""
     objects: Mapping[str, str] = field(default_factory=dict)

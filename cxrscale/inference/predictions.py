@@ -18,6 +18,7 @@ import torch
 from pydantic import ValidationError
 
 from cxrscale.config import Recipe
+from cxrscale.inference import ood
 from cxrscale.inference.trained import load_model
 from cxrscale.io import Artifact, parquet, storage
 from cxrscale.loader import evaluation_batches
@@ -37,6 +38,8 @@ LOGIT, LABEL = "logit.", "label."
 PROBABILITY = "score."
 """Prefix that the files of schema version 1 have instead of `LOGIT`: they hold float32 probabilities."""
 REMEDY = "remove it, and it is made again"
+OOD = "ood_distance"
+"""Column of `Scores.ood_distance_N`; files of earlier versions lack it."""
 INFO = b"cxrscale"
 """Key of `PredictionsInfo` in the file's metadata."""
 
@@ -88,9 +91,12 @@ def predict_split(run: str | Path, name: str, progress: Callable[[int], None] | 
     if stored:
         return read_predictions(path)
     roles = {"train": recipe.data.train_split, "val": recipe.data.val_split, "test": recipe.data.test_split}
-    batches = evaluation_batches(data, roles.get(name, (name,)), recipe, dist)
+    reference = ood.reference_of(str(run), trained, data, dist)
+    distances = None if reference is None else ood.Distances(reference)
+    batches = _with_progress(evaluation_batches(data, roles.get(name, (name,)), recipe, dist), progress)
+    watched = batches if distances is None else distances.watch(batches)
     own_mask = data.own_mask if data.has_own_masks else None
-    rows = scoring.score(trained.model, _with_progress(batches, progress), recipe, dist, own_mask=own_mask)
+    rows = scoring.score(trained.model, watched, recipe, dist, own_mask=own_mask)
     scores = Scores(
         data.image_id[rows.row_N],
         leakage.persons(joined)[rows.row_N],
@@ -98,6 +104,7 @@ def predict_split(run: str | Path, name: str, progress: Callable[[int], None] | 
         data.labels(recipe.data.findings)[rows.row_N],
         recipe.data.findings,
         rows.maps,
+        None if distances is None else distances.of(rows.row_N),
     )
     info = PredictionsInfo(
         split=name,
@@ -120,13 +127,7 @@ def score_maps(
     dist = LocalWorker().dist
     trained = load_model(run, dist.device)
     recipe, name = trained.recipe, "the chosen rows"
-    # Batches are made of splits: these rows become one of their own.
-    split_N = data.split.copy()
-    split_N[list(rows)] = name
-    column = data.table.schema.get_field_index("split")
-    chosen = Manifest(
-        data.table.set_column(column, "split", pa.array(split_N, pa.string())), data.digest, data.metadata
-    )
+    chosen = data.only(rows, name)
     with torch.no_grad():
         for batch in evaluation_batches(chosen, (name,), recipe, dist):
             assert batch.mask_B1HW is not None
@@ -137,11 +138,14 @@ def score_maps(
 
 
 def write_predictions(path: str | Path, scores: Scores, info: PredictionsInfo) -> None:
-    """Write scores as Parquet: image_id, patient, logit.X and label.X per finding, histograms for segmentation."""
+    """Write scores as Parquet: image_id, patient, logit.X and label.X per finding, ood_distance, histograms for
+    segmentation."""
     columns: dict[str, Any] = {"image_id": scores.image_id.tolist(), "patient": scores.patient.tolist()}
     for f, name in enumerate(scores.findings):
         columns[LOGIT + name] = scores.logit_NF[:, f]
         columns[LABEL + name] = pa.array(scores.label_NF[:, f], from_pandas=True)
+    if scores.ood_distance_N is not None:
+        columns[OOD] = scores.ood_distance_N
     if scores.maps is not None:
         for part in HISTOGRAMS:
             columns[(OWN_MASK if scores.maps.own_size else MASK) + part] = list(getattr(scores.maps, part))
@@ -222,7 +226,17 @@ def read_predictions(path: str | Path) -> Scores:
         columns(LABEL).astype(np.float32),
         names,
         maps,
+        _distances(table, str(path)),
     )
+
+
+def _distances(table: pa.Table, path: str) -> npt.NDArray[np.float64] | None:
+    if OOD not in table.column_names:
+        return None
+    if not pa.types.is_floating(table.schema.field(OOD).type):
+        raise UserError(f"{path}: column {OOD} is not a number; {REMEDY}")
+    parquet.check_no_nulls(table, (OOD,), path, REMEDY)
+    return np.asarray(table[OOD].to_numpy(), dtype=np.float64)
 
 
 def _check(table: pa.Table, prefix: str, names: Sequence[str], path: str) -> None:

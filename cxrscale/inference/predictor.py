@@ -14,9 +14,10 @@ import numpy.typing as npt
 import torch
 
 from cxrscale.config import Recipe
-from cxrscale.evaluation import DEFAULT_MASK_RULE, MaskRule, calls
+from cxrscale.evaluation import DEFAULT_MASK_RULE, MaskRule, calls, ood
 from cxrscale.evaluation.metrics import bin_of
 from cxrscale.inference.decision import Decision, read_decision
+from cxrscale.inference.ood import read_reference, thumbnails
 from cxrscale.inference.prediction import Prediction, Provenance
 from cxrscale.inference.streaming import ImagePredictor, Prepared
 from cxrscale.inference.trained import Averaging, load_models
@@ -42,6 +43,7 @@ class _Output:
     """For segmentation: the map's probabilities."""
     map_Fhw: npt.NDArray[np.float32] | None = None
     """For classification, where it was asked for: class activation maps."""
+    ood_distance: float | None = None
 
 
 class Predictor(ImagePredictor):
@@ -86,6 +88,7 @@ class Predictor(ImagePredictor):
         chosen = self._decision.thresholds
         self.mask_rule = mask_rule or (chosen and chosen.mask_rule) or DEFAULT_MASK_RULE
         self._maps = maps
+        self._reference = read_reference(str(runs[0])) if own else None
         # Batches and model: a DALI pipeline belongs to one thread, and a GPU gains nothing from two at once.
         self._lock = threading.Lock()
 
@@ -149,6 +152,9 @@ class Predictor(ImagePredictor):
         elif self._maps and output.score_HW is not None:
             known = replace(known, maps={self.findings[0]: output.score_HW})
         chosen = self._decision.thresholds
+        # Behind a gate the image has been measured.
+        if output.ood_distance is not None and known.ood_distance is None:
+            known = _measured(known, output.ood_distance, None if chosen is None else chosen.ood_limit)
         if chosen is None:
             own = dict(zip(self.findings, probabilities_of(logit_F).tolist(), strict=True))
             return replace(known, probabilities=own)
@@ -175,13 +181,27 @@ class Predictor(ImagePredictor):
                     logits = forward(self._trained.model, batch, recipe.train, self._device)
                 of_classes = features.maps(logits) if self._maps and logits.ndim == 2 else None
                 map_BFhw = None if of_classes is None else of_classes.cpu().numpy()
+                distance_B = None if self._reference is None else self._reference.distance(thumbnails(batch))
                 maps = probabilities(logits)[:, 0].cpu().numpy() if logits.ndim == 4 else None
                 logit_BF = logits.flatten(2).amax(dim=2).cpu().numpy() if logits.ndim == 4 else logits.cpu().numpy()
                 for index in np.flatnonzero(batch.valid_B.cpu().numpy()):
                     score_HW = None if maps is None else maps[index]
                     map_Fhw = None if map_BFhw is None else map_BFhw[index]
-                    outputs[int(batch.row_B[index])] = _Output(logit_BF[index], score_HW, map_Fhw)
+                    outputs[int(batch.row_B[index])] = _Output(
+                        logit_BF[index], score_HW, map_Fhw, None if distance_B is None else float(distance_B[index])
+                    )
         return outputs
+
+
+def _measured(known: Prediction, distance: float, limit: float | None) -> Prediction:
+    """What is known of an image, with its distance to the training images, and a warning where that is too large."""
+    if limit is None or not distance > limit:
+        return replace(known, ood_distance=distance)
+    warning = (
+        f"unlike the training images: distance {distance:.2f}, where {ood.QUANTILE:.0%} of the validation images lie "
+        f"below {limit:.2f}; another view or body part, turned, inverted or cut? The probabilities say little"
+    )
+    return replace(known, ood_distance=distance, warnings=(*known.warnings, warning))
 
 
 def apply_mask_rule(score_HW: npt.NDArray[np.float32], rule: MaskRule, shape: tuple[int, int]) -> npt.NDArray[np.bool_]:

@@ -49,6 +49,8 @@ def metrics_table(test: TestMetrics, title: str) -> Table:
         )
         table.add_row("Dice, all (empty = 1)", str(test.images), estimate(test.dice.all))
         table.add_row("  predicting nothing", "", number(test.dice.empty_baseline))
+    if test.ood:
+        table.add_row("unlike training images", str(test.ood.images), estimate(test.ood.false_alarms))
     return table
 
 

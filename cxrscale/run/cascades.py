@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from cxrscale.evaluation import (
+    CASCADE,
+    CASCADE_METRICS,
     DEFAULT_MASK_RULE,
     Cascade,
     CascadeTest,
@@ -51,7 +53,7 @@ def choose_cascade(
         patients=len(set(scores.patient.tolist())),
         validation=cascade.evaluate_cascade(maps, rule, alone, gate_N >= threshold, weights_RN),
     )
-    write_artifact(pair.segmenter.artifact(artifacts.CASCADE), chosen)
+    write_artifact(pair.segmenter.artifact(CASCADE), chosen)
     return chosen
 
 
@@ -83,7 +85,7 @@ def evaluate_cascade(
         resamples=resamples,
         test=cascade.evaluate_cascade(maps, rule, alone, gate_N >= threshold, weights_RN),
     )
-    write_artifact(pair.segmenter.artifact(artifacts.CASCADE_METRICS), test)
+    write_artifact(pair.segmenter.artifact(CASCADE_METRICS), test)
     return test
 
 

@@ -149,6 +149,14 @@ class Manifest:
                 )
         return np.flatnonzero(np.isin(self.split.astype(str), splits)).astype(np.int64)
 
+    def only(self, rows: npt.ArrayLike, name: str) -> Manifest:
+        """This manifest with the given rows as one split of that name: batches are made of splits."""
+        split_N = self.split.copy()
+        split_N[np.asarray(rows, dtype=np.int64)] = name
+        column = self.table.schema.get_field_index("split")
+        table = self.table.set_column(column, "split", pa.array(split_N, pa.string()))
+        return Manifest(table, self.digest, self.metadata)
+
     def split_counts(self) -> dict[str, int]:
         """Images in each split."""
         names, counts = np.unique(self.split.astype(str), return_counts=True)
