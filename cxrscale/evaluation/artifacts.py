@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
+
+from pydantic import model_validator
 
 from cxrscale.config import Recipe, Threshold
 from cxrscale.evaluation.calibration import Calibrator
@@ -90,6 +92,12 @@ class Thresholds(ChosenThresholds, ScoresProvenance, Artifact):
     patients: int
     resamples: int
     """Bootstrap resamples of the patients."""
+
+    @model_validator(mode="after")
+    def _check_findings(self) -> Thresholds:
+        _check_names("thresholds", self.thresholds, self.recipe.data.findings)
+        _check_names("calibration", self.calibration, self.recipe.data.findings)
+        return self
 
 
 # test_metrics.json
@@ -236,6 +244,18 @@ class TestMetrics(SplitMetrics, ScoresProvenance, Artifact):
     data: DataInfo
     thresholds: str
     """Digest of thresholds.json."""
+
+    @model_validator(mode="after")
+    def _check_findings(self) -> TestMetrics:
+        _check_names("findings", self.findings, self.recipe.data.findings)
+        _check_names("data.parts", self.data.parts, ("train", "val", "test"))
+        return self
+
+
+def _check_names(field: str, given: Mapping[str, Any], expected: Sequence[str]) -> None:
+    """Refuse a mapping with other keys than what reads it will ask for."""
+    if set(given) != set(expected):
+        raise ValueError(f"{field} has {', '.join(given)[:80] or 'nothing'}, not {', '.join(expected)[:80]}")
 
 
 # The file of `cxrscale compare`

@@ -211,11 +211,12 @@ def _max_concurrent_trials(recipe: Recipe, use_gpu: bool) -> int | None:
 
 
 def _score_at_own_thresholds(study: Study, trials: int, show_bar: ShowBar) -> dict[str, float]:
-    """Trial's name -> its score at its own best thresholds, computed on the cluster; NaN without a checkpoint."""
+    """Trial's name -> its score at its own best thresholds, computed on the cluster; NaN without a checkpoint, and for
+    one that failed: how far it had come by then is chance."""
     recipe = study.base_recipe()
     scores = dict.fromkeys(map(study.name, range(trials)), math.nan)
     runs = {name: storage.join(study.run, trial.TRIALS, name) for name in scores}
-    waiting = [name for name, run in reversed(runs.items()) if trial.has_checkpoint(run)]
+    waiting = [name for name, run in reversed(runs.items()) if trial.has_checkpoint(run) and not trial.has_failed(run)]
     needs, total = resources(recipe, 1, study.use_gpu), len(waiting)
     task = ray.remote(num_cpus=needs["cpu"], num_gpus=needs.get("gpu", 0))(trial.score_at_own_thresholds)
     limit = recipe.tune.max_concurrent_trials or total

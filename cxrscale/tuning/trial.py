@@ -229,6 +229,11 @@ def has_checkpoint(folder: str) -> bool:
     return storage.exists(storage.join(folder, checkpoint.BEST))
 
 
+def has_failed(folder: str) -> bool:
+    """Whether the trial ended with an error."""
+    return storage.exists(storage.join(folder, FAILED))
+
+
 def is_finished(folder: str) -> bool:
     return storage.exists(storage.join(folder, run_info.RUN_INFO)) and run_info.read_run_info(folder).finished
 

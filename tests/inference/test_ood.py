@@ -99,4 +99,4 @@ def photograph(seed: int) -> np.ndarray:
 
 def noisy(image_HW: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     blurred_HW = cv2.GaussianBlur(image_HW, (0, 0), 1.5) + rng.normal(0, 0.02, image_HW.shape)
-    return (np.clip(blurred_HW, 0, 1) * 255).astype(np.uint8)
+    return np.asarray(np.clip(blurred_HW, 0, 1) * 255, dtype=np.uint8)
