@@ -78,6 +78,10 @@ class Prediction:
     """Whether the file could not be reached, which says nothing of its content: another attempt may succeed."""
     warnings: tuple[str, ...] = ()
     """Faults of the file, one line each, for which a dataset would refuse it; its gray values are certain."""
+    objects: Mapping[str, str] = field(default_factory=dict)
+    """Format -> the file that was written for this image alone, relative to the folder of predictions."""
+    object_errors: Mapping[str, str] = field(default_factory=dict)
+    """Format -> why there is no such file, although one was asked for."""
 
 
 class Provenance(ArtifactPart):
