@@ -45,7 +45,11 @@ def predict_command(
     ] = None,
     kind: Annotated[
         str,
-        typer.Option("--format", help="json, csv, parquet, or rle: masks as a submission of the SIIM challenge."),
+        typer.Option(
+            "--format",
+            help="json, csv, parquet, or rle: masks as a submission of the SIIM challenge; dicom-seg (masks), dicom-sr "
+            "(reports) or dicom-sc (pictures): JSON, and in OUT/objects a DICOM object per image, in its study.",
+        ),
     ] = "json",
 ) -> None:
     """Probabilities and calls for images (predict a.dcm folder --run runs/NAME), or scores of a split (--split train).
@@ -55,6 +59,9 @@ def predict_command(
     kept; the same command goes on.
 
     Files whose gray values are certain are read even where `shard` would refuse them, with a warning in the result.
+
+    DICOM objects take patient and study from their image's header. An image with an empty mask gets a report instead of
+    a segmentation; a PNG or JPEG gets none, and exit code 3.
     """
     if (split is None) == (not inputs):
         raise UserError("predict takes either inputs or --split train|val|test")
@@ -78,7 +85,7 @@ def _predict_split(run: str, split: str, id_map: str | None, out: str | None) ->
 
 
 def _predict_files(run: str, given: list[str], out: str, kind: str) -> None:
-    from cxrscale.inference import Predictor, check_format, find_inputs, predict_files
+    from cxrscale.inference import Predictor, check_format, find_inputs, objects, predict_files
 
     if not storage.is_remote(out) and storage.exists(out) and not storage.is_folder(out):
         raise UserError(f"--out {out} is a file; give a folder, in which the predictions are one file")
@@ -102,7 +109,15 @@ def _predict_files(run: str, given: list[str], out: str, kind: str) -> None:
         print(f"{result.resumed} of {len(found.paths)} were predicted before")
     again = f" and {found.twice} given twice" if found.twice else ""
     print(f"{result.read} images predicted, {result.not_read} not read{again}")
+    if result.objects:
+        empty = f", {result.empty_masks} of them reports, since their masks are empty" if result.empty_masks else ""
+        print(f"{result.objects} DICOM objects in {storage.absolute(storage.join(out, objects.FOLDER))}{empty}")
     print(storage.absolute(result.address))
+    if result.without_object:
+        raise UnreadInputsError(
+            f"{result.without_object} of {result.read} images have no DICOM object; `object_errors` in their rows says "
+            f"why" + (f"; {result.not_read} could not be read" if result.not_read else "")
+        )
     if result.not_read:
         retry = f"; {result.unreachable} could not be reached, and the same command tries these again"
         raise UnreadInputsError(

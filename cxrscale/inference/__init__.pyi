@@ -1,3 +1,4 @@
+from . import objects as objects
 from . import predictions as predictions
 from .decision import stored_thresholds as stored_thresholds
 from .files import FilePredictions as FilePredictions
