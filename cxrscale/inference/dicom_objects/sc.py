@@ -12,6 +12,7 @@ from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian
 
 from cxrscale.inference.dicom_objects.origin import MANUFACTURER, Origin, plain
+from cxrscale.inference.dicom_objects.source import OPTIONAL
 from cxrscale.inference.predictor import Prediction
 from cxrscale.io.rle_masks import Mask
 from cxrscale.types import GrayImage
@@ -71,7 +72,8 @@ def _mend(result: Any, source: Dataset) -> None:
     reference = Dataset()
     reference.ReferencedSOPClassUID, reference.ReferencedSOPInstanceUID = source.SOPClassUID, source.SOPInstanceUID
     result.SourceImageSequence = [reference]
-    for keyword in ("LossyImageCompression", "BurnedInAnnotation"):
+    # Other objects get the optional ones from highdicom.
+    for keyword in (*OPTIONAL, "LossyImageCompression"):
         if keyword in source:
             result[keyword] = source[keyword]
 

@@ -168,6 +168,8 @@ _OPTIONAL: Mapping[str, Callable[[str], str]] = {
     "BurnedInAnnotation": _one_of("YES", "NO"),
 }
 """Type 3 of these modules, of Patient Study (PS3.3 C.7.2.2) and of General Image."""
+OPTIONAL = tuple(_OPTIONAL)
+"""Attributes that `read_source` gives where the source has them."""
 
 
 def _orientation(given: Any) -> list[str] | str:
