@@ -54,13 +54,14 @@ def test_each_code_has_its_meaning() -> None:
     assert {(code.value, code.scheme_designator): code.meaning for code in OURS} == MEANINGS
 
 
-@pytest.mark.parametrize("code", OURS, ids=lambda code: code.meaning)
-def test_a_code_is_what_pydicom_knows_it_as(code: codes.Code) -> None:
-    scheme = getattr(known, code.scheme_designator)
-    same = [meaning for meaning in (getattr(scheme, name) for name in scheme.dir()) if meaning.value == code.value]
-    if not same:
-        pytest.skip("pydicom's dictionary has no such code")
-    assert code.meaning in {one.meaning for one in same}
+def test_codes_are_what_pydicom_knows_them_as() -> None:
+    checked = 0
+    for code in OURS:
+        scheme = getattr(known, code.scheme_designator)
+        meanings = {one.meaning for one in (getattr(scheme, name) for name in scheme.dir()) if one.value == code.value}
+        assert not meanings or code.meaning in meanings
+        checked += bool(meanings)
+    assert checked >= 15  # pydicom's dictionary holds the concepts of PS3.16 alone
 
 
 @pytest.mark.parametrize(

@@ -133,9 +133,7 @@ def test_a_classifier_reports_each_finding(path: Path, tmp_path: Path) -> None:
     ]
     said = [[item.value.meaning for item in group.get_qualitative_evaluations(codes.PRESENCE)] for group in groups]
     assert said == [["Present"], ["Absent"], []]
-    with pytest.raises(
-        UserError, match=r"dicom-seg is one of masks, and .* is a classifier; give dicom-sr or dicom-sc"
-    ):
+    with pytest.raises(UserError, match=r"dicom-seg is one of masks, and .* is a classifier; give dicom-sr"):
         check_format(SEG, provenance(masks=False))
 
 
