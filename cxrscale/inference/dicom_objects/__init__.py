@@ -25,7 +25,7 @@ def check_kind(kind: str, provenance: Provenance) -> None:
         UserError: highdicom is not installed, or the kind is one of masks and the run gives none.
     """
     if find_spec("highdicom") is None:
-        raise UserError(f"--format {kind} needs highdicom; install it with `pip install 'cxrscale[dicom]'`")
+        raise UserError(f"--format {kind} needs highdicom; install cxrscale[dicom]")
     if kind == SEG and provenance.recipe.data.task != "segment":
         raise UserError(f"--format {SEG} is one of masks, and {provenance.run} is a classifier; give {SR} or {SC}")
 

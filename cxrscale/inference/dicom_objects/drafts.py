@@ -24,7 +24,8 @@ _SUFFIX = {SEG: ".seg.dcm", SR: EMPTY_MASK_SUFFIX, SC: ".sc.dcm"}
 
 def object_drafter(kind: str, provenance: Provenance) -> Drafter:
     """What makes the objects of a kind; see `dicom_objects.drafter`."""
-    origin = origin_of(provenance)
+    # Segmenters have one; a prediction may name others beside it, such as a gate's.
+    origin, finding = origin_of(provenance), provenance.recipe.data.findings[0]
 
     def draft(prediction: Prediction) -> Draft:
         data = storage.read(prediction.path)
@@ -34,7 +35,7 @@ def object_drafter(kind: str, provenance: Provenance) -> Drafter:
         mask_HW = _mask(prediction)
         # A segmentation of an empty mask says less than a report of what was not found, and viewers refuse it.
         made = SR if kind == SEG and (mask_HW is None or not mask_HW.any()) else kind
-        image = _Predicted(source, origin, prediction, mask_HW, data)
+        image = _Predicted(source, origin, prediction, finding, mask_HW, data)
         identity = (origin.checkpoint, origin.thresholds, storage.digest(data))
         return Draft(_SUFFIX[made], identity, lambda: image.encode(made))
 
@@ -48,6 +49,8 @@ class _Predicted:
     source: Dataset
     origin: Origin
     prediction: Prediction
+    finding: str
+    """What the mask is of."""
     mask_HW: Mask | None
     data: bytes
 
@@ -71,8 +74,7 @@ class _Predicted:
         if image_HW is not None:
             return encode_capture(self.source, self.origin, self.prediction, image_HW, self.mask_HW)
         if kind == SEG and self.mask_HW is not None:
-            (finding,) = self.prediction.probabilities
-            return encode_mask(self.source, self.origin, finding, self.mask_HW, self.prediction.spacing_mm)
+            return encode_mask(self.source, self.origin, self.finding, self.mask_HW, self.prediction.spacing_mm)
         return encode_report(self.source, self.origin, self.prediction)
 
 

@@ -43,6 +43,10 @@ ODD: dict[str, dict[str, Any]] = {
         **{"PatientBirthDate": "2000", "PatientSex": "unknown", "StudyTime": "noon", "AccessionNumber": "A" * 30},
         **{"PatientName": "x" * 100, "StudyDescription": "y\tz" * 40, "PatientOrientation": ["?", "?"]},
     },
+    "all that is optional": {
+        **{"IssuerOfPatientID": "HERE", "PatientWeight": "70.55", "PatientSize": "1.8", "StudyDescription": "Chest"},
+        **{"PatientIdentityRemoved": "YES", "DeidentificationMethod": "by hand", "BurnedInAnnotation": "YES"},
+    },
     "computed radiography": {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.1"},
     "digital, for presentation": {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.1.1", "Modality": "DX"},
 }

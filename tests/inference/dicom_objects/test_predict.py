@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -121,6 +126,45 @@ def test_an_interrupted_command_writes_each_object_once(
     assert before.items() <= written().items()
     assert len(written()) == 4
     assert not list(out.rglob(".tmp-*"))
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on(run: str, drawn: SyntheticPaths, folder: Path, tmp_path: Path) -> None:
+    sources = sorted(drawn.siim.rglob("*.dcm"))
+    for number in range(24):
+        ds = pydicom.dcmread(folder / "0.dcm")
+        ds.PixelData = pydicom.dcmread(sources[number % len(sources)]).PixelData
+        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = f"1.2.3.4.{number}"
+        ds.save_as(folder / f"more{number}.dcm")
+    (folder / "x.png").unlink()
+    script = (
+        "import sys; from cxrscale.inference import journal; journal.ROWS = 2\n"
+        "from cxrscale.cli import app; sys.argv[0] = 'cxrscale'; app.main()"
+    )
+
+    def command(out: str) -> list[str]:
+        words = ["predict", str(folder), "--run", run, "--out", str(tmp_path / out), "--format", SR]
+        return [sys.executable, "-c", script, *words]
+
+    def written(out: str) -> dict[str, str]:
+        found = (tmp_path / out / "objects").glob("*.dcm")
+        return {path.name: str(pydicom.dcmread(path).SOPInstanceUID) for path in found}
+
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command("out"), env=environment, stdout=subprocess.DEVNULL) as process:
+        while len(list((tmp_path / "out" / "objects").glob("*.dcm"))) < 5 and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    kept = written("out")
+    for out in ("out", "whole"):
+        ended = subprocess.run(command(out), env=environment, capture_output=True, text=True, timeout=120)
+        assert ended.returncode == 0, ended.stderr
+        assert "28 DICOM objects" in ended.stdout
+    assert kept.items() <= written("out").items()
+    assert len(kept) < 28
+    assert written("out") == written("whole")
+    assert not list((tmp_path / "out").rglob(".tmp-*"))
 
 
 def test_another_format_makes_its_own_objects_of_unfinished_predictions(
