@@ -16,7 +16,6 @@ from cxrscale.inference.dicom_objects.sr import encode_report
 from cxrscale.inference.objects import Draft, Drafter
 from cxrscale.inference.predictor import Prediction, Provenance
 from cxrscale.io import Strictness, load_image, rle_masks, storage
-from cxrscale.io.rle_masks import Mask
 from cxrscale.types import GrayImage, UnreadableImageError
 
 _SUFFIX = {SEG: ".seg.dcm", SR: EMPTY_MASK_SUFFIX, SC: ".sc.dcm"}
@@ -51,7 +50,7 @@ class _Predicted:
     prediction: Prediction
     finding: str
     """What the mask is of."""
-    mask_HW: Mask | None
+    mask_HW: rle_masks.Mask | None
     data: bytes
 
     def encode(self, kind: str) -> bytes:
@@ -78,7 +77,7 @@ class _Predicted:
         return encode_report(self.source, self.origin, self.prediction)
 
 
-def _mask(prediction: Prediction) -> Mask | None:
+def _mask(prediction: Prediction) -> rle_masks.Mask | None:
     """(H, W) bool at the image's own size; None for a classifier."""
     if prediction.mask_rle is None or prediction.height is None or prediction.width is None:
         return None

@@ -14,7 +14,7 @@ from pydicom.uid import ExplicitVRLittleEndian
 from cxrscale.inference.dicom_objects.origin import MANUFACTURER, Origin, plain
 from cxrscale.inference.dicom_objects.source import OPTIONAL
 from cxrscale.inference.predictor import Prediction
-from cxrscale.io.rle_masks import Mask
+from cxrscale.io import rle_masks
 from cxrscale.types import GrayImage
 
 SERIES_NUMBER = 9803
@@ -27,7 +27,7 @@ _SHORTEST = 640
 
 
 def encode_capture(
-    source: Dataset, origin: Origin, prediction: Prediction, image_HW: GrayImage, mask_HW: Mask | None
+    source: Dataset, origin: Origin, prediction: Prediction, image_HW: GrayImage, mask_HW: rle_masks.Mask | None
 ) -> Dataset:
     """The capture of an image: RGB, uncompressed, with the text below the image and not on it.
 
@@ -91,7 +91,7 @@ def lines(origin: Origin, prediction: Prediction) -> list[tuple[str, bool]]:
     return result
 
 
-def draw(image_HW: GrayImage, mask_HW: Mask | None, text: list[tuple[str, bool]]) -> Color:
+def draw(image_HW: GrayImage, mask_HW: rle_masks.Mask | None, text: list[tuple[str, bool]]) -> Color:
     """The image with the mask's outline, and lines of text in a strip below."""
     height, width = image_HW.shape
     canvas = np.repeat(image_HW[..., None], 3, axis=2)

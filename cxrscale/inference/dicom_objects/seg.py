@@ -8,7 +8,7 @@ from pydicom.dataset import Dataset
 
 from cxrscale.inference.dicom_objects import codes
 from cxrscale.inference.dicom_objects.origin import MANUFACTURER, Origin
-from cxrscale.io.rle_masks import Mask
+from cxrscale.io import rle_masks
 
 SERIES_NUMBER = 9801
 _THICKNESS = 1.0
@@ -16,7 +16,7 @@ _THICKNESS = 1.0
 
 
 def encode_mask(
-    source: Dataset, origin: Origin, finding: str, mask_HW: Mask, spacing_mm: tuple[float, float] | None
+    source: Dataset, origin: Origin, finding: str, mask_HW: rle_masks.Mask, spacing_mm: tuple[float, float] | None
 ) -> Dataset:
     """The segmentation of one finding.
 
