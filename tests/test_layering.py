@@ -30,6 +30,7 @@ DOORS = {
     },
     "nvidia": {"loader/dali", "cluster/probe"},
     "wandb": {"training/tracking"},
+    "highdicom": {"inference/dicom_objects"},
     "torch": {"types", "cluster/probe", "loader", "models", "training", "inference"},
 }
 """Library -> the rooms or modules that may import it."""
@@ -138,6 +139,7 @@ def test_no_function_has_seven_positional_parameters() -> None:
         ("import cxrscale.io", ("torch", "ray", "cv2", "pydicom")),
         ("import cxrscale.cli.app", ("torch", "ray", "nvidia", "matplotlib", "cv2")),
         ("from cxrscale.shards import manifest", ("torch", "ray", "nvidia")),
+        ("from cxrscale.inference import predict_files", ("highdicom", "matplotlib")),
     ],
 )
 def test_light_imports_stay_light(statement: str, absent: tuple[str, ...]) -> None:

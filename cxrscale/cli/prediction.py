@@ -55,8 +55,15 @@ def predict_command(
     ] = None,
     kind: Annotated[
         str,
-        typer.Option("--format", help="json, csv, parquet, or rle: masks as a submission of the SIIM challenge."),
+        typer.Option(
+            "--format",
+            help="json, csv, parquet, or rle: masks as a submission of the SIIM challenge; dicom-seg (masks), dicom-sr "
+            "(reports) or dicom-sc (pictures): JSON, and in OUT/objects a DICOM object per image, in its study.",
+        ),
     ] = "json",
+    overlay: Annotated[
+        bool, typer.Option("--overlay", help="Also a PNG per image in OUT/objects: mask outline, heat map, calls.")
+    ] = False,
     mean: Annotated[
         str, typer.Option(help="With several runs: the mean of their probabilities or logits.")
     ] = "probabilities",
@@ -75,6 +82,9 @@ def predict_command(
     kept; the same command goes on.
 
     Files whose gray values are certain are read even where `shard` would refuse them, with a warning in the result.
+
+    DICOM objects take patient and study from their image's header. An image with an empty mask gets a report instead of
+    a segmentation; a PNG or JPEG gets none, and exit code 3.
     """
     if (split is None) == (not inputs):
         raise UserError("predict takes either inputs or --split train|val|test")
@@ -90,8 +100,8 @@ def predict_command(
     from cxrscale.inference import Averaging, PredictorSpec
 
     averaging = parse_averaging(mean, tta)
-    spec = PredictorSpec(tuple(run), gate, None if averaging == Averaging() else averaging)
-    _predict_files(_predictor(spec, workers), inputs or [], out or "predictions", kind)
+    spec = PredictorSpec(tuple(run), gate, None if averaging == Averaging() else averaging, maps=overlay)
+    _predict_files(_predictor(spec, workers), inputs or [], out or "predictions", kind, overlays=overlay)
 
 
 def _predictor(spec: PredictorSpec, workers: int | None) -> GroupPredictor:
@@ -113,8 +123,8 @@ def _predict_split(run: str, split: str, id_map: str | None, out: str | None) ->
         print(storage.absolute(table))
 
 
-def _predict_files(predictor: GroupPredictor, given: list[str], out: str, kind: str) -> None:
-    from cxrscale.inference import check_format, find_inputs, predict_files
+def _predict_files(predictor: GroupPredictor, given: list[str], out: str, kind: str, *, overlays: bool) -> None:
+    from cxrscale.inference import check_format, find_inputs, objects, predict_files
 
     if not storage.is_remote(out) and storage.exists(out) and not storage.is_folder(out):
         raise UserError(f"--out {out} is a file; give a folder, in which the predictions are one file")
@@ -132,12 +142,23 @@ def _predict_files(predictor: GroupPredictor, given: list[str], out: str, kind: 
             if shown:
                 _show(prediction)
 
-        result = predict_files(predictor, found.paths, out, kind, on_prediction)
+        result = predict_files(predictor, found.paths, out, kind, on_prediction, overlays=overlays)
     if result.resumed:
         print(f"{result.resumed} of {len(found.paths)} were predicted before")
     again = f" and {found.twice} given twice" if found.twice else ""
     print(f"{result.read} images predicted, {result.not_read} not read{again}")
+    folder = storage.absolute(storage.join(out, objects.FOLDER))
+    if result.objects:
+        empty = f", {result.empty_masks} of them reports, since their masks are empty" if result.empty_masks else ""
+        print(f"{result.objects} DICOM objects in {folder}{empty}")
+    if overlays:
+        print(f"overlays in {folder}")
     print(storage.absolute(result.address))
+    if result.without_object:
+        raise UnreadInputsError(
+            f"{result.without_object} of {result.read} images lack an object or overlay; `object_errors` in their rows "
+            "says why" + (f"; {result.not_read} could not be read" if result.not_read else "")
+        )
     if result.not_read:
         retry = f"; {result.unreachable} could not be reached, and the same command tries these again"
         raise UnreadInputsError(

@@ -1,4 +1,5 @@
 from . import ensemble as ensemble
+from . import objects as objects
 from . import predictions as predictions
 from .cascade import GatedPredictor as GatedPredictor
 from .cascade import read_cascade as read_cascade

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from cxrscale.inference.formats import check_format, write_predictions
+from cxrscale.inference import dicom_objects, overlay
+from cxrscale.inference.formats import FORMATS, check_format, write_predictions
 from cxrscale.inference.journal import Journal
+from cxrscale.inference.objects import Drafter, write_object
 from cxrscale.inference.prediction import Prediction
 from cxrscale.inference.streaming import GroupPredictor
 from cxrscale.io import lease
@@ -27,6 +29,12 @@ class FilePredictions:
     """Those of them that could not be reached: the same command tries them again."""
     resumed: int
     """Inputs that an earlier command, which was interrupted, has predicted."""
+    objects: int = 0
+    """Images that have a DICOM object beside the file, where the format is one of these."""
+    empty_masks: int = 0
+    """Those of them with an empty mask: their object is a report instead of a segmentation."""
+    without_object: int = 0
+    """Images that were predicted and lack an object or overlay; their rows say why."""
 
 
 def predict_files(
@@ -35,6 +43,8 @@ def predict_files(
     out: str,
     kind: str = "json",
     on_prediction: OnPrediction | None = None,
+    *,
+    overlays: bool = False,
 ) -> FilePredictions:
     """Predict files and write `out`/predictions.json (or .csv, .parquet, submission.csv).
 
@@ -45,45 +55,73 @@ def predict_files(
         predictor: a `Predictor`, a `GatedPredictor`, or a `ClusterPredictor` of either.
         paths: local paths or addresses; each once.
         out: a folder or address, made where it is not there.
-        kind: json, csv, parquet or rle.
+        kind: json, csv, parquet, rle, or one of `dicom_objects.KINDS`: these write an object per image into
+            `out`/objects too, and predictions.json, whose rows name it.
         on_prediction: called with each new prediction.
+        overlays: also draw a picture per image into `out`/objects; with a heat map where the predictor gives `maps`.
 
     Raises:
         UserError: no such format, or the folder holds unfinished predictions of another run.
         BusyError: another process writes this folder.
     """
     check_format(kind, predictor.provenance)
+    drafters = {kind: dicom_objects.drafter(kind, predictor.provenance)} if FORMATS[kind].objects else {}
+    if overlays:
+        drafters[overlay.KIND] = overlay.overlay_drafter(predictor.provenance)
     with lease.held(out, f"the folder of predictions {out}"):
-        journal = Journal(out, predictor.provenance)
+        journal = Journal(out, predictor.provenance, tuple(drafters))
         done = journal.done
         todo = [path for path in paths if path not in done]
         try:
             # By whole groups: what is left then falls into the same batches as if nothing had stopped it.
-            for group in predictor.groups(todo):
+            for predicted in predictor.groups(todo):
+                # Before their rows: no row names an object that is not there.
+                group = [_with_objects(out, one, drafters) for one in predicted]
                 journal.add(group)
                 if on_prediction is not None:
                     for prediction in group:
                         on_prediction(prediction)
         finally:
             journal.flush()
-        counted = _Counted(journal.newest(paths))
+        counted = _Counted(journal.newest(paths), tuple(drafters))
         address = write_predictions(out, kind, counted, predictor.provenance)
         # Else the parts are kept, so that the same call tries only what could not be reached.
         if not counted.unreachable:
             journal.remove()
-    return FilePredictions(address, counted.read, counted.not_read, counted.unreachable, len(paths) - len(todo))
+    return FilePredictions(
+        address,
+        counted.read,
+        counted.not_read,
+        counted.unreachable,
+        len(paths) - len(todo),
+        counted.objects,
+        counted.empty_masks,
+        counted.without_object,
+    )
+
+
+def _with_objects(out: str, prediction: Prediction, drafters: Mapping[str, Drafter]) -> Prediction:
+    """The prediction, with the files of its image written and named; its maps are not needed any more."""
+    for kind, draft in drafters.items():
+        prediction = write_object(out, kind, prediction, draft)
+    return replace(prediction, maps={}) if prediction.maps else prediction
 
 
 class _Counted:
     """Predictions, counted as they pass."""
 
-    def __init__(self, rows: Iterator[Prediction]) -> None:
-        self._rows = rows
+    def __init__(self, rows: Iterator[Prediction], kinds: Sequence[str]) -> None:
+        self._rows, self._kinds = rows, kinds
         self.read, self.not_read, self.unreachable = 0, 0, 0
+        self.objects, self.empty_masks, self.without_object = 0, 0, 0
 
     def __iter__(self) -> Iterator[Prediction]:
         for one in self._rows:
             self.read += not one.error
             self.not_read += bool(one.error)
             self.unreachable += one.unreachable
+            self.objects += any(kind in dicom_objects.KINDS for kind in one.objects if kind in self._kinds)
+            segmentation = one.objects.get(dicom_objects.SEG, "") if dicom_objects.SEG in self._kinds else ""
+            self.empty_masks += segmentation.endswith(dicom_objects.EMPTY_MASK_SUFFIX)
+            self.without_object += any(kind in one.object_errors for kind in self._kinds)
             yield one

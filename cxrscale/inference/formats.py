@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cxrscale.inference import dicom_objects
 from cxrscale.inference.journal import row
 from cxrscale.inference.prediction import Prediction, Provenance
 from cxrscale.io import storage
@@ -39,6 +40,8 @@ class Format:
     file: str
     """Its name in the folder of predictions."""
     write: Callable[[Path, Rows, Provenance], None]
+    objects: bool = False
+    """Whether each image gets a DICOM object beside it, which its row names."""
 
 
 def write_predictions(out: str, kind: str, rows: Rows, provenance: Provenance) -> str:
@@ -59,10 +62,12 @@ def check_format(kind: str, provenance: Provenance) -> None:
     """Check that a run's predictions have this form.
 
     Raises:
-        UserError: there is no such format, or it is one of masks and the run gives none.
+        UserError: there is no such format, it is one of masks and the run gives none, or what writes it is missing.
     """
     if kind not in FORMATS:
         raise UserError(f"--format {kind}: give one of {', '.join(FORMATS)}")
+    if FORMATS[kind].objects:
+        dicom_objects.check_kind(kind, provenance)
     if kind == "rle" and provenance.recipe.data.task != "segment":
         raise UserError(
             f"--format rle is one of masks, and {provenance.run} is a classifier; give json, csv or parquet"
@@ -115,6 +120,7 @@ FORMATS: Mapping[str, Format] = {
     "csv": Format("predictions.csv", _write_csv),
     "parquet": Format("predictions.parquet", _write_parquet),
     "rle": Format("submission.csv", _write_submission),
+    **{kind: Format("predictions.json", _write_json, objects=True) for kind in dicom_objects.KINDS},
 }
 
 

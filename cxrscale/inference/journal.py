@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from cxrscale.inference.objects import has_object
 from cxrscale.inference.prediction import Prediction, Provenance
 from cxrscale.io import Artifact, read_artifact, seal, storage, write_artifact
 from cxrscale.types import UserError
@@ -39,11 +40,12 @@ class Job(Artifact):
 class Journal:
     """The parts of a folder of predictions."""
 
-    def __init__(self, out: str, provenance: Provenance) -> None:
+    def __init__(self, out: str, provenance: Provenance, kinds: Sequence[str] = ()) -> None:
         """Begin, or go on.
 
         Args:
             out: the folder or address of predictions.
+            kinds: objects that each image gets beside its row.
 
         Raises:
             UserError: it holds parts of another run, or of other thresholds.
@@ -62,15 +64,16 @@ class Journal:
         """Input -> the part with its newest row: one that could not be reached was tried again."""
         self._first: list[str] = []
         """Of each part, its first input."""
-        self._unreachable: set[str] = set()
+        self._again: set[str] = set()
+        self._kinds = kinds
         self._pending: list[Prediction] = []
         for name in storage.listing(self._folder, ".jsonl"):
             self._index(name, list(self._rows(name)))
 
     @property
     def done(self) -> set[str]:
-        """Inputs whose predictions are kept, without those that could not be reached."""
-        return self._last.keys() - self._unreachable
+        """Inputs whose predictions are kept, without those that could not be reached or lack an object."""
+        return self._last.keys() - self._again
 
     def add(self, predictions: Sequence[Prediction]) -> None:
         """Keep more; every `ROWS` of them, or as soon as there are more, they become a part."""
@@ -101,7 +104,8 @@ class Journal:
         self._first.append(rows[0].path if rows else "")
         for one in rows:
             self._last[one.path] = part
-            (self._unreachable.add if one.unreachable else self._unreachable.discard)(one.path)
+            whole = not one.unreachable and all(has_object(one, kind) for kind in self._kinds)
+            (self._again.discard if whole else self._again.add)(one.path)
 
     def _rows(self, name: str) -> Iterator[Prediction]:
         address = storage.join(self._folder, name)

@@ -1,9 +1,14 @@
 """Overlays: what is drawn where."""
 
+import json
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from cxrscale.cli import app
 from cxrscale.inference import Prediction, Predictor
 from cxrscale.inference.overlay import OUTLINE, draw_overlay, overlay_drafter
 from cxrscale.io import rle_masks, storage
@@ -80,3 +85,21 @@ def test_what_is_drawn_depends_on_the_file_and_the_model(classifier_run: str, dr
     assert storage.digest(storage.read(paths[0])) in first
     other = predictor.provenance.model_copy(update={"checkpoint": "other"})
     assert overlay_drafter(other)(Prediction(paths[0])).identity != first
+
+
+def test_predict_draws_one_picture_per_image_and_names_it(
+    classifier_run: str, drawn: SyntheticPaths, tmp_path: Path
+) -> None:
+    paths = [*sorted(map(str, drawn.nih.rglob("*.png")))[:3], str(tmp_path / "not there.png")]
+    command = ["predict", *paths, "--run", classifier_run, "--overlay", "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(app.app, command)
+    assert done.exit_code == 3
+    assert "overlays in" in done.output
+    rows = json.loads((tmp_path / "out" / "predictions.json").read_text())["predictions"]
+    assert "maps" not in rows[0]
+    for row in rows[:3]:
+        picture = cv2.imread(str(tmp_path / "out" / row["objects"]["overlay"]))
+        assert picture is not None
+        assert (picture.std(axis=2) > 0).any()
+    assert "objects" not in rows[3]
+    assert len(list((tmp_path / "out" / "objects").iterdir())) == 3

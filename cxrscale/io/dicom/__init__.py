@@ -1,10 +1,14 @@
 """DICOM files -> upright gray images with metadata, or a one-line reason why a file is unreadable."""
 
-from cxrscale.io.dicom.reader import DicomHeader, DicomImage, read_dicom, read_header
+from cxrscale.io.dicom import tags
+from cxrscale.io.dicom.reader import MAX_AGE, DicomHeader, DicomImage, read_dicom, read_header, read_tags
 
 __all__ = [
+    "MAX_AGE",
     "DicomHeader",
     "DicomImage",
     "read_dicom",
     "read_header",
+    "read_tags",
+    "tags",
 ]

@@ -170,6 +170,22 @@ def _inflated(file: BinaryIO, *, force: bool) -> BinaryIO:
     return io.BytesIO(head.replace(name, uid.ExplicitVRLittleEndian.encode().ljust(len(name), b"\0"), 1) + plain)
 
 
+def read_tags(data: bytes) -> Any:
+    """The tags before the pixels as pydicom holds them: any of them may be missing or malformed.
+
+    Args:
+        data: the complete file; one without preamble is accepted.
+
+    Returns:
+        A pydicom.Dataset. Take its values with `tags`, which knows what malformed ones raise.
+
+    Raises:
+        UnreadableImageError: not DICOM.
+    """
+    with tags.silence_pydicom():
+        return _parse(io.BytesIO(data), force=data[128:132] != b"DICM", stop_before_pixels=True)
+
+
 def _is_behind_meta(tag: Any, _vr: Any, _length: Any) -> bool:
     return bool(tag.group != 2)
 
