@@ -18,5 +18,6 @@ from .cascade_models import Cascade as Cascade
 from .cascade_models import CascadeMetrics as CascadeMetrics
 from .cascade_models import CascadeTest as CascadeTest
 from .metrics import Estimate as Estimate
+from .ood import OodReference as OodReference
 from .thresholds import DEFAULT_MASK_RULE as DEFAULT_MASK_RULE
 from .thresholds import MaskRule as MaskRule

@@ -9,9 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from torch.nn.functional import adaptive_avg_pool2d
 
-from cxrscale.evaluation import ood
+from cxrscale.evaluation import OodReference, ood
 from cxrscale.evaluation.metrics import Floats
-from cxrscale.evaluation.ood import OodReference
 from cxrscale.inference.trained import TrainedModel
 from cxrscale.io import read_artifact, storage, write_artifact
 from cxrscale.loader import evaluation_batches, usable_rows
