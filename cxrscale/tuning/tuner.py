@@ -73,7 +73,7 @@ def run_trials(study: Study, space: Space, max_trials: int | None, show_bar: Sho
     for result in ended:
         if result.error is not None and result.config is not None:
             _record_lost(study.folder(result.config[NUMBER]), result.error)
-    return total, _all_ended(ended, total)
+    return total, _all_ended(study, ended, total)
 
 
 @contextmanager
@@ -125,12 +125,19 @@ def retry_failed(study: Study, space: Space, total: int, max_trials: int | None,
     )
     with show_bar(f"retrying {len(again)} failed trials", None, None):
         ended = tuner.fit()
-    return _all_ended(ended, len(again))
+    return _all_ended(study, ended, len(again))
 
 
-def _all_ended(ended: Any, count: int) -> bool:
-    """Whether so many trials ran, and each of them to its end or its failure."""
-    return len(ended) == count and all(r.error is not None or (r.metrics or {}).get("done") for r in ended)
+def _all_ended(study: Study, ended: Any, count: int) -> bool:
+    """Whether so many trials ran, and each of them to its end or its failure.
+
+    Ray says so of those that it has ended. Of a search that was killed it may not know the last report of a trial whose
+    folder is finished.
+    """
+    if len(ended) != count:
+        return False
+    open_ones = [r for r in ended if r.error is None and not (r.metrics or {}).get("done")]
+    return all(r.config is not None and trial.is_finished(study.folder(r.config[NUMBER])) for r in open_ones)
 
 
 def _point(study: Study, space: Space, number: int) -> Point:

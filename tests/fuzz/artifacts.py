@@ -491,7 +491,7 @@ def cheap() -> Iterator[None]:
     """Without what no forged file changes and what takes most of the time: models of the same recipe, plots."""
     from unittest import mock
 
-    from cxrscale.inference import predictor
+    from cxrscale.inference import trained
     from cxrscale.models import build_model
     from cxrscale.reporting import run_report, style
 
@@ -506,7 +506,7 @@ def cheap() -> Iterator[None]:
     logger = logging.getLogger("cxrscale")
     level = logger.level
     with (
-        mock.patch.object(predictor, "build_model", build),
+        mock.patch.object(trained, "build_model", build),
         mock.patch.object(run_report, "write_plots", return_value=None),
         mock.patch.object(style, "svg", return_value=""),
         mock.patch.object(run_report, "metric_plots", return_value=dict.fromkeys(PLOTS, _NoPlot())),
