@@ -157,8 +157,15 @@ def _members(state: Mapping[str, Any], path: str) -> tuple[list[nn.Module], tupl
     return models, members, averaging
 
 
+def _count(weights: Any) -> int:
+    """The values that a file of weights holds in fact: a tensor may repeat one of them a billion times."""
+    given = weights.values() if isinstance(weights, Mapping) else ()
+    dense = [one for one in given if torch.is_tensor(one) and one.layout == torch.strided]
+    return sum(one.untyped_storage().nbytes() // one.element_size() for one in dense)
+
+
 def _with_weights(recipe: Recipe, weights: Any, path: str) -> nn.Module:
-    model = build_model(recipe.model.without_weights(), recipe.data)
+    model = build_model(recipe.model.without_weights(), recipe.data, _count(weights))
     try:
         model.load_state_dict(weights)
     except Exception as error:  # torch raises whatever a value of another type or shape leads to

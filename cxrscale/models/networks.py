@@ -11,23 +11,34 @@ from typing import Any
 
 import segmentation_models_pytorch as smp
 import timm
+import torch
 from torch import nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from cxrscale.config import Data, Model
 from cxrscale.models.weights import load_encoder_weights, load_weights
 from cxrscale.types import UserError, one_line
 
+MOST_MODULES, MOST_WEIGHTS = 10_000, 4_000_000_000
+"""Layers and weights of a model: more than the largest ones of timm and smp have."""
 
-def build_model(settings: Model, data: Data) -> nn.Module:
+
+def build_model(settings: Model, data: Data, most_weights: int = MOST_WEIGHTS) -> nn.Module:
     """The model of a recipe: (B, 1, H, W) -> logits (B, F) to classify, (B, 1, H, W) to segment.
 
     Frozen parameters do not require a gradient; put the model into training mode with `train_mode`.
+
+    Args:
+        most_weights: a model whose constructor arguments give it more is refused before it takes memory.
 
     Raises:
         UserError: an unknown architecture or constructor argument, weights that cannot be loaded or do not fit, more
             children to freeze than there are, a prefix to freeze that no parameter has.
     """
-    return _build(settings, data)[0]
+    return _build(settings, data, most_weights)[0]
 
 
 def initial_weights(settings: Model, data: Data) -> tuple[str, ...]:
@@ -39,13 +50,17 @@ def initial_weights(settings: Model, data: Data) -> tuple[str, ...]:
     return _build(settings, data)[1]
 
 
-def _build(settings: Model, data: Data) -> tuple[nn.Module, tuple[str, ...]]:
+def _build(settings: Model, data: Data, most_weights: int = MOST_WEIGHTS) -> tuple[nn.Module, tuple[str, ...]]:
     """The model, and the sentences of `initial_weights`."""
     if settings.encoder_weights is not None:
         _check_encoder_weights(settings, data)
     pretrained = settings.weights == "imagenet" and settings.encoder_weights is None
     try:
+        if settings.options:
+            _check_size(settings, data, most_weights)
         model = _segmenter(settings, pretrained) if data.task == "segment" else _classifier(settings, data, pretrained)
+    except UserError:
+        raise
     except (TypeError, KeyError, ValueError) as error:
         raise UserError(f"model.options={settings.options}: {one_line(error)}; see the constructor") from None
     notes: tuple[str, ...] = ()
@@ -57,6 +72,35 @@ def _build(settings: Model, data: Data) -> tuple[nn.Module, tuple[str, ...]]:
         notes = load_weights(model, settings.weights, settings.reset_head, data.findings, stated)
     freeze(model, settings.freeze_children, settings.freeze_prefixes)
     return model, notes
+
+
+def _check_size(settings: Model, data: Data, most_weights: int) -> None:
+    """Refuse constructor arguments of which a slip, or a forged file, makes a model that fills the memory."""
+    modules = weights = 0
+
+    def on_module(_parent: nn.Module, _name: str, _module: nn.Module | None) -> None:
+        nonlocal modules
+        modules += 1
+        if modules > MOST_MODULES:
+            raise UserError(f"model.options={settings.options}: more than {MOST_MODULES} layers; check the numbers")
+
+    def on_parameter(_parent: nn.Module, _name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal weights
+        weights += 0 if parameter is None else parameter.numel()
+        if weights > most_weights:
+            raise UserError(f"model.options={settings.options}: more than {most_weights} weights; check the numbers")
+
+    hooks = (
+        register_module_module_registration_hook(on_module),
+        register_module_parameter_registration_hook(on_parameter),
+    )
+    try:
+        # Without memory: nothing is allocated there.
+        with torch.device("meta"):
+            _segmenter(settings, False) if data.task == "segment" else _classifier(settings, data, False)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _check_encoder_weights(settings: Model, data: Data) -> None:

@@ -556,10 +556,10 @@ def cheap() -> Iterator[None]:
 
     models: dict[str, Any] = {}
 
-    def build(model: Any, data: Any) -> Any:
+    def build(model: Any, data: Any, most_weights: int) -> Any:
         name = repr((model, data.task, data.findings))
         if name not in models:
-            models[name] = build_model(model, data)
+            models[name] = build_model(model, data, most_weights)
         return models[name]
 
     logger = logging.getLogger("cxrscale")

@@ -454,3 +454,25 @@ def test_imagenet_weights_that_cannot_be_fetched_are_one_line(monkeypatch: pytes
     with pytest.raises(UserError, match="weights=imagenet cannot be fetched") as caught:
         build_model(Model(weights="imagenet"), TWO)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"growth_rate": 8 * 10**9}, "more than 4000000000 weights"),
+        ({"growth_rate": 1, "bn_size": 1, "block_config": [10**9]}, "more than 500 layers"),
+    ],
+)
+def test_constructor_arguments_that_would_fill_the_memory_are_refused(
+    options: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cxrscale.models.networks.MOST_MODULES", 500)
+    with pytest.raises(UserError, match=reason):
+        build_model(Model(weights="none", options=options), TWO)
+
+
+def test_a_model_of_more_weights_than_its_file_holds_is_refused() -> None:
+    weights = sum(parameter.numel() for parameter in build_model(SMALL, TWO).parameters())
+    assert build_model(SMALL, TWO, weights)
+    with pytest.raises(UserError, match=f"more than {weights - 1} weights; check the numbers"):
+        build_model(SMALL, TWO, weights - 1)
