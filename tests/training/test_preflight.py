@@ -269,7 +269,7 @@ def test_what_passes_takes_its_first_three_steps(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_what_passes_takes_its_first_three_steps_for_many_recipes(
     nih_shards: str, siim_shards: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
