@@ -9,9 +9,10 @@ from pathlib import Path
 from cxrscale.evaluation import CASCADE, Cascade, cascade
 from cxrscale.inference.prediction import Gate, Prediction, Provenance
 from cxrscale.inference.predictor import Predictor
+from cxrscale.inference.stored_images import Pixels
 from cxrscale.inference.streaming import ImagePredictor, Prepared
 from cxrscale.io import read_artifact, rle_masks, storage
-from cxrscale.types import GrayImage, UserError
+from cxrscale.types import UserError
 
 
 class GatedPredictor(ImagePredictor):
@@ -60,8 +61,10 @@ class GatedPredictor(ImagePredictor):
         """That of the segmenter, with the gate."""
         return self._segmenter.provenance.model_copy(update={"gate": self._about})
 
-    def _encode(self, image_HW: GrayImage) -> tuple[bytes, ...]:
-        return self._gate.encode(image_HW), self._segmenter.encode(image_HW)
+    @property
+    def stores(self) -> tuple[Pixels, ...]:
+        """Those of the gate and of the segmenter."""
+        return *self._gate.stores, *self._segmenter.stores
 
     def _predict_batch(self, batch: Sequence[Prepared]) -> list[Prediction]:
         judged = self._gate.predict_stored([one.prediction for one in batch], [one.stored[0] for one in batch])

@@ -29,7 +29,7 @@ from PIL import Image
 from cxrscale import config
 from cxrscale.config import NIH14, Recipe
 from cxrscale.inference import Predictor, find_inputs
-from cxrscale.inference.predictor import encode_as_stored
+from cxrscale.inference.stored_images import encode_as_stored
 from cxrscale.io import Strictness, load_image, storage
 from cxrscale.models import build_model
 from cxrscale.training import checkpoint
