@@ -1,22 +1,20 @@
 """Predictions of many files, kept as they come: a command that is killed goes on where it was.
 
-A folder of predictions holds `parts/00000.jsonl`, `00001.jsonl`, ... while it is being filled, each written whole, and
-`parts/job.json` with what they were made by. At the end they become one file.
+A folder of predictions holds `parts/00000.parquet`, `00001.parquet`, ... while it is being filled, and `parts/job.json`
+with what they were made by. Each part is published whole, and is itself the sign that its images are done, wherever
+they were predicted. At the end they become one file.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from functools import cache
 from typing import Any
 
-from pydantic import TypeAdapter
-
+from cxrscale.inference import parts
 from cxrscale.inference.objects import has_object
 from cxrscale.inference.prediction import Prediction, Provenance
-from cxrscale.io import Artifact, read_artifact, seal, storage, write_artifact
+from cxrscale.io import Artifact, read_artifact, storage, write_artifact
 from cxrscale.types import UserError
 
 FOLDER, JOB = "parts", "job.json"
@@ -27,7 +25,7 @@ ROWS = 256
 class Job(Artifact):
     """What the parts of a folder were made by."""
 
-    schema_version: int = 1
+    schema_version: int = 2
     checkpoint: str
     """Digest of the weights."""
     thresholds: str
@@ -67,8 +65,9 @@ class Journal:
         self._again: set[str] = set()
         self._kinds = kinds
         self._pending: list[Prediction] = []
-        for name in storage.listing(self._folder, ".jsonl"):
-            self._index(name, list(self._rows(name)))
+        for name in sorted(storage.listing(self._folder, parts.SUFFIX)):
+            address = storage.join(self._folder, name)
+            self._index(name, list(parts.decode_state(storage.read(address), address, kinds)))
 
     @property
     def done(self) -> set[str]:
@@ -84,9 +83,10 @@ class Journal:
     def flush(self) -> None:
         """Write what is not yet written."""
         if self._pending:
-            name = f"{len(self._parts):05}.jsonl"
-            text = "".join(f"{json.dumps(row(one))}\n" for one in self._pending)
-            storage.write(storage.join(self._folder, name), seal.closed_text(text))
+            # Not their count: a damaged one may have been removed.
+            number = int(self._parts[-1].removesuffix(parts.SUFFIX)) + 1 if self._parts else 0
+            name = f"{number:05}{parts.SUFFIX}"
+            storage.write(storage.join(self._folder, name), parts.encode(self._pending))
             self._index(name, self._pending)
             self._pending = []
 
@@ -109,9 +109,7 @@ class Journal:
 
     def _rows(self, name: str) -> Iterator[Prediction]:
         address = storage.join(self._folder, name)
-        content = seal.read(address, "remove it: its images are predicted again")
-        for line in content.decode().splitlines()[:-1]:
-            yield _adapter().validate_json(line)
+        return parts.decode(storage.read(address), address)
 
     def remove(self) -> None:
         """Remove the parts, and their folder."""
@@ -136,8 +134,3 @@ def row(prediction: Prediction) -> dict[str, Any]:
     if not prediction.unreachable:
         del known["unreachable"]
     return {name: value for name, value in known.items() if value is not None and value not in ("", {}, ())}
-
-
-@cache
-def _adapter() -> TypeAdapter[Prediction]:
-    return TypeAdapter(Prediction)

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from cxrscale.inference.objects import Draft, Drafter
 from cxrscale.inference.prediction import Prediction, Provenance
+from cxrscale.inference.stored_images import read_input
 from cxrscale.io import Strictness, load_image, rle_masks, storage
 from cxrscale.types import GrayImage
 
@@ -36,11 +37,14 @@ def overlay_drafter(provenance: Provenance) -> Drafter:
     )
 
     def draft(prediction: Prediction) -> Draft:
-        content = storage.read(prediction.path)
+        content = read_input(prediction.path)
 
         def encode() -> bytes:
-            image = load_image(content, name=prediction.path, strictness=Strictness.LENIENT)
-            done, encoded = cv2.imencode(".png", draw_overlay(image.image_HW, prediction, thresholds))
+            image_HW = load_image(content, name=prediction.path, strictness=Strictness.LENIENT).image_HW
+            if prediction.image_id and prediction.height and prediction.width:
+                # A dataset has the image smaller than the mask.
+                image_HW = cv2.resize(image_HW, (prediction.width, prediction.height)).astype(np.uint8)
+            done, encoded = cv2.imencode(".png", draw_overlay(image_HW, prediction, thresholds))
             assert done
             return encoded.tobytes()
 

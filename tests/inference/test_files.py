@@ -191,7 +191,7 @@ def test_a_killed_command_goes_on_and_writes_the_same(run: str, drawn: Synthetic
 
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command("out"), env=environment, stdout=subprocess.DEVNULL) as process:
-        while len(list((tmp_path / "out" / "parts").glob("*.jsonl"))) < 3 and process.poll() is None:
+        while len(list((tmp_path / "out" / "parts").glob("*.parquet"))) < 3 and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
@@ -212,8 +212,10 @@ def test_parts_of_another_run_and_damaged_ones_are_one_line(
     other = predictor.provenance.model_copy(update={"run": "/runs/other", "checkpoint": "x"})
     with pytest.raises(UserError, match=r"holds unfinished predictions of run .*; give another --out, or remove it"):
         journal.Journal(out, other)
-    (part,) = (tmp_path / "out" / "parts").glob("*.jsonl")
-    part.write_bytes(part.read_bytes().replace(b"0.png", b"1.png"))
+    (part,) = (tmp_path / "out" / "parts").glob("*.parquet")
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
     with pytest.raises(UserError, match="remove it: its images are predicted again"):
         journal.Journal(out, predictor.provenance)
     monkeypatch.undo()
