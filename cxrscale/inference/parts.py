@@ -90,11 +90,13 @@ def decode_state(data: bytes, address: str, kinds: Sequence[str]) -> Iterator[Pr
     of_kinds = {(field, kind): f"{field}.{kind}" for field in ("objects", "object_errors") for kind in kinds}
     columns = _columns(data, address, ["path", "error", "unreachable", *of_kinds.values()])
     for row, path in enumerate(columns["path"]):
-        found: dict[str, dict[str, Any]] = {"objects": {}, "object_errors": {}}
+        found: dict[str, dict[str, str]] = {"objects": {}, "object_errors": {}}
         for (field, kind), name in of_kinds.items():
             if name in columns and columns[name][row] is not None:
                 found[field][kind] = columns[name][row]
-        yield Prediction(path, error=columns["error"][row], unreachable=columns["unreachable"][row], **found)
+        error, unreachable = columns["error"][row], columns["unreachable"][row]
+        objects, object_errors = found["objects"], found["object_errors"]
+        yield Prediction(path, error=error, unreachable=unreachable, objects=objects, object_errors=object_errors)
 
 
 def _columns(data: bytes, address: str, names: Sequence[str] | None) -> dict[str, list[Any]]:
