@@ -112,8 +112,6 @@ def predict_command(
 def _predictor(spec: PredictorSpec, workers: int | None) -> GroupPredictor:
     from cxrscale.inference import ClusterPredictor
 
-    if spec.gate is not None and (len(spec.runs) > 1 or spec.averaging is not None):
-        raise UserError("--gate takes one --run; make a run of an ensemble: cxrscale ensemble RUN... --name NAME")
     return spec.load() if workers is None else ClusterPredictor(spec, workers)
 
 

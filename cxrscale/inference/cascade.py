@@ -41,7 +41,9 @@ class GatedPredictor(ImagePredictor):
         finding = cascade.common_finding(
             (self._segmenter.provenance.run, self._segmenter.recipe.data), (about.run, about.recipe.data)
         )
-        chosen = read_cascade(str(segmenter), self._segmenter.provenance.checkpoint, about.checkpoint)
+        chosen = read_cascade(str(segmenter), self._segmenter.provenance.checkpoint, about.checkpoint, about.thresholds)
+        again = f"`cxrscale threshold {segmenter} --gate {gate}` chooses them together"
+        self._notes = () if chosen is not None else (f"each run's own threshold and mask rule; {again}",)
         threshold = about.threshold.get(finding) if chosen is None else chosen.threshold
         if threshold is None:
             raise UserError(f"{gate} has no threshold for {finding}; run `cxrscale threshold {gate}`")
@@ -59,7 +61,8 @@ class GatedPredictor(ImagePredictor):
     @property
     def provenance(self) -> Provenance:
         """That of the segmenter, with the gate."""
-        return self._segmenter.provenance.model_copy(update={"gate": self._about})
+        alone = self._segmenter.provenance
+        return alone.model_copy(update={"gate": self._about, "notes": (*alone.notes, *self._notes)})
 
     @property
     def stores(self) -> tuple[Pixels, ...]:
@@ -92,8 +95,13 @@ class GatedPredictor(ImagePredictor):
         return replace(known, calls=absent, mask_rle=rle_masks.EMPTY, mask_area=0, mask_area_mm2=area_mm2)
 
 
-def read_cascade(segmenter: str, digest: str, gate_digest: str) -> Cascade | None:
-    """The segmenter's cascade.json; None where there is none, or it is of other weights than these.
+def read_cascade(segmenter: str, digest: str, gate_digest: str, gate_thresholds: str) -> Cascade | None:
+    """The segmenter's cascade.json; None where there is none, or it is of other weights or calibration than these.
+
+    Args:
+        digest: of the segmenter's weights.
+        gate_digest: of the gate's.
+        gate_thresholds: of the gate's thresholds.json.
 
     Raises:
         UserError: it is damaged or of another version.
@@ -102,4 +110,5 @@ def read_cascade(segmenter: str, digest: str, gate_digest: str) -> Cascade | Non
     if not storage.exists(address):
         return None
     stored = read_artifact(Cascade, address, f"run `cxrscale threshold {segmenter} --gate GATE` again")
-    return stored if (stored.segmenter.checkpoint, stored.gate.checkpoint) == (digest, gate_digest) else None
+    same = (stored.segmenter.checkpoint, stored.gate.checkpoint) == (digest, gate_digest)
+    return stored if same and stored.gate_thresholds in ("", gate_thresholds) else None

@@ -2,7 +2,7 @@
 
 A folder of predictions holds `parts/00000.parquet`, `00001.parquet`, ... while it is being filled, and `parts/job.json`
 with what they were made by. Each part is published whole, and is itself the sign that its images are done, wherever
-they were predicted. At the end they become one file.
+they were predicted. At the end they become one file, and `predictions-of.json` beside it keeps whose it is.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from cxrscale.io import Artifact, read_artifact, storage, write_artifact
 from cxrscale.types import UserError
 
 FOLDER, JOB = "parts", "job.json"
+OWNER = "predictions-of.json"
+"""In a folder of finished predictions: the `Job` that they were made by."""
 ROWS = 256
 """Predictions in a part: what a kill can cost."""
 
@@ -46,11 +48,17 @@ class Journal:
             kinds: objects that each image gets beside its row.
 
         Raises:
-            UserError: it holds parts of another run, or of other thresholds.
+            UserError: it holds predictions of another run, or parts of other thresholds.
         """
         self._folder = storage.join(out, FOLDER)
         address = storage.join(self._folder, JOB)
         mine = _job(provenance)
+        self._owner, self._job = storage.join(out, OWNER), mine
+        if storage.exists(self._owner):
+            owner = read_artifact(Job, self._owner, f"give another --out, or remove {out}")
+            # Those of other thresholds of one run are made anew; another run's would stand among them.
+            if owner.run != mine.run:
+                raise UserError(f"{out} holds predictions of run {owner.run}; give another --out, or remove it")
         if not storage.exists(address):
             write_artifact(address, mine)
         elif (theirs := read_artifact(Job, address, f"remove {self._folder}")) != mine:
@@ -111,6 +119,10 @@ class Journal:
         address = storage.join(self._folder, name)
         return parts.decode(storage.read(address), address)
 
+    def own(self) -> None:
+        """Note that the folder's predictions are those of this run."""
+        write_artifact(self._owner, self._job)
+
     def remove(self) -> None:
         """Remove the parts, and their folder."""
         for name in [*self._parts, JOB]:
@@ -118,13 +130,17 @@ class Journal:
         storage.remove_empty_folder(self._folder)
 
 
+def settings_of(provenance: Provenance) -> str:
+    """Digest of all that a prediction follows from: weights, thresholds, the classifier before it."""
+    return storage.digest(provenance.model_dump_json(exclude={"recipe", "notes"}).encode())
+
+
 def _job(provenance: Provenance) -> Job:
-    settings = provenance.model_dump_json(exclude={"recipe", "notes"})
     return Job(
         run=provenance.run,
         checkpoint=provenance.checkpoint,
         thresholds=provenance.thresholds,
-        settings=storage.digest(settings.encode()),
+        settings=settings_of(provenance),
     )
 
 

@@ -177,6 +177,9 @@ def test_a_name_is_given_once(runs: list[str]) -> None:
         ensemble(runs, "both", "logits")
     with pytest.raises(UserError, match="is a run or a search; give another --name"):
         ensemble(runs, "b")
+    for name in ("", "../up", "of two"):
+        with pytest.raises(UserError, match=r"--name: tracking\.name"):
+            ensemble(runs, name)
 
 
 def test_a_member_that_was_trained_on_is_noticed(runs: list[str], tmp_path: Path) -> None:

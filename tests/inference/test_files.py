@@ -175,7 +175,7 @@ def test_an_interrupted_command_keeps_what_is_done(
     assert result.resumed == 4  # whole batches
     whole, again = (Path(tmp_path, name, "predictions.json").read_text() for name in ("whole", "out"))
     assert json.loads(again) == json.loads(whole)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["predictions.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["predictions-of.json", "predictions.json"]
 
 
 @pytest.mark.slow
@@ -200,6 +200,18 @@ def test_a_killed_command_goes_on_and_writes_the_same(run: str, drawn: Synthetic
         assert ended.returncode == 0, ended.stderr
         assert ("were predicted before" in ended.stdout) == (out == "out")
     assert (tmp_path / "out" / "predictions.csv").read_text() == (tmp_path / "whole" / "predictions.csv").read_text()
+
+
+def test_predictions_of_another_run_stay(
+    predictor: Predictor, segmenter_run: str, folder: Path, tmp_path: Path
+) -> None:
+    paths, out = find_inputs([str(folder)]).paths, tmp_path / "out"
+    predict_files(predictor, paths, str(out), "csv")
+    before = (out / "predictions.csv").read_bytes()
+    with pytest.raises(UserError, match=r"out holds predictions of run .*; give another --out, or remove it"):
+        predict_files(Predictor(segmenter_run, "cpu"), paths, str(out), "csv")
+    assert (out / "predictions.csv").read_bytes() == before
+    predict_files(predictor, paths, str(out), "json")
 
 
 def test_parts_of_another_run_and_damaged_ones_are_one_line(

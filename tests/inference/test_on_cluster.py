@@ -14,9 +14,19 @@ from typing import Any
 import psutil
 import pytest
 
-from cxrscale.inference import ClusterPredictor, Prediction, PredictorSpec, find_inputs, journal, predict_files
+from cxrscale.inference import (
+    ClusterPredictor,
+    Prediction,
+    PredictorSpec,
+    find_inputs,
+    journal,
+    on_cluster,
+    predict_files,
+)
+from cxrscale.run import Run
 from cxrscale.sources.synthetic.archive import SyntheticPaths
 from cxrscale.types import UserError
+from tests.inference.test_ensemble import changed_copy
 
 
 @pytest.fixture(scope="module")
@@ -160,3 +170,14 @@ def test_a_gate_is_loaded_in_workers_too(segmenter_run: str, classifier_run: str
     assert asdict(spec)["gate"] == classifier_run
     with pytest.raises(UserError, match="does not know Pneumothorax"):
         spec.load("cpu")
+    with pytest.raises(UserError, match="--gate takes one --run"):
+        PredictorSpec((segmenter_run, segmenter_run), gate=classifier_run).load("cpu")
+
+
+def test_a_worker_that_finds_another_run_is_one_line(classifier_run: str, tmp_path: Path) -> None:
+    run = changed_copy(classifier_run, tmp_path / "run", 1.0)
+    spec = PredictorSpec((run,))
+    settings = journal.settings_of(spec.load("cpu").provenance)
+    Run(run).choose_thresholds(resamples=20)
+    with pytest.raises(UserError, match=r"a worker finds other weights or thresholds in .*run than are here"):
+        on_cluster._worker(spec, settings)

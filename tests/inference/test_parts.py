@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxrscale.config import Recipe
@@ -48,6 +48,7 @@ PREDICTIONS = st.builds(
 )
 
 
+@settings(max_examples=30)
 @given(st.lists(PREDICTIONS, min_size=1, max_size=5))
 def test_what_is_read_is_what_was_written(rows: list[Prediction]) -> None:
     content = parts.encode(rows)
