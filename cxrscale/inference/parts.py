@@ -1,8 +1,9 @@
 """Predictions as sealed Parquet: how a folder of predictions keeps what is done until it is whole.
 
 A column for each field of `Prediction`, and for each key of a mapping a column `FIELD.KEY`. Texts are bytes, since a
-path need not be UTF-8. Against JSON lines, the form of before, parts of 256 rows with 14 findings take 0.4 of the disk,
-and what is done already is known after reading the names alone.
+path need not be UTF-8. Against JSON lines (256 rows, two threads of an AVX2 machine): with 14 findings 84 KB for 355 and
+8 ms to write for 34; with masks 0.6 MB for 11, 23 ms for 77. All of it is read in 10 and 22 ms for 3 and 18; what is
+done already in 3 to 4 ms, from four columns.
 """
 
 from __future__ import annotations

@@ -17,9 +17,16 @@ from cxrscale.types import UserError
 
 
 def squarer(folder: str) -> Callable[[int], tuple[int, int]]:
-    """Squares; notes each actor that was made in a folder."""
+    """Squares; notes each actor that was made in a folder, and waits for the second: the first could do all alone."""
     (Path(folder) / str(os.getpid())).touch()
-    return lambda number: (number * number, os.getpid())
+
+    def call(number: int) -> tuple[int, int]:
+        ends = time.monotonic() + 60
+        while len(list(Path(folder).iterdir())) < 2 and time.monotonic() < ends:
+            time.sleep(0.02)
+        return number * number, os.getpid()
+
+    return call
 
 
 def killed_at_seven(folder: str, always: bool) -> Callable[[int], int]:
