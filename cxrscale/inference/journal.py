@@ -7,8 +7,10 @@ they were predicted. At the end they become one file, and `predictions-of.json` 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from heapq import heappop, heappush
 from typing import Any
 
 from cxrscale.inference import parts
@@ -68,8 +70,6 @@ class Journal:
         self._parts: list[str] = []
         self._last: dict[str, int] = {}
         """Input -> the part with its newest row: one that could not be reached was tried again."""
-        self._first: list[str] = []
-        """Of each part, its first input."""
         self._again: set[str] = set()
         self._kinds = kinds
         self._pending: list[Prediction] = []
@@ -99,17 +99,28 @@ class Journal:
             self._pending = []
 
     def newest(self, inputs: Sequence[str]) -> Iterator[Prediction]:
-        """The newest row of each of these inputs: parts in the order of their first inputs, whoever was done first."""
+        """The newest row of each of these inputs, in their order, whoever was done first.
+
+        A part is in memory from its first row to its last: one at a time where they were filled in order.
+        """
         order = {path: number for number, path in enumerate(inputs)}
-        for part in sorted(range(len(self._parts)), key=lambda one: order.get(self._first[one], -1)):
-            for one in self._rows(self._parts[part]):
-                if self._last[one.path] == part and one.path in order:
-                    yield one
+        starts: dict[int, int] = {}
+        for path, number in order.items():
+            if path in self._last:
+                starts.setdefault(self._last[path], number)
+        waiting, read = deque(starts.items()), list[tuple[int, Prediction]]()
+        while waiting or read:
+            while waiting and (not read or waiting[0][1] < read[0][0]):
+                part, _ = waiting.popleft()
+                # Of an input that is there twice the newer row.
+                for path, one in {one.path: one for one in self._rows(self._parts[part])}.items():
+                    if self._last[path] == part and path in order:
+                        heappush(read, (order[path], one))
+            yield heappop(read)[1]
 
     def _index(self, name: str, rows: Sequence[Prediction]) -> None:
         part = len(self._parts)
         self._parts.append(name)
-        self._first.append(rows[0].path if rows else "")
         for one in rows:
             self._last[one.path] = part
             whole = not one.unreachable and all(has_object(one, kind) for kind in self._kinds)

@@ -1,7 +1,7 @@
 """Predictions as sealed Parquet: how a folder of predictions keeps what is done until it is whole.
 
 A column for each field of `Prediction`, and for each key of a mapping a column `FIELD.KEY`. Texts are bytes, since a
-path need not be UTF-8. Against JSON lines (256 rows, two threads of an AVX2 machine): with 14 findings 84 KB for 355 and
+path need not be UTF-8. Against JSON lines (256 rows, two AVX2 cores): with 14 findings 84 KB for 355 and
 8 ms to write for 34; with masks 0.6 MB for 11, 23 ms for 77. All of it is read in 10 and 22 ms for 3 and 18; what is
 done already in 3 to 4 ms, from four columns.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -86,3 +87,20 @@ def test_after_a_damaged_part_is_removed_no_other_is_overwritten(tmp_path: Path)
     kept.flush()
     again = journal.Journal(str(tmp_path), about)
     assert list(again.newest(["a", "b", "c"])) == [rows[0], replace(rows[1], height=7), rows[2]]
+
+
+@given(st.permutations(range(12)), st.lists(st.integers(3, 6), min_size=5, max_size=5), st.integers(0, 11))
+@settings(max_examples=8)
+def test_rows_come_in_the_order_of_the_inputs(done: list[int], sizes: list[int], again: int) -> None:
+    """Whatever the order in which they were done, in parts of whatever size; of an input done twice the newer row."""
+    about = Provenance(run="run", checkpoint="c", manifest="m", thresholds="", recipe=Recipe())
+    with TemporaryDirectory() as out:
+        kept = journal.Journal(out, about)
+        left = [(number, 1) for number in done] + [(again, 2)]
+        for size in sizes:
+            kept.add([Prediction(str(number), height=height) for number, height in left[:size]])
+            kept.flush()
+            left = left[size:]
+        found = list(journal.Journal(out, about).newest([str(number) for number in range(13)]))
+    heights = dict([*((number, 1) for number in done), (again, 2)][: sum(sizes)])
+    assert [(one.path, one.height) for one in found] == [(str(n), heights[n]) for n in sorted(heights)]
