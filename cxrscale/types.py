@@ -153,6 +153,8 @@ class Batch:
     """int64 row indices of the manifest: `manifest.image_id[row]` is the image's id."""
     valid_B: torch.Tensor
     """bool; rows with False enter no loss and no metric."""
+    also_BCHW: tuple[torch.Tensor, ...] = ()
+    """The same images as other members of an ensemble see them: of other sizes, or otherwise normalized."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,7 +89,8 @@ def _evaluate_cascade(run: str, gate: str, resamples: int) -> None:
         test = evaluate_cascade(segmenter, open_run(gate), resamples, lambda count: bar.update(bar.done + count))
     tables.print_cascade(test)
     if not test.chosen_together:
-        print(f"each run's own threshold and mask rule; `cxrscale threshold {run} --gate {gate}` chooses them together")
+        again = f"`cxrscale threshold {run} --gate {gate}` chooses them together"
+        print(terminal.printable(f"each run's own threshold and mask rule; {again}"))
     print(storage.absolute(segmenter.artifact(CASCADE_METRICS)))
 
 
@@ -140,7 +141,8 @@ def compare_command(
 @app.command("ensemble")
 def ensemble_command(
     runs: Annotated[
-        list[str], typer.Argument(help="Runs over the same datasets, findings and input size.", metavar="RUN...")
+        list[str],
+        typer.Argument(help="Runs over the same datasets and findings, of any input size.", metavar="RUN..."),
     ],
     name: Annotated[str, typer.Option(help="Of the new run; its folder stands beside the first of the runs.")],
     mean: Annotated[str, typer.Option(help="Of what: probabilities or logits.")] = "probabilities",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,85 +16,88 @@ from cxrscale.io import storage, terminal
 from cxrscale.types import UnreadInputsError, UserError
 
 if TYPE_CHECKING:
-    from cxrscale.inference import GroupPredictor, Prediction, PredictorSpec
+    from cxrscale.inference import FilePredictions, GroupPredictor, Prediction, PredictorSpec
+    from cxrscale.inference import Inputs as FoundInputs
 
 SHOWN = 20
 """Predictions of up to so many inputs are printed one by one."""
 
 
+Runs = Annotated[
+    list[str], typer.Option(help="The run whose best checkpoint predicts; given several times, the mean of the runs.")
+]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="INPUT",
+        help="DICOM, PNG or JPEG files, folders (at any depth), datasets, s3:// prefixes, quoted patterns "
+        "('**/*.dcm'), @list.txt with one of these per line, or - for such a list on stdin.",
+    ),
+]
+Split = Annotated[
+    str | None,
+    typer.Option(
+        help="train, val or test: the run's own images, into RUN/predictions-SPLIT.parquet. With datasets as inputs: "
+        "one of their splits."
+    ),
+]
+GateOfFiles = Annotated[
+    str | None,
+    typer.Option(help="A classifier's run: only what it calls positive goes to the segmenter --run.", metavar="RUN"),
+]
+IdMap = Annotated[
+    str | None,
+    typer.Option(
+        help="With --split of the run: the map of `shard --keep-map`; --out is then a CSV under the source's own ids."
+    ),
+]
+Out = Annotated[str | None, typer.Option(help="The folder of predictions ('predictions'); with an id map, the CSV.")]
+Kind = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        help="json, csv, parquet, or rle: masks as a submission of the SIIM challenge; dicom-seg (masks), dicom-sr "
+        "(reports) or dicom-sc (captures): JSON, and in OUT/objects a DICOM object per image, in its study.",
+    ),
+]
+Overlay = Annotated[
+    bool, typer.Option("--overlay", help="Also a PNG per image in OUT/objects: mask outline, heat map, calls.")
+]
+Mean = Annotated[str, typer.Option(help="With several runs: the mean of their probabilities or logits.")]
+Workers = Annotated[
+    int | None, typer.Option(help="Share the images among so many Ray workers (RAY_ADDRESS, or this machine).", min=1)
+]
+Tta = Annotated[str | None, typer.Option(help="hflip: the mean with the mirrored image (test-time augmentation).")]
+
+
 @app.command("predict")
 def predict_command(
-    run: Annotated[
-        list[str],
-        typer.Option(help="The run whose best checkpoint predicts; given several times, the mean of the runs."),
-    ],
-    inputs: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="INPUT",
-            help="DICOM, PNG or JPEG files, folders (at any depth), s3:// prefixes, quoted patterns ('**/*.dcm'), "
-            "@list.txt with one of these per line, or - for such a list on stdin.",
-        ),
-    ] = None,
-    split: Annotated[
-        str | None, typer.Option(help="train, val or test: the run's own images, into RUN/predictions-SPLIT.parquet.")
-    ] = None,
-    gate: Annotated[
-        str | None,
-        typer.Option(
-            help="A classifier's run: only what it calls positive goes to the segmenter --run.", metavar="RUN"
-        ),
-    ] = None,
-    id_map: Annotated[
-        str | None,
-        typer.Option(
-            help="With --split: the map of `shard --keep-map`; --out is then a CSV under the source's own ids."
-        ),
-    ] = None,
-    out: Annotated[
-        str | None, typer.Option(help="The folder of predictions ('predictions'); with an id map, the CSV.")
-    ] = None,
-    kind: Annotated[
-        str,
-        typer.Option(
-            "--format",
-            help="json, csv, parquet, or rle: masks as a submission of the SIIM challenge; dicom-seg (masks), dicom-sr "
-            "(reports) or dicom-sc (captures): JSON, and in OUT/objects a DICOM object per image, in its study.",
-        ),
-    ] = "json",
-    overlay: Annotated[
-        bool, typer.Option("--overlay", help="Also a PNG per image in OUT/objects: mask outline, heat map, calls.")
-    ] = False,
-    mean: Annotated[
-        str, typer.Option(help="With several runs: the mean of their probabilities or logits.")
-    ] = "probabilities",
-    workers: Annotated[
-        int | None,
-        typer.Option(help="Share the files among so many Ray workers (RAY_ADDRESS, or this machine).", min=1),
-    ] = None,
-    tta: Annotated[
-        str | None, typer.Option(help="hflip: the mean with the mirrored image (test-time augmentation).")
-    ] = None,
+    run: Runs,
+    inputs: Inputs = None,
+    split: Split = None,
+    gate: GateOfFiles = None,
+    id_map: IdMap = None,
+    out: Out = None,
+    kind: Kind = "json",
+    overlay: Overlay = False,
+    mean: Mean = "probabilities",
+    workers: Workers = None,
+    tta: Tta = None,
 ) -> None:
     """Probabilities and calls for images (predict a.dcm folder --run runs/NAME), or scores of a split (--split train).
 
     An image's probabilities are calibrated and called present or absent at the run's stored thresholds, as by evaluate.
     A file that cannot be read is a row with the reason, and exit code 3. What is done when the command is stopped is
-    kept; the same command goes on.
+    kept; the same command goes on. A dataset (the folder that `shard` made) is one row per image, with its id there.
 
     Files whose gray values are certain are read even where `shard` would refuse them, with a warning in the result.
 
     DICOM objects take patient and study from their image's header. An image with an empty mask gets a report instead of
     a segmentation; a PNG or JPEG gets none, and exit code 3.
     """
-    if (split is None) == (not inputs):
-        raise UserError("predict takes either inputs or --split train|val|test")
-    if split is not None:
-        if len(run) > 1 or tta is not None:
-            raise UserError("--split takes one --run; make a run of an ensemble: cxrscale ensemble RUN... --name NAME")
-        if gate is not None:
-            raise UserError("--gate goes with files; of a split: cxrscale evaluate RUN --gate CLASSIFIER")
-        _predict_split(run[0], split, id_map, out)
+    if not inputs:
+        given = {"--gate": gate, "--tta": tta, "--workers": workers, "--overlay": overlay or None}
+        _predict_split(run, split, id_map, out, [name for name, value in given.items() if value is not None])
         return
     if id_map is not None:
         raise UserError("--id-map goes with --split; predictions of files have the files' own names")
@@ -101,70 +105,99 @@ def predict_command(
 
     averaging = parse_averaging(mean, tta)
     spec = PredictorSpec(tuple(run), gate, None if averaging == Averaging() else averaging, maps=overlay)
-    _predict_files(_predictor(spec, workers), inputs or [], out or "predictions", kind, overlays=overlay)
+    job = _Job(inputs, split, out or "predictions", kind, overlay)
+    job.predict(_predictor(spec, workers))
 
 
 def _predictor(spec: PredictorSpec, workers: int | None) -> GroupPredictor:
     from cxrscale.inference import ClusterPredictor
 
-    if spec.gate is not None and (len(spec.runs) > 1 or spec.averaging is not None):
-        raise UserError("--gate takes one --run; make a run of an ensemble: cxrscale ensemble RUN... --name NAME")
     return spec.load() if workers is None else ClusterPredictor(spec, workers)
 
 
-def _predict_split(run: str, split: str, id_map: str | None, out: str | None) -> None:
+def _predict_split(
+    runs: list[str], split: str | None, id_map: str | None, out: str | None, of_files: list[str]
+) -> None:
     from cxrscale.inference import predictions
 
-    scores = predictions.predict_split(run, split)
-    print(storage.absolute(predictions.predictions_path(run, split)))
+    if split is None:
+        raise UserError("predict takes inputs, or --split train|val|test for the run's own images")
+    if len(runs) > 1 or "--tta" in of_files:
+        raise UserError("--split takes one --run; make a run of an ensemble: cxrscale ensemble RUN... --name NAME")
+    if "--gate" in of_files:
+        raise UserError("--gate goes with files; of a split: cxrscale evaluate RUN --gate CLASSIFIER")
+    if of_files:
+        raise UserError(f"{of_files[0]} goes with files or datasets; --split {split} alone is the run's own images")
+    scores = predictions.predict_split(runs[0], split)
+    print(storage.absolute(predictions.predictions_path(runs[0], split)))
     if id_map is not None:
         table = out or f"predictions-{split}.csv"
         predictions.write_under_source_ids(table, scores, id_map)
         print(storage.absolute(table))
 
 
-def _predict_files(predictor: GroupPredictor, given: list[str], out: str, kind: str, *, overlays: bool) -> None:
-    from cxrscale.inference import check_format, find_inputs, objects, predict_files
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What is predicted, into what."""
 
-    if not storage.is_remote(out) and storage.exists(out) and not storage.is_folder(out):
-        raise UserError(f"--out {out} is a file; give a folder, in which the predictions are one file")
-    check_format(kind, predictor.provenance)
-    for note in predictor.provenance.notes:
-        logging.getLogger("cxrscale").warning("%s: %s", predictor.provenance.run, note)
-    found = find_inputs(given, sys.stdin)
-    for line in found.left_out:
-        print(terminal.printable(line))
-    shown = len(found.paths) <= SHOWN
-    with progress.bar("predicting", len(found.paths), "images") as bar:
+    inputs: list[str]
+    split: str | None
+    out: str
+    kind: str
+    overlays: bool
 
-        def on_prediction(prediction: Prediction) -> None:
-            bar.update(bar.done + 1)
-            if shown:
-                _show(prediction)
+    def predict(self, predictor: GroupPredictor) -> None:
+        """Predict and print.
 
-        result = predict_files(predictor, found.paths, out, kind, on_prediction, overlays=overlays)
-    if result.resumed:
-        print(f"{result.resumed} of {len(found.paths)} were predicted before")
-    again = f" and {found.twice} given twice" if found.twice else ""
-    print(f"{result.read} images predicted, {result.not_read} not read{again}")
-    folder = storage.absolute(storage.join(out, objects.FOLDER))
-    if result.objects:
-        empty = f", {result.empty_masks} of them reports, since their masks are empty" if result.empty_masks else ""
-        print(f"{result.objects} DICOM objects in {folder}{empty}")
-    if overlays:
-        print(f"overlays in {folder}")
-    print(storage.absolute(result.address))
-    if result.without_object:
-        raise UnreadInputsError(
-            f"{result.without_object} of {result.read} images lack an object or overlay; `object_errors` in their rows "
-            "says why" + (f"; {result.not_read} could not be read" if result.not_read else "")
-        )
-    if result.not_read:
-        retry = f"; {result.unreachable} could not be reached, and the same command tries these again"
-        raise UnreadInputsError(
-            f"{result.not_read} of {len(found.paths)} inputs could not be read; `error` in their rows says why"
-            + (retry if result.unreachable else "")
-        )
+        Raises:
+            UnreadInputsError: an input could not be read, or lacks its object.
+        """
+        from cxrscale.inference import check_format, find_inputs, predict_files
+
+        if not storage.is_remote(self.out) and storage.exists(self.out) and not storage.is_folder(self.out):
+            raise UserError(f"--out {self.out} is a file; give a folder, in which the predictions are one file")
+        check_format(self.kind, predictor.provenance)
+        for note in predictor.provenance.notes:
+            logging.getLogger("cxrscale").warning("%s: %s", predictor.provenance.run, note)
+        found = find_inputs(self.inputs, sys.stdin, self.split)
+        for line in found.left_out:
+            print(terminal.printable(line))
+        shown = len(found.paths) <= SHOWN
+        with progress.bar("predicting", len(found.paths), "images") as bar:
+
+            def on_prediction(prediction: Prediction) -> None:
+                bar.update(bar.done + 1)
+                if shown:
+                    _show(prediction)
+
+            result = predict_files(predictor, found.paths, self.out, self.kind, on_prediction, overlays=self.overlays)
+        self._print(result, found)
+
+    def _print(self, result: FilePredictions, found: FoundInputs) -> None:
+        from cxrscale.inference import objects
+
+        if result.resumed:
+            print(f"{result.resumed} of {len(found.paths)} were predicted before")
+        again = f" and {found.twice} given twice" if found.twice else ""
+        print(f"{result.read} images predicted, {result.not_read} not read{again}")
+        folder = storage.absolute(storage.join(self.out, objects.FOLDER))
+        if result.objects:
+            empty = f", {result.empty_masks} of them reports, since their masks are empty" if result.empty_masks else ""
+            print(f"{result.objects} DICOM objects in {folder}{empty}")
+        if self.overlays:
+            print(f"overlays in {folder}")
+        print(storage.absolute(result.address))
+        if result.without_object:
+            raise UnreadInputsError(
+                f"{result.without_object} of {result.read} images lack an object or overlay; `object_errors` in their "
+                "rows says why" + (f"; {result.not_read} could not be read" if result.not_read else "")
+            )
+        if result.not_read:
+            retry = f"; {result.unreachable} could not be reached, and the same command tries these again"
+            raise UnreadInputsError(
+                f"{result.not_read} of {len(found.paths)} inputs could not be read; `error` in their rows says why"
+                + (retry if result.unreachable else "")
+            )
 
 
 def _show(prediction: Prediction) -> None:

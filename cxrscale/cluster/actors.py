@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 from cxrscale.cluster.tasks import UserErrorMessage
-from cxrscale.types import UserError
+from cxrscale.types import UserError, one_line
 
 LOG = logging.getLogger("cxrscale")
 RESTARTS = 3
@@ -21,37 +25,29 @@ def run_actors(
 ) -> Iterator[Result]:
     """The results of the jobs, in the order in which they finish; two jobs per actor are on their way.
 
+    The jobs of an actor that dies, with its process or its machine, go to the others, and another is started in its
+    place as soon as a machine has room for it. An actor gets jobs only once it is ready: none waits for a machine that
+    does not come back.
+
     Args:
         make: called once in each actor; returns what a job is given to.
         workers: actors; no more than the cluster has CPUs (or GPUs) are started.
         gpus: of each actor; without one it has a CPU.
 
     Raises:
-        UserError: an actor raised it, there is no CPU (or GPU), or a job has killed all actors that it was given to.
+        UserError: an actor raised it, there is no CPU (or GPU), a job has killed all actors that it was given to, or
+            actors die before they are ready.
     """
-    import ray
-
     from cxrscale.cluster import ray_session
 
     ray_session.connect()
-    count = _count(workers, gpus)
-    resources = {"num_gpus": gpus, "num_cpus": 0} if gpus else {"num_cpus": 1}
-    actor_class: Any = ray.remote(max_restarts=-1, max_task_retries=RESTARTS, **resources)(_Actor)
-    actors = [actor_class.remote(make) for _ in range(count)]
-    running: dict[Any, Any] = {}
-    left = iter(jobs)
+    pool = _Pool(make, iter(jobs), gpus)
     try:
-        for actor in actors * 2:
-            _give(actor, left, running)
-        while running:
-            (ready,), _ = ray.wait(list(running), num_returns=1)
-            actor = running.pop(ready)
-            result = _result(ready)
-            _give(actor, left, running)
-            yield result
+        for _ in range(_count(workers, gpus)):
+            pool.start()
+        yield from pool.results()
     finally:
-        for actor in actors:
-            ray.kill(actor)
+        pool.close()
 
 
 def _count(workers: int, gpus: float) -> int:
@@ -65,25 +61,127 @@ def _count(workers: int, gpus: float) -> int:
     return min(workers, int(available))
 
 
-def _give(actor: Any, jobs: Iterator[Any], running: dict[Any, Any]) -> None:
-    for job in jobs:
-        running[actor.run.remote(job)] = actor
-        return
+@dataclass(slots=True)
+class _Given:
+    """A job, and how many actors died over it."""
+
+    job: Any
+    deaths: int = 0
 
 
-def _result(reference: Any) -> Any:
-    import ray
+@dataclass(eq=False, slots=True)
+class _Worker:
+    """An actor and what it has to do."""
 
-    try:
-        result = ray.get(reference)
-    except ray.exceptions.RayActorError as error:
-        raise UserError(
-            f"workers died {RESTARTS + 1} times over the same images ({type(error).__name__}); their memory may be too "
-            "small. Run the same command again to resume"
-        ) from None
-    if isinstance(result, UserErrorMessage):
-        raise UserError(result.message)
-    return result
+    handle: Any
+    starting: Any
+    """A reference that resolves once it is ready; None from then on."""
+    running: dict[Any, _Given] = field(default_factory=dict)
+    """Reference -> job, in their order."""
+
+
+class _Pool:
+    """Actors, the jobs that they have, and those that came back from dead ones."""
+
+    def __init__(self, make: Callable[[], Callable[[Any], Any]], jobs: Iterator[Any], gpus: float) -> None:
+        import ray
+
+        resources: dict[str, Any] = {"num_gpus": gpus, "num_cpus": 0} if gpus else {"num_cpus": 1}
+        # Restarts by Ray would keep an actor's jobs until a machine has room for it again, be it never.
+        actor_class: Any = ray.remote(max_restarts=0, max_task_retries=0, **resources)(_Actor)
+        self._make_actor = partial(actor_class.remote, make)
+        self._jobs, self._back = jobs, deque[_Given]()
+        self._workers: list[_Worker] = []
+        self._failed_starts = 0
+
+    def start(self) -> None:
+        """Start an actor."""
+        handle = self._make_actor()
+        self._workers.append(_Worker(handle, handle.ready.remote()))
+
+    def results(self) -> Iterator[Any]:
+        """What the jobs return, until none is left."""
+        import ray
+
+        while any(worker.running for worker in self._workers) or self._any_left():
+            owner = {reference: worker for worker in self._workers for reference in worker.running}
+            owner |= {worker.starting: worker for worker in self._workers if worker.starting is not None}
+            (reference,), _ = ray.wait(list(owner), num_returns=1)
+            worker = owner[reference]
+            try:
+                result = ray.get(reference)
+            except _lost() as error:
+                self._replace(worker, error)
+                continue
+            if reference == worker.starting:
+                worker.starting, self._failed_starts = None, 0
+                self._fill()
+                continue
+            del worker.running[reference]
+            if isinstance(result, UserErrorMessage):
+                raise UserError(result.message)
+            self._fill()
+            yield result
+
+    def close(self) -> None:
+        """End all actors."""
+        import ray
+
+        for worker in self._workers:
+            ray.kill(worker.handle)
+
+    def _any_left(self) -> bool:
+        if not self._back:
+            self._back.extend(_Given(job) for job in islice(self._jobs, 1))
+        return bool(self._back)
+
+    def _fill(self) -> None:
+        """Give each actor that is ready its two jobs."""
+        for number in (1, 2):
+            for worker in self._workers:
+                if worker.starting is None and len(worker.running) < number and self._any_left():
+                    given = self._back.popleft()
+                    worker.running[worker.handle.run.remote(given.job)] = given
+
+    def _replace(self, worker: _Worker, error: Exception) -> None:
+        """Start another actor in the place of a dead one, whose jobs go to the others."""
+        import ray
+
+        ray.kill(worker.handle)
+        self._workers.remove(worker)
+        kind, given = type(error).__name__, list(worker.running.values())
+        if worker.starting is not None:
+            self._failed_starts += 1
+            if self._failed_starts > RESTARTS:
+                raise UserError(
+                    f"workers died {self._failed_starts} times before they were ready ({kind}: "
+                    f"{one_line(str(error), limit=300)}); their memory may be too small"
+                )
+        elif given:
+            # It had begun the first alone.
+            given[0].deaths += 1
+            if given[0].deaths > RESTARTS:
+                raise UserError(
+                    f"workers died {given[0].deaths} times over the same images ({kind}); their memory may be too "
+                    "small. Run the same command again to resume"
+                )
+        LOG.warning("a worker died (%s); another takes its place", kind)
+        self._back.extendleft(reversed(given))
+        self.start()
+        self._fill()
+
+
+def _lost() -> tuple[type[Exception], ...]:
+    """What Ray raises where an actor, or the machine with its result, is gone."""
+    from ray import exceptions
+
+    return (
+        exceptions.RayActorError,
+        exceptions.ObjectLostError,
+        exceptions.OutOfMemoryError,
+        exceptions.NodeDiedError,
+        exceptions.WorkerCrashedError,
+    )
 
 
 class _Actor:
@@ -96,6 +194,9 @@ class _Actor:
             self._call = make()
         except UserError as error:
             self._message = str(error)
+
+    def ready(self) -> None:
+        """Answers as soon as it can be given jobs."""
 
     def run(self, job: Any) -> Any:
         """The job's result."""

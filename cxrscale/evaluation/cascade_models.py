@@ -51,6 +51,9 @@ class Cascade(CascadeRule, Artifact):
     """cascade.json: threshold and mask rule, chosen together on validation."""
 
     schema_version: int = 1
+    gate_thresholds: str = ""
+    """Digest of the gate's thresholds.json, whose calibration makes the probabilities that `threshold` cuts; empty in
+    files of earlier versions."""
     images: int
     patients: int
     validation: CascadeMetrics

@@ -1,6 +1,8 @@
 from . import ensemble as ensemble
 from . import objects as objects
+from . import parts as parts
 from . import predictions as predictions
+from . import stored_images as stored_images
 from .cascade import GatedPredictor as GatedPredictor
 from .cascade import read_cascade as read_cascade
 from .decision import stored_thresholds as stored_thresholds

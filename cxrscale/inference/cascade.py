@@ -9,9 +9,10 @@ from pathlib import Path
 from cxrscale.evaluation import CASCADE, Cascade, cascade
 from cxrscale.inference.prediction import Gate, Prediction, Provenance
 from cxrscale.inference.predictor import Predictor
+from cxrscale.inference.stored_images import Pixels
 from cxrscale.inference.streaming import ImagePredictor, Prepared
 from cxrscale.io import read_artifact, rle_masks, storage
-from cxrscale.types import GrayImage, UserError
+from cxrscale.types import UserError
 
 
 class GatedPredictor(ImagePredictor):
@@ -40,7 +41,9 @@ class GatedPredictor(ImagePredictor):
         finding = cascade.common_finding(
             (self._segmenter.provenance.run, self._segmenter.recipe.data), (about.run, about.recipe.data)
         )
-        chosen = read_cascade(str(segmenter), self._segmenter.provenance.checkpoint, about.checkpoint)
+        chosen = read_cascade(str(segmenter), self._segmenter.provenance.checkpoint, about.checkpoint, about.thresholds)
+        again = f"`cxrscale threshold {segmenter} --gate {gate}` chooses them together"
+        self._notes = () if chosen is not None else (f"each run's own threshold and mask rule; {again}",)
         threshold = about.threshold.get(finding) if chosen is None else chosen.threshold
         if threshold is None:
             raise UserError(f"{gate} has no threshold for {finding}; run `cxrscale threshold {gate}`")
@@ -58,10 +61,13 @@ class GatedPredictor(ImagePredictor):
     @property
     def provenance(self) -> Provenance:
         """That of the segmenter, with the gate."""
-        return self._segmenter.provenance.model_copy(update={"gate": self._about})
+        alone = self._segmenter.provenance
+        return alone.model_copy(update={"gate": self._about, "notes": (*alone.notes, *self._notes)})
 
-    def _encode(self, image_HW: GrayImage) -> tuple[bytes, ...]:
-        return self._gate.encode(image_HW), self._segmenter.encode(image_HW)
+    @property
+    def stores(self) -> tuple[Pixels, ...]:
+        """Those of the gate and of the segmenter."""
+        return *self._gate.stores, *self._segmenter.stores
 
     def _predict_batch(self, batch: Sequence[Prepared]) -> list[Prediction]:
         judged = self._gate.predict_stored([one.prediction for one in batch], [one.stored[0] for one in batch])
@@ -89,8 +95,13 @@ class GatedPredictor(ImagePredictor):
         return replace(known, calls=absent, mask_rle=rle_masks.EMPTY, mask_area=0, mask_area_mm2=area_mm2)
 
 
-def read_cascade(segmenter: str, digest: str, gate_digest: str) -> Cascade | None:
-    """The segmenter's cascade.json; None where there is none, or it is of other weights than these.
+def read_cascade(segmenter: str, digest: str, gate_digest: str, gate_thresholds: str) -> Cascade | None:
+    """The segmenter's cascade.json; None where there is none, or it is of other weights or calibration than these.
+
+    Args:
+        digest: of the segmenter's weights.
+        gate_digest: of the gate's.
+        gate_thresholds: of the gate's thresholds.json.
 
     Raises:
         UserError: it is damaged or of another version.
@@ -99,4 +110,5 @@ def read_cascade(segmenter: str, digest: str, gate_digest: str) -> Cascade | Non
     if not storage.exists(address):
         return None
     stored = read_artifact(Cascade, address, f"run `cxrscale threshold {segmenter} --gate GATE` again")
-    return stored if (stored.segmenter.checkpoint, stored.gate.checkpoint) == (digest, gate_digest) else None
+    same = (stored.segmenter.checkpoint, stored.gate.checkpoint) == (digest, gate_digest)
+    return stored if same and stored.gate_thresholds in ("", gate_thresholds) else None

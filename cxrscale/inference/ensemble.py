@@ -38,7 +38,8 @@ def build_ensemble(runs: Sequence[str | Path], folder: str, averaging: Averaging
     if twice := {run for run in addresses if addresses.count(run) > 1}:
         raise UserError(f"{', '.join(sorted(twice))} is given twice; name each member once")
     device = LocalWorker().dist.device
-    ensemble = average(addresses, [load_model(run, device) for run in addresses], averaging)
+    loaded = [load_model(run, device) for run in addresses]
+    ensemble = average(addresses, loaded, averaging)
     info = EnsembleInfo(members=ensemble.members, averaging=averaging)
     if (stored := read_ensemble(folder)) is not None:
         if (stored.members, stored.averaging) != (info.members, info.averaging):
@@ -47,7 +48,10 @@ def build_ensemble(runs: Sequence[str | Path], folder: str, averaging: Averaging
     elif storage.exists(storage.join(folder, resume.RECIPE)):
         raise UserError(f"{folder} is a run or a search; give another --name")
     if not storage.exists(storage.join(folder, checkpoint.BEST)):
-        _write(folder, addresses, ensemble, info)
+        write_artifact(storage.join(folder, NAME), info)
+        _write_run_files(folder, addresses[0], ensemble)
+        # The weights come last: without them the folder is no run yet.
+        storage.write(storage.join(folder, checkpoint.BEST), checkpoint.dump(ensemble_state(loaded, ensemble)))
     return info
 
 
@@ -63,15 +67,13 @@ def read_ensemble(folder: str) -> EnsembleInfo | None:
     return read_artifact(EnsembleInfo, address, "make the ensemble again, under another --name")
 
 
-def _write(folder: str, runs: Sequence[str], ensemble: TrainedModel, info: EnsembleInfo) -> None:
-    """The weights come last: without them the folder is no run yet."""
-    write_artifact(storage.join(folder, NAME), info)
+def _write_run_files(folder: str, first: str, ensemble: TrainedModel) -> None:
+    """What a training writes beside its weights; the inputs are those of the first member."""
     name = folder.rstrip("/").rpartition("/")[2]
     recipe = ensemble.recipe
     recipe = recipe.model_copy(update={"tracking": recipe.tracking.model_copy(update={"name": name})})
-    inputs = read_run_info(runs[0])
+    inputs = read_run_info(first)
     fields = {field: getattr(inputs, field) for field in ("recipe", "shards", "manifest", "inputs")}
     made = RunInfo(**fields, **dict(run_info.environment()), finished=True)
     write_artifact(storage.join(folder, run_info.RUN_INFO), made)
     write_sealed_yaml(storage.join(folder, resume.RECIPE), config.to_yaml(recipe))
-    storage.write(storage.join(folder, checkpoint.BEST), checkpoint.dump(ensemble_state(runs, ensemble)))

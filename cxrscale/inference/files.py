@@ -61,7 +61,7 @@ def predict_files(
         overlays: also draw an overlay per image into `out`/objects; with a heat map where the predictor gives `maps`.
 
     Raises:
-        UserError: no such format, or the folder holds unfinished predictions of another run.
+        UserError: no such format, or the folder holds predictions of another run.
         BusyError: another process writes this folder.
     """
     check_format(kind, predictor.provenance)
@@ -84,6 +84,7 @@ def predict_files(
         finally:
             journal.flush()
         counted = _Counted(journal.newest(paths), tuple(drafters))
+        journal.own()
         address = write_predictions(out, kind, counted, predictor.provenance)
         # Else the parts are kept, so that the same call tries only what could not be reached.
         if not counted.unreachable:

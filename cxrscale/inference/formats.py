@@ -101,7 +101,8 @@ def _write_parquet(path: Path, rows: Rows, provenance: Provenance) -> None:
         for group in _groups(rows):
             flat = [_flat(prediction) for prediction in group]
             for values in flat:
-                values["path"] = values["path"].encode(errors="surrogateescape").decode(errors="backslashreplace")
+                # A path need not be UTF-8, as a column has to; the reason why it was not read names it too.
+                values |= {name: _utf8(values[name]) for name in ("path", "error") if values[name]}
             writer.write_table(pa.Table.from_pylist(flat, schema))
 
 
@@ -137,13 +138,14 @@ def _schema(provenance: Provenance) -> pa.Schema:
     mask = [("mask_rle", pa.string()), ("mask_area", whole), ("mask_area_mm2", number)]
     of_masks = mask if provenance.recipe.data.task == "segment" else []
     said = [("ood_distance", number), ("warnings", pa.list_(pa.string())), ("error", pa.string())]
-    return pa.schema([("path", pa.string()), *gate, *findings, *of_masks, *size, *said])
+    return pa.schema([("path", pa.string()), ("image_id", pa.string()), *gate, *findings, *of_masks, *size, *said])
 
 
 def _flat(prediction: Prediction) -> dict[str, Any]:
     """Column -> value; columns without a value are left out."""
     spacing = prediction.spacing_mm or (None, None)
     values: dict[str, Any] = {"path": prediction.path, "warnings": list(prediction.warnings)}
+    values |= {"image_id": prediction.image_id or None}
     values |= {"height": prediction.height, "width": prediction.width, "error": prediction.error or None}
     values |= {"ood_distance": prediction.ood_distance}
     values |= {"row_spacing_mm": spacing[0], "column_spacing_mm": spacing[1]}
@@ -156,6 +158,10 @@ def _flat(prediction: Prediction) -> dict[str, Any]:
         values |= {"mask_rle": prediction.mask_rle, "mask_area": prediction.mask_area}
         values |= {"mask_area_mm2": prediction.mask_area_mm2}
     return values
+
+
+def _utf8(text: str) -> str:
+    return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def _groups(rows: Rows) -> Iterator[list[Prediction]]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
+from cxrscale.inference import stored_images
 from cxrscale.io import storage
 from cxrscale.sources import FORMATS, LedgerBook, find_images
 from cxrscale.types import UserError
@@ -26,29 +27,42 @@ class Inputs:
     """One line per kind of file in a folder that looks like an image and is left out."""
 
 
-def find_inputs(given: Sequence[str], stdin: TextIO | None = None) -> Inputs:
+def find_inputs(given: Sequence[str], stdin: TextIO | None = None, split: str | None = None) -> Inputs:
     """Expand what a command line names.
 
-    A folder or prefix stands for the images under it, at any depth: DICOM with or without a suffix, PNG, JPEG. A name
+    A folder or prefix stands for the images under it, at any depth: DICOM with or without a suffix, PNG, JPEG; the
+    folder or address of a dataset for its images, or those of one of its splits (see `stored_images`). A name
     with `*`, `?` or `[` that is no file is a pattern (`**` is any depth). `@list.txt` is a file of one input per line,
     and `-` such lines on stdin. Anything else is a file, whether it can be read or not.
 
+    Args:
+        split: of datasets; all inputs then are datasets.
+
     Raises:
-        UserError: a list does not exist, a pattern or all inputs together name no image.
+        UserError: a list does not exist, a pattern or all inputs together name no image, a dataset has no such split or
+            something else is none.
         AccessError: a folder cannot be listed.
     """
     book = LedgerBook("inputs")
-    found = list(_expand(given, stdin, book, lists=True))
+    found = list(_expand(_named(given, stdin), book, split))
     if not found:
         raise UserError(f"{', '.join(given) or 'the command'} names no image; give DICOM, PNG or JPEG files or folders")
     paths = tuple(dict.fromkeys(found))
     return Inputs(paths, len(found) - len(paths), tuple(book.lines()[1:]))
 
 
-def _expand(given: Sequence[str], stdin: TextIO | None, book: LedgerBook, *, lists: bool) -> Iterator[str]:
+def _named(given: Sequence[str], stdin: TextIO | None) -> Iterator[str]:
+    """The inputs, with what lists name in their place."""
     for name in given:
-        if lists and (name == "-" or name.startswith("@")):
-            yield from _expand(_lines(name, stdin), None, book, lists=False)
+        yield from _lines(name, stdin) if name == "-" or name.startswith("@") else (name,)
+
+
+def _expand(given: Iterable[str], book: LedgerBook, split: str | None) -> Iterator[str]:
+    for name in given:
+        if storage.is_folder(name) and stored_images.is_dataset(name):
+            yield from stored_images.dataset_images(name, split)
+        elif split is not None:
+            raise UserError(f"--split {split} is one of datasets, and {name} is none; leave one of them out")
         elif storage.is_folder(name):
             yield from (image.path for image in find_images(name, FORMATS, lambda _: "", book))
         elif not _PATTERN.isdisjoint(name) and not storage.exists(name):

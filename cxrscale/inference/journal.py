@@ -1,25 +1,27 @@
 """Predictions of many files, kept as they come: a command that is killed goes on where it was.
 
-A folder of predictions holds `parts/00000.jsonl`, `00001.jsonl`, ... while it is being filled, each written whole, and
-`parts/job.json` with what they were made by. At the end they become one file.
+A folder of predictions holds `parts/00000.parquet`, `00001.parquet`, ... while it is being filled, and `parts/job.json`
+with what they were made by. Each part is published whole, and is itself the sign that its images are done, wherever
+they were predicted. At the end they become one file, and `predictions-of.json` beside it keeps whose it is.
 """
 
 from __future__ import annotations
 
-import json
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from functools import cache
+from heapq import heappop, heappush
 from typing import Any
 
-from pydantic import TypeAdapter
-
+from cxrscale.inference import parts
 from cxrscale.inference.objects import has_object
 from cxrscale.inference.prediction import Prediction, Provenance
-from cxrscale.io import Artifact, read_artifact, seal, storage, write_artifact
+from cxrscale.io import Artifact, read_artifact, storage, write_artifact
 from cxrscale.types import UserError
 
 FOLDER, JOB = "parts", "job.json"
+OWNER = "predictions-of.json"
+"""In a folder of finished predictions: the `Job` that they were made by."""
 ROWS = 256
 """Predictions in a part: what a kill can cost."""
 
@@ -27,7 +29,7 @@ ROWS = 256
 class Job(Artifact):
     """What the parts of a folder were made by."""
 
-    schema_version: int = 1
+    schema_version: int = 2
     checkpoint: str
     """Digest of the weights."""
     thresholds: str
@@ -48,11 +50,17 @@ class Journal:
             kinds: objects that each image gets beside its row.
 
         Raises:
-            UserError: it holds parts of another run, or of other thresholds.
+            UserError: it holds predictions of another run, or parts of other thresholds.
         """
         self._folder = storage.join(out, FOLDER)
         address = storage.join(self._folder, JOB)
         mine = _job(provenance)
+        self._owner, self._job = storage.join(out, OWNER), mine
+        if storage.exists(self._owner):
+            owner = read_artifact(Job, self._owner, f"give another --out, or remove {out}")
+            # Those of other thresholds of one run are made anew; another run's would stand among them.
+            if owner.run != mine.run:
+                raise UserError(f"{out} holds predictions of run {owner.run}; give another --out, or remove it")
         if not storage.exists(address):
             write_artifact(address, mine)
         elif (theirs := read_artifact(Job, address, f"remove {self._folder}")) != mine:
@@ -62,13 +70,12 @@ class Journal:
         self._parts: list[str] = []
         self._last: dict[str, int] = {}
         """Input -> the part with its newest row: one that could not be reached was tried again."""
-        self._first: list[str] = []
-        """Of each part, its first input."""
         self._again: set[str] = set()
         self._kinds = kinds
         self._pending: list[Prediction] = []
-        for name in storage.listing(self._folder, ".jsonl"):
-            self._index(name, list(self._rows(name)))
+        for name in sorted(storage.listing(self._folder, parts.SUFFIX)):
+            address = storage.join(self._folder, name)
+            self._index(name, list(parts.decode_state(storage.read(address), address, kinds)))
 
     @property
     def done(self) -> set[str]:
@@ -84,24 +91,36 @@ class Journal:
     def flush(self) -> None:
         """Write what is not yet written."""
         if self._pending:
-            name = f"{len(self._parts):05}.jsonl"
-            text = "".join(f"{json.dumps(row(one))}\n" for one in self._pending)
-            storage.write(storage.join(self._folder, name), seal.closed_text(text))
+            # Not their count: a damaged one may have been removed.
+            number = int(self._parts[-1].removesuffix(parts.SUFFIX)) + 1 if self._parts else 0
+            name = f"{number:05}{parts.SUFFIX}"
+            storage.write(storage.join(self._folder, name), parts.encode(self._pending))
             self._index(name, self._pending)
             self._pending = []
 
     def newest(self, inputs: Sequence[str]) -> Iterator[Prediction]:
-        """The newest row of each of these inputs: parts in the order of their first inputs, whoever was done first."""
+        """The newest row of each of these inputs, in their order, whoever was done first.
+
+        A part is in memory from its first row to its last: one at a time where they were filled in order.
+        """
         order = {path: number for number, path in enumerate(inputs)}
-        for part in sorted(range(len(self._parts)), key=lambda one: order.get(self._first[one], -1)):
-            for one in self._rows(self._parts[part]):
-                if self._last[one.path] == part and one.path in order:
-                    yield one
+        starts: dict[int, int] = {}
+        for path, number in order.items():
+            if path in self._last:
+                starts.setdefault(self._last[path], number)
+        waiting, read = deque(starts.items()), list[tuple[int, Prediction]]()
+        while waiting or read:
+            while waiting and (not read or waiting[0][1] < read[0][0]):
+                part, _ = waiting.popleft()
+                # Of an input that is there twice the newer row.
+                for path, one in {one.path: one for one in self._rows(self._parts[part])}.items():
+                    if self._last[path] == part and path in order:
+                        heappush(read, (order[path], one))
+            yield heappop(read)[1]
 
     def _index(self, name: str, rows: Sequence[Prediction]) -> None:
         part = len(self._parts)
         self._parts.append(name)
-        self._first.append(rows[0].path if rows else "")
         for one in rows:
             self._last[one.path] = part
             whole = not one.unreachable and all(has_object(one, kind) for kind in self._kinds)
@@ -109,9 +128,11 @@ class Journal:
 
     def _rows(self, name: str) -> Iterator[Prediction]:
         address = storage.join(self._folder, name)
-        content = seal.read(address, "remove it: its images are predicted again")
-        for line in content.decode().splitlines()[:-1]:
-            yield _adapter().validate_json(line)
+        return parts.decode(storage.read(address), address)
+
+    def own(self) -> None:
+        """Note that the folder's predictions are those of this run."""
+        write_artifact(self._owner, self._job)
 
     def remove(self) -> None:
         """Remove the parts, and their folder."""
@@ -120,13 +141,17 @@ class Journal:
         storage.remove_empty_folder(self._folder)
 
 
+def settings_of(provenance: Provenance) -> str:
+    """Digest of all that a prediction follows from: weights, thresholds, the classifier before it."""
+    return storage.digest(provenance.model_dump_json(exclude={"recipe", "notes"}).encode())
+
+
 def _job(provenance: Provenance) -> Job:
-    settings = provenance.model_dump_json(exclude={"recipe", "notes"})
     return Job(
         run=provenance.run,
         checkpoint=provenance.checkpoint,
         thresholds=provenance.thresholds,
-        settings=storage.digest(settings.encode()),
+        settings=settings_of(provenance),
     )
 
 
@@ -136,8 +161,3 @@ def row(prediction: Prediction) -> dict[str, Any]:
     if not prediction.unreachable:
         del known["unreachable"]
     return {name: value for name, value in known.items() if value is not None and value not in ("", {}, ())}
-
-
-@cache
-def _adapter() -> TypeAdapter[Prediction]:
-    return TypeAdapter(Prediction)

@@ -34,8 +34,10 @@ class PredictorSpec:
         """The predictor.
 
         Raises:
-            UserError: as `Predictor` and `GatedPredictor`.
+            UserError: as `Predictor` and `GatedPredictor`; a gate stands before several runs.
         """
+        if self.gate is not None and (len(self.runs) > 1 or self.averaging is not None):
+            raise UserError("--gate takes one --run; make a run of an ensemble: cxrscale ensemble RUN... --name NAME")
         if self.gate is not None:
             return GatedPredictor(self.runs[0], self.gate, device, maps=self.maps)
         return Predictor(self.runs, device, averaging=self.averaging, maps=self.maps)
@@ -54,11 +56,11 @@ class ClusterPredictor(GroupPredictor):
         Raises:
             UserError: as `PredictorSpec.load`; no cluster answers.
         """
-        here = spec.load("cpu")
-        self._provenance, self._batch_size = here.provenance, here.batch_size
         runs = tuple(storage.absolute(run) for run in spec.runs)
         gate = spec.gate and storage.absolute(spec.gate)
         self._spec, self._workers = replace(spec, runs=runs, gate=gate), workers
+        here = self._spec.load("cpu")
+        self._provenance, self._batch_size = here.provenance, here.batch_size
 
     @property
     def provenance(self) -> Provenance:
@@ -73,7 +75,7 @@ class ClusterPredictor(GroupPredictor):
         """
         ray_session.connect()
         size = -(-journal.ROWS // self._batch_size) * self._batch_size
-        make = partial(_worker, self._spec, self._provenance.checkpoint)
+        make = partial(_worker, self._spec, journal.settings_of(self._provenance))
         gpus = 1 if ray_session.gpus() else 0
         yield from run_actors(make, _pieces(paths, size), self._workers, gpus)
 
@@ -85,15 +87,16 @@ def _pieces(paths: Sequence[str], size: int) -> Iterator[list[tuple[str, str]]]:
         yield piece
 
 
-def _worker(spec: PredictorSpec, checkpoint: str) -> Callable[[list[tuple[str, str]]], list[Prediction]]:
+def _worker(spec: PredictorSpec, settings: str) -> Callable[[list[tuple[str, str]]], list[Prediction]]:
     """What a worker does with a piece.
 
     Raises:
         UserError: it cannot load the runs, or finds other ones.
     """
     predictor = spec.load()
-    if predictor.provenance.checkpoint != checkpoint:
-        raise UserError(f"a worker finds other weights in {', '.join(spec.runs)} than are here; share the folder")
+    if journal.settings_of(predictor.provenance) != settings:
+        names = ", ".join(spec.runs if spec.gate is None else (*spec.runs, spec.gate))
+        raise UserError(f"a worker finds other weights or thresholds in {names} than are here; share the folder")
 
     def predict(piece: list[tuple[str, str]]) -> list[Prediction]:
         found = predictor.predict([address for _, address in piece])

@@ -10,6 +10,8 @@ import numpy.typing as npt
 
 from cxrscale.inference.objects import Draft, Drafter
 from cxrscale.inference.prediction import Prediction, Provenance
+from cxrscale.inference.stored_images import read_input
+from cxrscale.inference.text_strip import Line, draw_strip
 from cxrscale.io import Strictness, load_image, rle_masks, storage
 from cxrscale.types import GrayImage
 
@@ -21,8 +23,6 @@ HEAT = 0.45
 """Opacity of a heat map where it is highest."""
 OUTLINE, PRESENT, ABSENT, PLAIN = (0, 215, 255), (110, 160, 255), (200, 200, 200), (235, 235, 235)
 """Colors, BGR."""
-Line = tuple[str, tuple[int, int, int]]
-"""A text and its color."""
 Color = npt.NDArray[np.uint8]
 
 
@@ -36,11 +36,14 @@ def overlay_drafter(provenance: Provenance) -> Drafter:
     )
 
     def draft(prediction: Prediction) -> Draft:
-        content = storage.read(prediction.path)
+        content = read_input(prediction.path)
 
         def encode() -> bytes:
-            image = load_image(content, name=prediction.path, strictness=Strictness.LENIENT)
-            done, encoded = cv2.imencode(".png", draw_overlay(image.image_HW, prediction, thresholds))
+            image_HW = load_image(content, name=prediction.path, strictness=Strictness.LENIENT).image_HW
+            if prediction.image_id and prediction.height and prediction.width:
+                # A dataset has the image smaller than the mask.
+                image_HW = cv2.resize(image_HW, (prediction.width, prediction.height)).astype(np.uint8)
+            done, encoded = cv2.imencode(".png", draw_overlay(image_HW, prediction, thresholds))
             assert done
             return encoded.tobytes()
 
@@ -66,7 +69,7 @@ def draw_overlay(image_HW: GrayImage, prediction: Prediction, thresholds: Mappin
         mask_HW = rle_masks.decode(prediction.mask_rle, image_HW.shape).astype(np.uint8)
         contours, _ = cv2.findContours(mask_HW, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(color_HW3, contours, -1, OUTLINE, max(1, round(max(image_HW.shape) / 400)))
-    strip = _strip(_lines(prediction, thresholds, finding), color_HW3.shape[1])
+    strip = draw_strip([Line(*one) for one in _lines(prediction, thresholds, finding)], color_HW3.shape[1])
     return np.concatenate([color_HW3, strip]).astype(np.uint8)
 
 
@@ -87,9 +90,11 @@ def _with_heat(color_HW3: Color, map_hw: npt.NDArray[np.float32]) -> Color:
     return np.asarray(color_HW3 * (1 - opacity_HW1) + heat_HW3 * opacity_HW1, dtype=np.uint8)
 
 
-def _lines(prediction: Prediction, thresholds: Mapping[str, float], mapped: str | None) -> list[Line]:
-    """What stands below the image."""
-    lines = []
+def _lines(
+    prediction: Prediction, thresholds: Mapping[str, float], mapped: str | None
+) -> list[tuple[str, tuple[int, int, int]]]:
+    """What stands below the image, with its color."""
+    lines: list[tuple[str, tuple[int, int, int]]] = []
     for name, value in prediction.gate.items():
         words = "passed on" if prediction.gate_call else "not passed on"
         lines.append((f"{name} {value:.3f} by the classifier: {words}", PRESENT if prediction.gate_call else ABSENT))
@@ -108,17 +113,3 @@ def _lines(prediction: Prediction, thresholds: Mapping[str, float], mapped: str 
             size += f", {prediction.mask_area_mm2 / 100:.1f} cm2"
         lines.append((f"mask: {size}", OUTLINE if prediction.mask_area else ABSENT))
     return [*lines, ("Not a medical device.", PLAIN)]
-
-
-def _strip(lines: list[Line], width: int) -> Color:
-    """Lines of text on black, as wide as the image; OpenCV's font has ASCII alone."""
-    texts = ["".join(char if " " <= char <= "~" else "?" for char in text) for text, _ in lines]
-    font = cv2.FONT_HERSHEY_SIMPLEX
-    widest = max(cv2.getTextSize(text, font, 1.0, 1)[0][0] for text in texts)
-    scale = min(width / 1000, 0.96 * width / widest)
-    step = max(8, round(34 * scale))
-    strip_HW3 = np.zeros((step * len(lines) + step // 2, width, 3), np.uint8)
-    for number, (text, (_, color)) in enumerate(zip(texts, lines, strict=True), start=1):
-        origin = (round(0.02 * width), number * step)
-        cv2.putText(strip_HW3, text, origin, font, scale, color, max(1, round(1.5 * scale)), cv2.LINE_AA)
-    return strip_HW3

@@ -17,7 +17,9 @@ class Prediction:
     """What a model predicts for one image, or why it cannot."""
 
     path: str = ""
-    """The file's path or address; empty for bytes and arrays."""
+    """The file's path or address; empty for bytes and arrays. Of an image of a dataset DATASET/SHARD.tar/ID."""
+    image_id: str = field(default="", kw_only=True)
+    """Of an image of a dataset: its id there."""
     probabilities: Mapping[str, float] = field(default_factory=dict)
     """Finding -> probability in 0..1; for segmentation of the map's highest pixel.
 

@@ -93,7 +93,8 @@ def predict_split(run: str | Path, name: str, progress: Callable[[int], None] | 
     roles = {"train": recipe.data.train_split, "val": recipe.data.val_split, "test": recipe.data.test_split}
     reference = ood.reference_of(str(run), trained, data, dist)
     distances = None if reference is None else ood.Distances(reference)
-    batches = _with_progress(evaluation_batches(data, roles.get(name, (name,)), recipe, dist), progress)
+    unwatched = evaluation_batches(data, roles.get(name, (name,)), recipe, dist, trained.also)
+    batches = _with_progress(unwatched, progress)
     watched = batches if distances is None else distances.watch(batches)
     own_mask = data.own_mask if data.has_own_masks else None
     rows = scoring.score(trained.model, watched, recipe, dist, own_mask=own_mask)
@@ -129,7 +130,7 @@ def score_maps(
     recipe, name = trained.recipe, "the chosen rows"
     chosen = data.only(rows, name)
     with torch.no_grad():
-        for batch in evaluation_batches(chosen, (name,), recipe, dist):
+        for batch in evaluation_batches(chosen, (name,), recipe, dist, trained.also):
             assert batch.mask_B1HW is not None
             score_B1HW = probabilities(forward(trained.model, batch, recipe.train, dist.device)).cpu().numpy()
             mask_B1HW = batch.mask_B1HW.cpu().numpy() > 0.5

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,13 +18,14 @@ from cxrscale.evaluation.metrics import bin_of
 from cxrscale.inference.decision import Decision, read_decision
 from cxrscale.inference.ood import read_reference, thumbnails
 from cxrscale.inference.prediction import Prediction, Provenance
+from cxrscale.inference.stored_images import Pixels
 from cxrscale.inference.streaming import ImagePredictor, Prepared
 from cxrscale.inference.trained import Averaging, load_models
-from cxrscale.io import encode_jpeg, encode_png, resize_image, rle_masks, storage
-from cxrscale.loader import file_batches
+from cxrscale.io import rle_masks, storage
+from cxrscale.loader import FileLoader
 from cxrscale.models import forward, pooled_features, probabilities
 from cxrscale.training import LocalWorker, scoring
-from cxrscale.types import Batch, GrayImage, probabilities_of
+from cxrscale.types import Batch, probabilities_of
 
 NO_CALLS = (
     "an ensemble without thresholds: probabilities are the mean of its models' own and no calls; "
@@ -89,7 +89,8 @@ class Predictor(ImagePredictor):
         self.mask_rule = mask_rule or (chosen and chosen.mask_rule) or DEFAULT_MASK_RULE
         self._maps = maps
         self._reference = read_reference(str(runs[0])) if own else None
-        # Batches and model: a DALI pipeline belongs to one thread, and a GPU gains nothing from two at once.
+        self._loader = FileLoader(self.recipe, self._device, self._trained.also)
+        # Batches and model: a DALI pipeline takes one thread at a time, and a GPU gains nothing from two at once.
         self._lock = threading.Lock()
 
     @property
@@ -117,24 +118,22 @@ class Predictor(ImagePredictor):
             recipe=self.recipe,
         )
 
-    def encode(self, image_HW: GrayImage) -> bytes:
-        """The image as the shards of the run's datasets would hold it."""
-        return encode_as_stored(image_HW, self._trained.pixels)
+    @property
+    def stores(self) -> tuple[Pixels, ...]:
+        """That of the run's datasets."""
+        return (self._trained.pixels,)
 
     def predict_stored(self, known: Sequence[Prediction], stored: Sequence[bytes]) -> list[Prediction]:
         """The predictions of images that are in memory, in one batch.
 
         Args:
             known: of each image what is known without the model.
-            stored: the images, as `encode` gives them.
+            stored: the images, as `stores` says.
         """
         return [
             replace(one, error="the image cannot be decoded") if output is None else self._prediction(one, output)
             for one, output in zip(known, self._outputs(stored), strict=True)
         ]
-
-    def _encode(self, image_HW: GrayImage) -> tuple[bytes, ...]:
-        return (self.encode(image_HW),)
 
     def _predict_batch(self, batch: Sequence[Prepared]) -> list[Prediction]:
         return self.predict_stored([one.prediction for one in batch], [one.stored[0] for one in batch])
@@ -183,21 +182,19 @@ class Predictor(ImagePredictor):
         outputs: list[_Output | None] = [None] * len(images)
         if not images:
             return outputs
-        # No padding: a single image must not cost a forward pass of a full batch.
-        sampler = self.recipe.sampler.model_copy(update={"eval_batch_size": len(images)})
-        recipe = self.recipe.model_copy(update={"sampler": sampler})
         with self._lock, torch.no_grad():
-            for batch in file_batches(images, recipe, self._device):
-                logits, map_BFhw = self._forward(batch)
-                distance_B = None if self._reference is None else self._reference.distance(thumbnails(batch))
-                maps = probabilities(logits)[:, 0].cpu().numpy() if logits.ndim == 4 else None
-                logit_BF = logits.flatten(2).amax(dim=2).cpu().numpy() if logits.ndim == 4 else logits.cpu().numpy()
-                for index in np.flatnonzero(batch.valid_B.cpu().numpy()):
-                    score_HW = None if maps is None else maps[index]
-                    map_Fhw = None if map_BFhw is None else map_BFhw[index]
-                    outputs[int(batch.row_B[index])] = _Output(
-                        logit_BF[index], score_HW, map_Fhw, None if distance_B is None else float(distance_B[index])
-                    )
+            # No padding: a single image must not cost a forward pass of a full batch.
+            batch = self._loader.batch(images)
+            logits, map_BFhw = self._forward(batch)
+            distance_B = None if self._reference is None else self._reference.distance(thumbnails(batch))
+        maps = probabilities(logits)[:, 0].cpu().numpy() if logits.ndim == 4 else None
+        logit_BF = logits.flatten(2).amax(dim=2).cpu().numpy() if logits.ndim == 4 else logits.cpu().numpy()
+        for index in np.flatnonzero(batch.valid_B.cpu().numpy()):
+            score_HW = None if maps is None else maps[index]
+            map_Fhw = None if map_BFhw is None else map_BFhw[index]
+            outputs[index] = _Output(
+                logit_BF[index], score_HW, map_Fhw, None if distance_B is None else float(distance_B[index])
+            )
         return outputs
 
 
@@ -224,11 +221,3 @@ def apply_mask_rule(score_HW: npt.NDArray[np.float32], rule: MaskRule, shape: tu
     gate_HW = own_HW if rule.own_size else score_HW
     enough = (gate_HW * bins >= bin_of(rule.top, bins)).sum() >= max(1, rule.min_area)
     return np.asarray((own_HW * bins >= bin_of(rule.bottom, bins)) & enough)
-
-
-def encode_as_stored(image_HW: GrayImage, pixels: Mapping[str, Any]) -> bytes:
-    """An image as the shards would hold it: same size and encoding."""
-    if pixels["codec"] == "source":
-        return encode_png(image_HW)
-    resized_HW = resize_image(image_HW, pixels["size"])
-    return encode_png(resized_HW) if pixels["codec"] == "png" else encode_jpeg(resized_HW, pixels["quality"])

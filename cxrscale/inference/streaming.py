@@ -7,18 +7,20 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from cxrscale.inference.prediction import Prediction, Provenance
+from cxrscale.inference.stored_images import Pixels, StoredImage, encode_as_stored, read_stored
 from cxrscale.io import LoadedImage, Strictness, load_image, storage
 from cxrscale.types import AccessError, GrayImage, UnreadableImageError, UserError
 
 Source = str | Path | bytes | GrayImage
-"""An image: a path or fsspec address of a DICOM, PNG or JPEG file, such a file's bytes, or an upright gray array."""
+"""An image: a path or fsspec address of a DICOM, PNG or JPEG file, an image of a dataset (DATASET/SHARD.tar/ID), such a
+file's bytes, or an upright gray array."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +30,7 @@ class Prepared:
     prediction: Prediction
     """What is known without a model."""
     stored: tuple[bytes, ...] = ()
-    """For each model the image as its shards would hold it; none where it could not be read."""
+    """For each of the predictor's `stores` the image as it would hold it; none where it could not be read."""
 
 
 class GroupPredictor(ABC):
@@ -57,9 +59,10 @@ class ImagePredictor(GroupPredictor):
         """Images per forward pass where the caller does not say."""
         return self.provenance.recipe.sampler.eval_batch_size
 
+    @property
     @abstractmethod
-    def _encode(self, image_HW: GrayImage) -> tuple[bytes, ...]:
-        """The image as the shards of each model would hold it."""
+    def stores(self) -> tuple[Pixels, ...]:
+        """How the training images of each model are stored: an image goes the same way to the model."""
 
     @abstractmethod
     def _predict_batch(self, batch: Sequence[Prepared]) -> list[Prediction]:
@@ -73,7 +76,8 @@ class ImagePredictor(GroupPredictor):
         """The predictions for many images, in order; an unreadable one gives its `Prediction.error`.
 
         An image is processed as the training images were: upright gray, stored size and encoding, same operations.
-        Files are read leniently: `cxrscale.io.strictness` lists what then becomes a warning instead of an error.
+        Files are read leniently: `cxrscale.io.strictness` lists what then becomes a warning instead of an error. An
+        image of a dataset that is stored as the training images are goes to the model byte for byte.
 
         Args:
             batch_size: images per forward pass; None: the recipe's sampler.eval_batch_size. This many are in memory.
@@ -117,12 +121,20 @@ class ImagePredictor(GroupPredictor):
         """The image as it would be stored, or the reason why there is none."""
         path = str(source) if isinstance(source, str | Path) else ""
         try:
+            if path and (stored := read_stored(path)) is not None:
+                return self._prepare_stored(path, stored)
             image = _load(source)
         except (UnreadableImageError, UserError) as error:
             return Prepared(Prediction(path, error=str(error), unreachable=isinstance(error, AccessError)))
         height, width = image.image_HW.shape
         known = Prediction(path, height=height, width=width, spacing_mm=image.spacing_mm, warnings=image.warnings)
-        return Prepared(known, self._encode(image.image_HW))
+        return Prepared(known, tuple(encode_as_stored(image.image_HW, pixels) for pixels in self.stores))
+
+    def _prepare_stored(self, path: str, image: StoredImage) -> Prepared:
+        warnings = dict.fromkeys(warning for pixels in self.stores for warning in image.warnings(pixels))
+        known = Prediction(path, height=image.height, width=image.width, spacing_mm=image.spacing_mm)
+        known = replace(known, image_id=image.image_id, warnings=tuple(warnings))
+        return Prepared(known, tuple(image.as_stored(pixels) for pixels in self.stores))
 
 
 def _load(source: Source) -> LoadedImage:

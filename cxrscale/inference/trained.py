@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from cxrscale import config
-from cxrscale.config import Pack, Recipe
+from cxrscale.config import Augment, Pack, Recipe
 from cxrscale.io import ArtifactPart, storage
 from cxrscale.models import Averaged, Mean, build_model
 from cxrscale.training import checkpoint
@@ -58,6 +58,9 @@ class TrainedModel:
     """Of an ensemble."""
     averaging: Averaging | None = None
     """Of an ensemble."""
+    also: tuple[Augment, ...] = ()
+    """Of an ensemble whose members see an image at several sizes, or otherwise normalized: what the model sees beside
+    what the recipe says (`Batch.also_BCHW`)."""
 
 
 def load_model(run: str | Path, device: torch.device) -> TrainedModel:
@@ -85,9 +88,9 @@ def load_model(run: str | Path, device: torch.device) -> TrainedModel:
     if "members" not in state:
         model = _with_weights(recipe, state["model"], path).to(device).eval()
         return TrainedModel(model, recipe, state["manifest"], digest, stored)
-    models, members, averaging = _members(state, path)
-    averaged = Averaged(models, averaging.mean, hflip=averaging.hflip).to(device).eval()
-    return TrainedModel(averaged, recipe, state["manifest"], digest, stored, members, averaging)
+    models, augments, members, averaging = _members(state, path)
+    averaged, also = _averaged(models, augments, averaging)
+    return TrainedModel(averaged.to(device), recipe, state["manifest"], digest, stored, members, averaging, also)
 
 
 def load_models(runs: Sequence[str | Path], device: torch.device, averaging: Averaging | None = None) -> TrainedModel:
@@ -104,46 +107,71 @@ def load_models(runs: Sequence[str | Path], device: torch.device, averaging: Ave
 
 
 def average(runs: Sequence[str | Path], loaded: Sequence[TrainedModel], averaging: Averaging) -> TrainedModel:
-    """Several models as one; its recipe is that of the first.
+    """Several models as one; its recipe is that of the first. Each sees an image as it was trained to.
 
     Raises:
-        UserError: a model is an ensemble itself, or they differ in findings, in datasets, or in what they see of an
-            image.
+        UserError: a model is an ensemble itself, or they differ in findings or datasets.
     """
     for run, model in zip(runs, loaded, strict=True):
         if model.members:
             raise UserError(f"{run} is an ensemble itself; name its members: {_names(model.members)}")
     for run, model in zip(runs[1:], loaded[1:], strict=True):
-        _check_same_input((str(runs[0]), loaded[0]), (str(run), model))
+        _check_same_images((str(runs[0]), loaded[0]), (str(run), model))
     members = tuple(
         Member(run=storage.absolute(str(run)), checkpoint=one.checkpoint) for run, one in zip(runs, loaded, strict=True)
     )
     parts = [*(one.checkpoint for one in members), averaging.model_dump_json()]
+    averaged, also = _averaged([one.model for one in loaded], [one.recipe.augment for one in loaded], averaging)
     return replace(
         loaded[0],
-        model=Averaged([one.model for one in loaded], averaging.mean, hflip=averaging.hflip).eval(),
+        model=averaged,
         checkpoint=storage.digest("\n".join(parts).encode()),
         members=members,
         averaging=averaging,
+        also=also,
     )
 
 
-def ensemble_state(runs: Sequence[str | Path], ensemble: TrainedModel) -> dict[str, Any]:
-    """An ensemble as the content of a best.pt, with the weights of all members."""
+def ensemble_state(loaded: Sequence[TrainedModel], ensemble: TrainedModel) -> dict[str, Any]:
+    """An ensemble as the content of a best.pt, with the weights of all its members.
+
+    Args:
+        loaded: the members.
+    """
     assert ensemble.averaging is not None
-    states = [
-        checkpoint.read(storage.read(path), path) for path in (storage.join(run, checkpoint.BEST) for run in runs)
-    ]
     members = [
-        {**member.model_dump(), "recipe": state["recipe"], "model": state["model"]}
-        for member, state in zip(ensemble.members, states, strict=True)
+        {
+            **member.model_dump(),
+            "recipe": one.recipe.model_dump(mode="json"),
+            "model": {name: value.cpu() for name, value in one.model.state_dict().items()},
+        }
+        for member, one in zip(ensemble.members, loaded, strict=True)
     ]
-    first = {name: states[0][name] for name in ("recipe", "manifest", "pixels")}
-    return {**first, "model": {}, "members": members, "averaging": ensemble.averaging.model_dump()}
+    return {
+        "recipe": loaded[0].recipe.model_dump(mode="json"),
+        "manifest": ensemble.manifest,
+        "pixels": dict(ensemble.pixels),
+        "model": {},
+        "members": members,
+        "averaging": ensemble.averaging.model_dump(),
+    }
 
 
-def _members(state: Mapping[str, Any], path: str) -> tuple[list[nn.Module], tuple[Member, ...], Averaging]:
-    """The models of an ensemble's best.pt, and what they are."""
+def _averaged(
+    models: Sequence[nn.Module], augments: Sequence[Augment], averaging: Averaging
+) -> tuple[nn.Module, tuple[Augment, ...]]:
+    """The models as one, in evaluation mode, and what it sees of an image beside what the first sees."""
+    distinct = {_input_of(augment): augment for augment in reversed(augments)}
+    order = list(dict.fromkeys(map(_input_of, augments)))
+    sees = [order.index(_input_of(augment)) for augment in augments]
+    model = Averaged(models, averaging.mean, hflip=averaging.hflip, sees=sees).eval()
+    return model, tuple(distinct[one] for one in order[1:])
+
+
+def _members(
+    state: Mapping[str, Any], path: str
+) -> tuple[list[nn.Module], list[Augment], tuple[Member, ...], Averaging]:
+    """The models of an ensemble's best.pt, what they see, and what they are."""
     try:
         given = TypeAdapter(list[dict[str, Any]]).validate_python(state["members"], strict=True)
         averaging = Averaging.model_validate(state.get("averaging"))
@@ -153,8 +181,9 @@ def _members(state: Mapping[str, Any], path: str) -> tuple[list[nn.Module], tupl
         raise UserError(f"{path} is no ensemble ({one_line(error, limit=160)}); make it again") from None
     if not parts:
         raise UserError(f"{path} is an ensemble without members; make it again")
-    models = [_with_weights(config.parse(Recipe, recipe, where=path), weights, path) for recipe, weights in parts]
-    return models, members, averaging
+    recipes = [config.parse(Recipe, recipe, where=path) for recipe, _ in parts]
+    models = [_with_weights(recipe, weights, path) for recipe, (_, weights) in zip(recipes, parts, strict=True)]
+    return models, [recipe.augment for recipe in recipes], members, averaging
 
 
 def _count(weights: Any) -> int:
@@ -173,23 +202,26 @@ def _with_weights(recipe: Recipe, weights: Any, path: str) -> nn.Module:
     return model
 
 
-def _check_same_input(a: tuple[str, TrainedModel], b: tuple[str, TrainedModel]) -> None:
+def _check_same_images(a: tuple[str, TrainedModel], b: tuple[str, TrainedModel]) -> None:
     """Refuse two models that cannot be averaged."""
-    fields_a, fields_b = (_input_of(one) for _, one in (a, b))
+    fields_a, fields_b = (_images_of(one) for _, one in (a, b))
     for name, value in fields_a.items():
         if value != fields_b[name]:
             raise UserError(
                 f"{a[0]} and {b[0]} cannot be averaged: {name} is {value} and {fields_b[name]}; an ensemble's members "
-                "share datasets, findings and input"
+                "share datasets and findings"
             )
 
 
-def _input_of(trained: TrainedModel) -> dict[str, Any]:
-    data, augment = trained.recipe.data, trained.recipe.augment
+def _images_of(trained: TrainedModel) -> dict[str, Any]:
+    data = trained.recipe.data
     fields = {f"data.{name}": getattr(data, name) for name in ("task", "findings", "val_split", "test_split")}
-    fields |= {f"augment.{name}": getattr(augment, name) for name in INPUT}
     fields |= {f"pack.{name}": value for name, value in trained.pixels.items()}
     return {**fields, "the datasets' digest": trained.manifest}
+
+
+def _input_of(augment: Augment) -> tuple[Any, ...]:
+    return tuple(getattr(augment, name) for name in INPUT)
 
 
 def _names(members: Sequence[Member]) -> str:

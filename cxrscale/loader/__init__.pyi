@@ -6,6 +6,7 @@ from .hashing import SUBSET as SUBSET
 from .hashing import Rows as Rows
 from .hashing import hash64 as hash64
 from .loader import Batches as Batches
+from .loader import FileLoader as FileLoader
 from .loader import augmented_batches as augmented_batches
 from .loader import evaluation_batches as evaluation_batches
 from .loader import file_batches as file_batches

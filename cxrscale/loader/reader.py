@@ -221,12 +221,24 @@ class MemoryReader:
         masks: Sequence[bytes] | None = None,
         sizes: Sequence[tuple[int, int]] | None = None,
     ) -> None:
+        self.load(images, masks, sizes)
+
+    def load(
+        self,
+        images: Sequence[bytes],
+        masks: Sequence[bytes] | None = None,
+        sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
+        """Other files, in place of those that it has."""
         self.bad: list[BadSample] = []
         self._images = [_plain(np.frombuffer(image, np.uint8)) for image in images]
         self._masks = None if masks is None else [np.frombuffer(mask, np.uint8) for mask in masks]
         read_sizes = [_decoded_size(image) for image in self._images] if sizes is None else list(sizes)
         self._valid = [size is not None for size in read_sizes]
         self._size_N2 = np.array([size or (1, 1) for size in read_sizes], np.int64).reshape(-1, 2)
+
+    def __len__(self) -> int:
+        return len(self._images)
 
     def sizes(self, row_B: Rows) -> tuple[Rows, Rows]:
         """(height_B, width_B) in pixels; 1 x 1 where a file is no image."""

@@ -20,9 +20,9 @@ def forward(model: nn.Module, batch: Batch, settings: Train, device: torch.devic
         device: the device of model and batch.
     """
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-    image_BCHW = batch.image_BCHW.float().contiguous(memory_format=layout)
+    images = [one.float().contiguous(memory_format=layout) for one in (batch.image_BCHW, *batch.also_BCHW)]
     with _autocast(settings, device):
-        logits: torch.Tensor = model(image_BCHW)
+        logits: torch.Tensor = model(*images)
     # bf16 has 8 bits of mantissa: losses and probabilities are computed in fp32.
     return logits.float()
 

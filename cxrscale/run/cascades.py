@@ -50,6 +50,7 @@ def choose_cascade(
     summary.refuse_other_size(alone, maps)
     chosen = Cascade(
         **pair.rule(threshold, rule),
+        gate_thresholds=pair.gate_thresholds,
         images=len(scores.image_id),
         patients=len(set(scores.patient.tolist())),
         validation=cascade.evaluate_cascade(maps, rule, alone, gate_N >= threshold, weights_RN),
@@ -72,7 +73,7 @@ def evaluate_cascade(
 
     pair = _Pair(segmenter, gate)
     scores, gate_N, maps = pair.split("test", progress)
-    chosen = read_cascade(pair.segmenter.path, *pair.digests)
+    chosen = read_cascade(pair.segmenter.path, *pair.digests, pair.gate_thresholds)
     alone = pair.segmenter_rule()
     threshold, rule = (pair.gate_threshold(), alone) if chosen is None else (chosen.threshold, chosen.mask_rule)
     for one in (alone, rule):
@@ -117,6 +118,11 @@ class _Pair:
             storage.digest(storage.read(run.artifact(checkpoint.BEST))) for run in (self.segmenter, self.gate)
         )
         return first, second
+
+    @cached_property
+    def gate_thresholds(self) -> str:
+        """Digest of the gate's thresholds.json."""
+        return storage.digest(storage.read(self.gate.artifact(artifacts.THRESHOLDS)))
 
     def rule(self, threshold: float, mask_rule: MaskRule) -> dict[str, object]:
         """What decides, as the fields of an artifact."""

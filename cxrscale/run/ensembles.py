@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from cxrscale import config
+from cxrscale.config import Recipe
 from cxrscale.evaluation import Comparison
 from cxrscale.io import lease, storage, write_artifact
 from cxrscale.run.comparisons import compare_runs
@@ -30,7 +32,7 @@ def ensemble(
         hflip: each model also sees the image mirrored left to right (test-time augmentation).
 
     Raises:
-        UserError: the runs differ in datasets, findings or input, or the name is taken.
+        UserError: the runs differ in datasets or findings, or the name is taken or no name of a run.
     """
     from cxrscale.inference import Averaging, build_ensemble
 
@@ -66,5 +68,6 @@ def ensemble_gains(run: Run, resamples: int = RESAMPLES, progress: Progress | No
 
 
 def _folder(runs: Sequence[str | Path], name: str) -> str:
+    config.parse(Recipe, {"tracking": {"name": name}}, where="--name")  # as of a run that is trained
     first = storage.absolute(str(runs[0])).rstrip("/") if runs else "runs/none"
     return storage.join(first.rpartition("/")[0], name)

@@ -29,10 +29,11 @@ from PIL import Image
 from cxrscale import config
 from cxrscale.config import NIH14, Recipe
 from cxrscale.inference import Predictor, find_inputs
-from cxrscale.inference.predictor import encode_as_stored
+from cxrscale.inference.stored_images import encode_as_stored
 from cxrscale.io import Strictness, load_image, storage
-from cxrscale.models import build_model
+from cxrscale.models import build_model, forward
 from cxrscale.training import checkpoint
+from cxrscale.types import Batch
 
 BATCH = 16
 
@@ -71,13 +72,15 @@ def plain_script(predictor: Predictor, paths: Sequence[str], size: int) -> int:
 
 def contenders(predictor: Predictor, paths: Sequence[str], size: int) -> dict[str, Callable[[], int]]:
     """Name -> what predicts, or does a part of it; each returns the number of images."""
-    batch_BCHW = torch.rand(BATCH, 1, size, size)
     model, pixels = predictor._trained.model, predictor._trained.pixels
+    none_B = torch.zeros(BATCH, dtype=torch.int64)
+    batch = Batch(torch.rand(BATCH, 1, size, size), torch.zeros(BATCH, 1), None, none_B, none_B.bool())
 
     def model_alone() -> int:
+        # In the memory layout that training and prediction use.
         with torch.no_grad():
             for _ in range(len(paths) // BATCH):
-                model(batch_BCHW)
+                forward(model, batch, predictor.recipe.train, torch.device("cpu"))
         return len(paths) // BATCH * BATCH
 
     def decoding_alone() -> int:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,19 @@ def test_threshold_and_mask_rule_are_chosen_on_validation_and_measured_on_test(
     assert predictor.provenance.gate.threshold == chosen.threshold
     assert predictor.provenance.gate.mask_rule.bottom == chosen.mask_rule.bottom
     checkpoint = predictor.provenance.checkpoint
-    assert read_cascade(segmenter, checkpoint, "of other weights") is None
+    about = predictor.provenance.gate
+    assert read_cascade(segmenter, checkpoint, "of other weights", about.thresholds) is None
+    assert read_cascade(segmenter, checkpoint, about.checkpoint, about.thresholds) == chosen
+    assert predictor.provenance.notes == ()
+    # Another calibration gives other probabilities, which the threshold was not chosen for.
+    gate = changed_copy(pair[1], tmp_path / "gate", 1.0)
+    shutil.copy(f"{pair[1]}/best.pt", f"{gate}/best.pt")
+    Run(gate).choose_thresholds(["threshold.calibration=temperature"], resamples=20)
+    predictor = GatedPredictor(segmenter, gate, "cpu")
+    assert predictor.provenance.gate is not None
+    assert predictor.provenance.gate.threshold == Run(gate).thresholds().thresholds["Pneumothorax"].threshold.value
+    assert "`cxrscale threshold" in predictor.provenance.notes[-1]
+    assert not evaluate_cascade(segmenter, gate, resamples=20).chosen_together
 
 
 @pytest.mark.parametrize(

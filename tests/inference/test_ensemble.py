@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -89,6 +90,54 @@ def test_runs_are_averaged_for_one_prediction_without_calls(runs: list[str], dra
     assert mirrored.provenance.checkpoint != Predictor(runs[0], "cpu").provenance.checkpoint
 
 
+def test_members_see_an_image_as_they_were_trained_to(runs: list[str], drawn: SyntheticPaths, tmp_path: Path) -> None:
+    paths = sorted(map(str, drawn.nih.rglob("*.png")))[:3]
+    given = [
+        str(shutil.copytree(runs[0], tmp_path / "a")),
+        changed_copy(runs[1], tmp_path / "large", 1.0, augment__size=64),
+        changed_copy(runs[1], tmp_path / "minmax", 2.0, augment__normalize="minmax"),
+        changed_copy(runs[0], tmp_path / "same", 2.0),
+    ]
+    made = ensemble(given, "sizes")
+    each = [Predictor(run, "cpu").predict(paths) for run in given]
+    for predictor in (Predictor(made.path, "cpu"), Predictor(given, "cpu")):
+        for number, found in enumerate(predictor.predict(paths)):
+            for name, logit in found.logits.items():
+                expected = np.mean([one[number].probabilities[name] for one in each])
+                assert probabilities_of(logit) == pytest.approx(expected, abs=1e-6)
+    own = [Run(run).predictions("test").probability_NF for run in given]
+    np.testing.assert_allclose(made.predictions("test").probability_NF, np.mean(own, axis=0), atol=1e-6)
+
+
+def test_maps_of_several_sizes_are_averaged_at_the_first_one(
+    segmenter_run: str, drawn: SyntheticPaths, tmp_path: Path
+) -> None:
+    given = [
+        changed_copy(segmenter_run, tmp_path / "a", 1.0),
+        changed_copy(segmenter_run, tmp_path / "small", 1.0, augment__size=32),
+    ]
+    made = ensemble(given, "sizes")
+    path = str(min(drawn.siim.rglob("*.dcm")))
+    maps = [Predictor(run, "cpu", maps=True)(path).maps["Pneumothorax"] for run in [*given, made.path]]
+    assert [one.shape for one in maps] == [(64, 64), (32, 32), (64, 64)]
+    expected_HW = (maps[0] + cv2.resize(maps[1], (64, 64), interpolation=cv2.INTER_LINEAR)) / 2
+    np.testing.assert_allclose(maps[2], expected_HW, atol=1e-6)
+    assert made.predictions("val").maps is not None
+
+
+def test_weights_of_members_are_read_once(runs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, addresses = storage.read, list[str]()
+
+    def counting_read(address: str) -> bytes:
+        addresses.append(str(address))
+        return read(address)
+
+    copies = [str(shutil.copytree(run, tmp_path / Path(run).name)) for run in runs]
+    monkeypatch.setattr(storage, "read", counting_read)
+    ensemble(copies, "both")
+    assert [one for one in addresses if one.endswith("best.pt")] == [f"{run}/best.pt" for run in copies]
+
+
 def test_a_segmenter_and_its_mirrored_image_are_a_run(segmenter_run: str, tmp_path: Path) -> None:
     run = changed_copy(segmenter_run, tmp_path / "unet", 1.0)
     made = ensemble([run], "mirrored", hflip=True)
@@ -105,15 +154,16 @@ def test_a_segmenter_and_its_mirrored_image_are_a_run(segmenter_run: str, tmp_pa
     [
         (["a"], "give two runs or more, or --tta hflip"),
         (["a", "a"], "is given twice; name each member once"),
-        (["a", "large"], r"augment.size is 48 and 96; an ensemble's members share"),
+        (["a", "other"], r"data.findings is .* and .*; an ensemble's members share datasets and findings"),
         (["a", "both"], "is an ensemble itself; name its members"),
         (["a", "nothing"], "best.pt does not exist"),
     ],
 )
 def test_what_cannot_be_averaged_is_one_line(given: list[str], message: str, runs: list[str]) -> None:
     root = Path(runs[0]).parent
-    if "large" in given and not (root / "large").exists():
-        changed_copy(runs[0], root / "large", augment__size=96)
+    if "other" in given and not (root / "other").exists():
+        findings = ["Cardiomegaly", "Effusion", "Mass", "Edema"]
+        changed_copy(runs[0], root / "other", data__findings=findings)
     if "both" in given:
         ensemble(runs, "both")
     with pytest.raises(UserError, match=message):
@@ -127,6 +177,9 @@ def test_a_name_is_given_once(runs: list[str]) -> None:
         ensemble(runs, "both", "logits")
     with pytest.raises(UserError, match="is a run or a search; give another --name"):
         ensemble(runs, "b")
+    for name in ("", "../up", "of two"):
+        with pytest.raises(UserError, match=r"--name: tracking\.name"):
+            ensemble(runs, name)
 
 
 def test_a_member_that_was_trained_on_is_noticed(runs: list[str], tmp_path: Path) -> None:

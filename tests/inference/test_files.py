@@ -175,7 +175,7 @@ def test_an_interrupted_command_keeps_what_is_done(
     assert result.resumed == 4  # whole batches
     whole, again = (Path(tmp_path, name, "predictions.json").read_text() for name in ("whole", "out"))
     assert json.loads(again) == json.loads(whole)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["predictions.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["predictions-of.json", "predictions.json"]
 
 
 @pytest.mark.slow
@@ -191,7 +191,7 @@ def test_a_killed_command_goes_on_and_writes_the_same(run: str, drawn: Synthetic
 
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command("out"), env=environment, stdout=subprocess.DEVNULL) as process:
-        while len(list((tmp_path / "out" / "parts").glob("*.jsonl"))) < 3 and process.poll() is None:
+        while len(list((tmp_path / "out" / "parts").glob("*.parquet"))) < 3 and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
@@ -200,6 +200,18 @@ def test_a_killed_command_goes_on_and_writes_the_same(run: str, drawn: Synthetic
         assert ended.returncode == 0, ended.stderr
         assert ("were predicted before" in ended.stdout) == (out == "out")
     assert (tmp_path / "out" / "predictions.csv").read_text() == (tmp_path / "whole" / "predictions.csv").read_text()
+
+
+def test_predictions_of_another_run_stay(
+    predictor: Predictor, segmenter_run: str, folder: Path, tmp_path: Path
+) -> None:
+    paths, out = find_inputs([str(folder)]).paths, tmp_path / "out"
+    predict_files(predictor, paths, str(out), "csv")
+    before = (out / "predictions.csv").read_bytes()
+    with pytest.raises(UserError, match=r"out holds predictions of run .*; give another --out, or remove it"):
+        predict_files(Predictor(segmenter_run, "cpu"), paths, str(out), "csv")
+    assert (out / "predictions.csv").read_bytes() == before
+    predict_files(predictor, paths, str(out), "json")
 
 
 def test_parts_of_another_run_and_damaged_ones_are_one_line(
@@ -212,8 +224,10 @@ def test_parts_of_another_run_and_damaged_ones_are_one_line(
     other = predictor.provenance.model_copy(update={"run": "/runs/other", "checkpoint": "x"})
     with pytest.raises(UserError, match=r"holds unfinished predictions of run .*; give another --out, or remove it"):
         journal.Journal(out, other)
-    (part,) = (tmp_path / "out" / "parts").glob("*.jsonl")
-    part.write_bytes(part.read_bytes().replace(b"0.png", b"1.png"))
+    (part,) = (tmp_path / "out" / "parts").glob("*.parquet")
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
     with pytest.raises(UserError, match="remove it: its images are predicted again"):
         journal.Journal(out, predictor.provenance)
     monkeypatch.undo()

@@ -23,6 +23,7 @@ from cxrscale import config
 from cxrscale.config import Recipe, Sampler
 from cxrscale.inference import PredictionsInfo, predictions
 from cxrscale.loader.loader import (
+    FileLoader,
     evaluation_batches,
     file_batches,
     make_loader,
@@ -228,6 +229,32 @@ def test_files_in_memory(backend: str) -> None:
     assert bool(batches[0].label_BF.isnan().all())
     assert batches[0].mask_B1HW is None
     assert list(file_batches([], recipe)) == []
+
+
+@pytest.mark.parametrize("backend", ["dali", "opencv"])
+def test_a_file_loader_gives_the_batches_of_graphs_built_anew(backend: str) -> None:
+    files = [cv2.imencode(".png", chest(i, 60 + i))[1].tobytes() for i in range(6)]
+    recipe = recipe_of(loader={"backend": backend}, sampler={"eval_batch_size": 6})
+    expected = next(file_batches(files, recipe)).image_BCHW
+    other = recipe.augment.model_copy(update={"size": 24})
+    also = next(file_batches(files, recipe.model_copy(update={"augment": other}))).image_BCHW
+    loader, built = FileLoader(recipe, also=(other,)), list[object]()
+    for rows in ([0, 1], [2, 3, 4], [5], [0], [1, 2], [0, 1, 2, 3, 4, 5]):
+        batch = loader.batch([files[row] for row in rows])
+        assert torch.equal(batch.image_BCHW, expected[rows])
+        assert torch.equal(batch.also_BCHW[0], also[rows])
+        assert batch.row_B.tolist() == list(range(len(rows)))
+        assert batch.valid_B.all()
+        built.append(loader._batches)
+    assert len(set(map(id, built))) == 3  # a graph takes as many files as its first batch had
+    # PNG that no decoder takes, between two that can be decoded.
+    broken = files[1][:200]
+    for images, valid in (([files[0], broken, files[2]], [True, False, True]), ([b"", files[0]], [False, True])):
+        batch = loader.batch(images)
+        assert batch.valid_B.tolist() == valid
+        assert torch.equal(batch.image_BCHW[valid], expected[[0, 2] if len(images) == 3 else [0]])
+    assert torch.equal(loader.batch(files).image_BCHW, expected)
+    loader.close()
 
 
 def test_the_length_of_an_epoch(shards: Manifest) -> None:

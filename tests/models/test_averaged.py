@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import avg_pool2d
 
-from cxrscale.models import Averaged
+from cxrscale.models import MEANS, Averaged
 from cxrscale.types import probabilities_of
 
 
@@ -64,3 +65,16 @@ def test_a_mirrored_image_counts_like_a_member_and_its_map_is_mirrored_back(imag
     torch.testing.assert_close(Averaged([model], "logits", hflip=True)(image_BCHW), expected_BF)
     map_BCHW = Averaged([Shifted()], "logits", hflip=True)(image_BCHW)
     torch.testing.assert_close(map_BCHW, (image_BCHW.roll(1, dims=-1) + image_BCHW.roll(-1, dims=-1)) / 2)
+
+
+def test_members_take_their_own_inputs_and_maps_the_size_of_the_first(image_BCHW: torch.Tensor) -> None:
+    large_BCHW = torch.randn(5, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+    for mean in MEANS:
+        map_BCHW = Averaged([nn.Identity(), nn.Identity()], mean, sees=(0, 1))(image_BCHW, large_BCHW)
+        # Bilinear at half the size, between pixel centers, is the mean of 2 x 2 pixels.
+        values = [one if mean == "logits" else one.sigmoid() for one in (image_BCHW, large_BCHW)]
+        expected_BCHW = (values[0] + avg_pool2d(values[1], 2)) / 2
+        found_BCHW = map_BCHW if mean == "logits" else map_BCHW.sigmoid()
+        torch.testing.assert_close(found_BCHW, expected_BCHW)
+    certain = Averaged([nn.Identity(), nn.Identity()], sees=(0, 1))(image_BCHW * 0 + 200, large_BCHW * 0 - 200)
+    assert torch.isfinite(certain).all()

@@ -1,6 +1,7 @@
 """The coded concepts of the objects: findings, their presence, what is measured.
 
-A code whose check digit is right can still mean something else, so tests hold each one with its meaning.
+A code whose check digit is right can still mean something else, so tests hold each one with its meaning and where that
+was found. Where PS3.16 has a code for a concept, it is that one, also where SNOMED CT has several.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ PRIVATE = "99CXRSCALE"
 
 FINDINGS = {
     "Atelectasis": Code("46621007", SCT, "Atelectasis"),
-    "Cardiomegaly": Code("8186001", SCT, "Cardiomegaly"),
+    "Cardiomegaly": Code("287272002", SCT, "Cardiomegaly"),
     "Effusion": Code("60046008", SCT, "Pleural effusion"),
     "Infiltration": Code("112121", DCM, "Infiltrate"),
     "Mass": Code("4147007", SCT, "Mass"),
@@ -35,9 +36,9 @@ FINDINGS = {
 CERTAINTY = Code("111012", DCM, "Certainty of Finding")
 OPERATING_POINT = Code("111071", DCM, "CAD Operating Point")
 AREA = Code("42798000", SCT, "Area")
-PRESENCE = Code("705057003", SCT, "Presence")
+PRESENCE = Code("121052", DCM, "Presence of property")
 PRESENT = Code("52101004", SCT, "Present")
-ABSENT = Code("2667000", SCT, "Absent")
+ABSENT = Code("272519000", SCT, "Absent")
 PERCENT = Code("%", UCUM, "Percent")
 SQUARE_MILLIMETER = Code("mm2", UCUM, "square millimeter")
 CHEST_X_RAY = Code("399208008", SCT, "Plain chest X-ray")

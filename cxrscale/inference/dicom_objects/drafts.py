@@ -15,6 +15,7 @@ from cxrscale.inference.dicom_objects.source import read_source
 from cxrscale.inference.dicom_objects.sr import encode_report
 from cxrscale.inference.objects import Draft, Drafter
 from cxrscale.inference.prediction import Prediction, Provenance
+from cxrscale.inference.stored_images import read_input
 from cxrscale.io import Strictness, load_image, rle_masks, storage
 from cxrscale.types import GrayImage, UnreadableImageError
 
@@ -27,7 +28,7 @@ def object_drafter(kind: str, provenance: Provenance) -> Drafter:
     origin, finding = origin_of(provenance), provenance.recipe.data.findings[0]
 
     def draft(prediction: Prediction) -> Draft:
-        data = storage.read(prediction.path)
+        data = read_input(prediction.path)
         source = read_source(data)
         if (source.Rows, source.Columns) != (prediction.height, prediction.width):
             raise UnreadableImageError("the file has another size than when it was predicted")

@@ -6,7 +6,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 from highdicom.sc import SCImage
 from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian
@@ -14,14 +13,12 @@ from pydicom.uid import ExplicitVRLittleEndian
 from cxrscale.inference.dicom_objects.origin import MANUFACTURER, Origin, plain
 from cxrscale.inference.dicom_objects.source import OPTIONAL
 from cxrscale.inference.prediction import Prediction
+from cxrscale.inference.text_strip import Color, Line, draw_strip
 from cxrscale.io import rle_masks
 from cxrscale.types import GrayImage
 
 SERIES_NUMBER = 9803
-Color = npt.NDArray[np.uint8]
-"""(H, W, 3) uint8, RGB."""
 _OUTLINE, _CALLED, _TEXT = (255, 190, 0), (255, 190, 0), (220, 220, 220)
-_FONT = cv2.FONT_HERSHEY_SIMPLEX
 _SHORTEST = 640
 """Pixels that a line of text needs; a narrower image gets black beside it."""
 
@@ -92,19 +89,13 @@ def lines(origin: Origin, prediction: Prediction) -> list[tuple[str, bool]]:
 
 
 def draw(image_HW: GrayImage, mask_HW: rle_masks.Mask | None, text: list[tuple[str, bool]]) -> Color:
-    """The image with the mask's outline, and lines of text in a strip below."""
+    """The image with the mask's outline, and lines of text in a strip below: RGB."""
     height, width = image_HW.shape
     canvas = np.repeat(image_HW[..., None], 3, axis=2)
     if mask_HW is not None:
         contours, _ = cv2.findContours(mask_HW.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(canvas, contours, -1, _OUTLINE, max(1, max(height, width) // 512))
-    total = max(width, _SHORTEST)
-    scale = total / 1400
-    step = round(44 * scale)
-    strip = np.zeros((step * len(text) + step // 2, total, 3), np.uint8)
-    for row, (line, called) in enumerate(text, start=1):
-        color, weight = (_CALLED, 2) if called else (_TEXT, 1)
-        cv2.putText(strip, line, (step // 2, step * row), _FONT, scale, color, weight, cv2.LINE_AA)
-    image = np.zeros((height, total, 3), np.uint8)
+    image = np.zeros((height, max(width, _SHORTEST), 3), np.uint8)
     image[:, :width] = canvas
+    strip = draw_strip([Line(line, _CALLED if called else _TEXT, called) for line, called in text], image.shape[1])
     return np.concatenate([image, strip])

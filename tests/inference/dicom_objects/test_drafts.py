@@ -115,7 +115,7 @@ def test_a_report_says_probability_threshold_call_and_area(path: Path, tmp_path:
     }
     assert group.finding_type.meaning == "Pneumothorax"
     (presence,) = group.get_qualitative_evaluations(codes.PRESENCE)
-    assert (presence.name.meaning, presence.value.meaning) == ("Presence", "Present")
+    assert (presence.name.meaning, presence.value.meaning) == ("Presence of property", "Present")
     made = read(file)
     assert (made.CompletionFlag, made.VerificationFlag) == ("COMPLETE", "UNVERIFIED")
     assert CHECKPOINT in str(made)

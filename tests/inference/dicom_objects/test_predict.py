@@ -121,7 +121,7 @@ def test_an_interrupted_command_writes_each_object_once(
     before = written()
     assert len(before) == 4  # whole batches
     # What a kill leaves: objects whose rows were not yet written.
-    sorted((out / "parts").glob("*.jsonl"))[-1].unlink()
+    sorted((out / "parts").glob("*.parquet"))[-1].unlink()
     result = predict_files(predictor, paths(folder), str(out), SEG)
     assert (result.resumed, result.objects) == (2, 4)
     assert before.items() <= written().items()
