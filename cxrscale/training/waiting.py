@@ -95,6 +95,8 @@ class Standstill:
     def __init__(self, scaling: Scaling, sign: Sign | None, now: float) -> None:
         """`sign` is the last one, of whatever session; `now` in seconds, as always here."""
         self._scaling, self._sign = scaling, sign
+        self.heard = False
+        """Whether there was a sign since the beginning."""
         self._alive = self._moved = now
         self._steps_took: deque[float] = deque(maxlen=USUAL)
         self._say_at = SAY_SECONDS
@@ -108,7 +110,7 @@ class Standstill:
         before, waited = self._sign, 0.0
         if sign is None or sign == before:
             return 0.0
-        self._sign, self._alive = sign, now
+        self._sign, self._alive, self.heard = sign, now, True
         restarted = before is None or before.group != sign.group
         if sign.steps and (restarted or before is None or before.steps != sign.steps):
             seconds = self.seconds(now)
@@ -196,16 +198,16 @@ class Watch:
                 self._note(causes, limit, waited)
                 causes = []
             elif field := still.exceeded(now):
-                self._give_up(field, [*causes, self._cause(still.activity(now))], still.seconds(now))
+                self._give_up(field, [*causes, self._cause(still, now)], still.seconds(now))
                 return
-            elif still.is_time_to_speak(now):
-                cause, limit = self._cause(still.activity(now)), still.limit(now)
+            elif still.is_time_to_speak(now) or (causes and self._cause(still, now) != causes[-1]):
+                cause, limit = self._cause(still, now), still.limit(now)
                 self._say(f"waiting {still.seconds(now):.0f} s for {cause}{_free(cause)}; ends at {limit}")
-                causes += [cause] if cause not in causes else []
+                causes += [cause] if causes[-1:] != [cause] else []
 
     def _note(self, causes: list[str], limit: str, seconds: float) -> None:
         """Keep a wait, and hand it over for the training log."""
-        what = ", then ".join(causes) or "its workers"
+        what = ", then ".join(dict.fromkeys(causes)) or "its workers"
         wait = Wait(what, limit, round(seconds, 1), began=round(time.time() - seconds, 3))
         self.waits.append(wait)
         # What is not taken is found missing at the end.
@@ -218,7 +220,7 @@ class Watch:
             f"{field}: no worker of {self._run} has trained for {seconds:.0f} s, waiting for {last}; "
             "free or add nodes and re-run to resume, or raise the limit"
         )
-        self._note(list(dict.fromkeys(causes)), field, seconds)
+        self._note(causes, field, seconds)
         self._end()
 
     def _sign(self) -> Sign | None:
@@ -230,12 +232,12 @@ class Watch:
             return Sign(**json.loads(text)) if text is not None else None
         return None
 
-    def _cause(self, activity: str | None) -> str:
+    def _cause(self, still: Standstill, now: float) -> str:
         """What the run waits for, as far as it can be known."""
         with suppress(Exception):
             if self._controller is not None and (room := nodes.waits_for(self._controller._actor_id.hex())):
                 return f"{ROOM} {room}"
-        return activity or "its workers to start"
+        return still.activity(now) or ("its workers to be heard of again" if still.heard else "its workers to start")
 
     def _end(self) -> None:
         import ray
@@ -259,8 +261,9 @@ def _free(cause: str) -> str:
         return ""
     with suppress(Exception):
         free, total = ray.available_resources(), ray.cluster_resources()  # type: ignore[no-untyped-call]
-        kinds = [f"{kind} {free.get(kind, 0):g} of {total[kind]:g}" for kind in ("CPU", "GPU") if kind in total]
-        return f" (free: {', '.join(kinds)})"
+        kinds = ["CPU"] + ["GPU"] * ("GPU" in total)
+        amounts = [f"{kind} {free.get(kind, 0):g} of {total.get(kind, 0):g}" for kind in kinds]
+        return f" (free: {', '.join(amounts)})"
     return ""
 
 
