@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -16,6 +17,9 @@ from cxrscale.config import Scaling
 from cxrscale.io import storage
 from cxrscale.types import UserError, last_line
 
+LOG = logging.getLogger("cxrscale")
+SAY_S = 10.0
+"""A wait of so long is said."""
 ANSWER_S = 60.0
 """Seconds within which a node must start a Python process and answer."""
 SETTLE_S = 5
@@ -119,7 +123,12 @@ def ask_each(
         references = {node.name: task.options(**task_options(node)).remote(*arguments) for node in nodes}
     finally:
         ray.cloudpickle.unregister_pickle_by_value(probe)  # type: ignore[no-untyped-call]
-    ray.wait(list(references.values()), num_returns=len(references), timeout=timeout)
+    first = min(SAY_S, timeout)
+    _, silent = ray.wait(list(references.values()), num_returns=len(references), timeout=first)
+    if silent and timeout > first:
+        names = ", ".join(name for name, reference in references.items() if reference in silent)
+        LOG.warning("waiting %.0f s for an answer of %s; goes on without after %.0f s", first, names, timeout)
+        ray.wait(silent, num_returns=len(silent), timeout=timeout - first)
     answers: dict[str, Any] = {}
     for name, reference in references.items():
         try:
@@ -201,10 +210,9 @@ def find_orphans() -> list[PlacementGroup]:
     ]
 
 
-def waits_for() -> str | None:
-    """What this job has asked for and no node has room for, e.g. `2 x CPU 4`; None where there is nothing."""
-    own = ray.get_runtime_context().get_job_id()
-    pending = [group.bundles for group in _placement_groups() if group.job == own and group.state != "CREATED"]
+def waits_for(actor: str) -> str | None:
+    """What an actor has asked for and no node has room for, e.g. `2 x CPU 4`; None where there is nothing."""
+    pending = [group.bundles for group in _placement_groups() if group.actor == actor and group.state != "CREATED"]
     return ", ".join(pending) or None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,10 @@ Result = TypeVar("Result")
 
 RETRY_SECONDS = (0.2, 1.0, 3.0, 8.0)
 """Pauses between attempts to read an image of a source; the store's own client retries within each attempt."""
+
+SAY_SECONDS = 10.0
+"""A wait of so long is said."""
+LOG = logging.getLogger("cxrscale")
 
 _MAY_PASS = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN})
 """Errors of network disks that a second attempt may not see."""
@@ -35,7 +40,7 @@ def patiently(address: str, action: Callable[[], Result], *, listed: bool = Fals
         AccessError: the file cannot be reached.
         UserError: the path is wrong; nothing would change that.
     """
-    pauses = list(RETRY_SECONDS)
+    pauses, began, said = list(RETRY_SECONDS), time.monotonic(), False
     while True:
         try:
             with user_errors(address):
@@ -53,6 +58,10 @@ def patiently(address: str, action: Callable[[], Result], *, listed: bool = Fals
             remedy = remedy if is_remote(address) else "check the disk"
             reason = (failure.strerror if isinstance(failure, OSError) else None) or failure
             raise AccessError(f"{address} cannot be reached ({one_line(reason, limit=200)}); {remedy}")
+        if not said and (waited := time.monotonic() - began) >= SAY_SECONDS:
+            said = True
+            reason = one_line(failure, limit=200)
+            LOG.warning("waiting %.0f s for %s (%s); ends after %d attempts more", waited, address, reason, len(pauses))
         time.sleep(pauses.pop(0))
 
 

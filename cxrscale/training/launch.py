@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from cxrscale.io import lease, scratch, storage, write_artifact
 from cxrscale.loader import evaluation_batches, training_batches
 from cxrscale.models import initial_weights
 from cxrscale.shards import Manifest, leakage, manifest, refuse_leaks
-from cxrscale.training import checkpoint, resume, run_info, waiting
+from cxrscale.training import checkpoint, resume, run_info, tracking, waiting
 from cxrscale.training import preflight as preflight_checks
 from cxrscale.training.distributed import LocalWorker, RayWorker, Worker, handle_stop_signals
 from cxrscale.training.loop import train
@@ -161,13 +161,20 @@ def train_here(recipe: Recipe, run: str, worker: Worker) -> None:
 
 
 def fit(
-    recipe: Recipe, run: str, use_gpu: bool, callbacks: Sequence[Any] = (), *, owner: str | None = None
+    recipe: Recipe,
+    run: str,
+    use_gpu: bool,
+    callbacks: Sequence[Any] = (),
+    *,
+    owner: str | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> list[int]:
     """Train a run on `scaling.num_workers` workers of Ray Train; also from inside a trial of Ray Tune.
 
     Args:
         callbacks: callbacks of Ray Train, called after every epoch.
         owner: of the run's lease; the workers publish under it.
+        say: says a line to the user; None: as a warning of this process.
 
     Returns:
         The signals that arrived.
@@ -178,15 +185,14 @@ def fit(
         UserError: training failed; the message is the reason.
     """
     import ray.train
-    from ray.train.torch import TorchTrainer
 
-    from cxrscale.training.process_group import GroupConfig
+    from cxrscale.training.process_group import GroupConfig, HeldTrainer
 
     fewest, most = recipe.scaling.workers
     # How long Ray waits for a worker's answer before it restarts all of them; it reads it where this process runs.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(recipe.scaling.hang_seconds)
     logging.getLogger("ray.train").setLevel(logging.ERROR)
-    trainer = TorchTrainer(
+    trainer = HeldTrainer(
         _ray_loop,
         train_loop_config={"recipe": recipe.model_dump(mode="json"), "run": run, "owner": owner},
         torch_config=GroupConfig(timeout_s=math.ceil(recipe.scaling.hang_seconds)),
@@ -206,17 +212,20 @@ def fit(
             worker_runtime_env={} if use_gpu else {"env_vars": MALLOC_ENV},
         ),
     )
-    over = waiting.Watch(run, recipe.scaling.start_seconds)
-    # Ray's own handler of Ctrl-C ends the workers where they are; ours asks them for a checkpoint.
-    setattr(trainer, "_register_sigint_handler", over.hold)  # noqa: B010 - not in its declared type
+    watch = waiting.Watch(run, recipe.scaling, say)
+    trainer.hold = watch.hold
     try:
         with (
             handle_stop_signals(lambda: storage.write(storage.join(run, STOP_FILE), "")) as received,
-            over.watching(),
+            watch.watching(),
         ):
             trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise _worker_error(run) or UserError(_reason(error)) from error
+    finally:
+        # No worker is left to write them. A store that cannot be written is not why the run has ended.
+        with suppress(UserError, OSError):
+            tracking.add_waits(run, watch.waits)
     if (written := _worker_error(run)) is not None:
         raise written
     return received

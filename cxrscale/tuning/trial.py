@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from cxrscale.config import LOWER_IS_BETTER, Recipe
 from cxrscale.evaluation import metrics, thresholds
 from cxrscale.inference import predictions
 from cxrscale.io import lease, read_sealed_yaml, seal, storage, write_sealed_yaml
-from cxrscale.training import LocalWorker, RunInputs, checkpoint, launch, resume, run_info, tracking
+from cxrscale.training import LocalWorker, RunInputs, checkpoint, launch, resume, run_info, tracking, waiting
 from cxrscale.tuning import search_space
 from cxrscale.types import UserError, one_line
 
@@ -155,12 +155,19 @@ def _run_trial(settings: dict[str, Any], study: Study) -> None:
             if recipe.tune.workers == 1:
                 launch.train_here(recipe, folder, TrialWorker(best, study.use_gpu))
             else:
-                launch.fit(recipe, folder, study.use_gpu, [ForwardReports(folder, best)])
+                forward = [ForwardReports(folder, best)]
+                launch.fit(recipe, folder, study.use_gpu, forward, say=_say_in(study.run, recipe.tracking.name))
     except Exception as error:  # whatever a combination of settings may lead to; other trials go on
         reason = one_line(error, limit=500)
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         storage.write(storage.join(folder, FAILED), seal.closed_text(kind + reason))
         ray.tune.report(best.failed(recipe.train.epochs))
+
+
+def _say_in(search: str, trial: str | None) -> Callable[[str], None]:
+    """Says a line of a trial on the console of its search."""
+    say = waiting.say_to(search)
+    return lambda text: say(f"{trial}: {text}")
 
 
 def _check_same_point(folder: str, recipe: Recipe) -> None:

@@ -17,6 +17,7 @@ import ray.tune
 
 from cxrscale.config import LOWER_IS_BETTER, Recipe
 from cxrscale.io import seal, storage
+from cxrscale.training import waiting
 from cxrscale.tuning import results, trial
 from cxrscale.tuning.follower import Follower, bars
 from cxrscale.tuning.schedulers import Sampler, scheduler
@@ -67,7 +68,8 @@ def run_trials(study: Study, space: Space, max_trials: int | None, show_bar: Sho
     with show_bar(f"tuning {study.run.rsplit('/', 1)[-1]}", total, None) as bar:
         bars[study.run] = bar
         try:
-            ended = tuner.fit()
+            with waiting.relayed(study.run):
+                ended = tuner.fit()
         finally:
             del bars[study.run]
     for result in ended:
@@ -123,7 +125,7 @@ def retry_failed(study: Study, space: Space, total: int, max_trials: int | None,
             name=f"retry-{time.time_ns()}", storage_path=path, storage_filesystem=files, verbose=0
         ),
     )
-    with show_bar(f"retrying {len(again)} failed trials", None, None):
+    with show_bar(f"retrying {len(again)} failed trials", None, None), waiting.relayed(study.run):
         ended = tuner.fit()
     return _all_ended(study, ended, len(again))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cxrscale.io import access, storage
-from cxrscale.types import UserError
+from cxrscale.types import AccessError, UserError
 
 
 def names(folder: Path) -> list[str]:
@@ -136,3 +136,18 @@ def test_what_cannot_be_an_output_is_one_line(tmp_path: Path) -> None:
                 storage.write(str(tmp_path / name), "text")
         assert (tmp_path / "socket").is_socket()
     assert sorted(names(tmp_path)) == ["folder", "loop", "socket"]
+
+
+def test_a_store_that_is_away_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(access, "RETRY_SECONDS", (0.01, 0.01, 0.01))
+    monkeypatch.setattr(access, "SAY_SECONDS", 0.0)
+
+    def fail() -> None:
+        raise OSError("Connect timeout on endpoint")
+
+    with pytest.raises(
+        AccessError, match=r"^s3://bucket/run/best\.pt cannot be reached \(Connect timeout on endpoint\)"
+    ):
+        storage.patiently("s3://bucket/run/best.pt", fail)
+    (said,) = caplog.messages
+    assert said == "waiting 0 s for s3://bucket/run/best.pt (Connect timeout on endpoint); ends after 3 attempts more"

@@ -9,7 +9,7 @@ from cxrscale.cli.progress import watch_run
 from cxrscale.config import Pack
 from cxrscale.shards import build
 from cxrscale.sources.synthetic.archive import SyntheticPaths
-from cxrscale.training import launch, run_info, waiting
+from cxrscale.training import launch, run_info, tracking, waiting
 from cxrscale.types import NonFiniteError, UserError, WaitLimitError
 from tests.conftest import TWO_WORKERS, tiny
 
@@ -27,7 +27,8 @@ def test_two_ray_workers_train_and_validate_every_image_once(
         assert (folder / "best.pt").is_file()
         assert list((folder / "wandb").glob("offline-run-*/*.wandb"))
     two, one = (
-        [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()] for folder in (run, alone)
+        [line for line in map(json.loads, (folder / "train_log.jsonl").read_text().splitlines()) if "loss" in line]
+        for folder in (run, alone)
     )
     # The same images in the same steps and the same start: the first loss differs only by batch normalization,
     # which sees half the batch on each worker.
@@ -66,14 +67,19 @@ def test_a_run_without_room_says_what_it_waits_for_and_ends_at_its_limit(
     ray.get(taken.ready(), timeout=60)
     try:
         with pytest.raises(
-            WaitLimitError, match=r"^scaling\.start_seconds=8: no worker of .*tiny has trained for 8 s"
+            WaitLimitError, match=r"^scaling\.start_seconds=40: no worker of .*tiny has trained for 4\d s"
         ) as caught:
-            launch.launch(tiny(nih_shards, tmp_path, "scaling.start_seconds=8"), "tiny", watch_run)
+            launch.launch(tiny(nih_shards, tmp_path, "scaling.start_seconds=40"), "tiny", watch_run)
     finally:
         remove_placement_group(taken)
     assert caught.value.exit_code == 6
     assert "waiting for room for 1 x CPU 1 (free: CPU 0 of " in str(caught.value)
     assert "waiting 2 s for" in caplog.text
+    assert "ends at scaling.start_seconds=40" in caplog.text
+    (wait,) = tracking.read_waits(str(tmp_path / "tiny"))
+    assert wait["what"].endswith("room for 1 x CPU 1")
+    assert (wait["step"], wait["limit"]) == (0, "scaling.start_seconds=40")
+    assert 40 <= wait["seconds"] < 60
     info = run_info.read_run_info(str(tmp_path / "tiny"))
     assert (info.ending, info.error) == ("failed", str(caught.value))
     # Nothing of it holds what it has waited for.

@@ -204,6 +204,44 @@ def test_a_search_can_be_kept_in_a_bucket(nih_shards: str, s3: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
+def test_a_trial_of_several_workers_without_room_ends_at_its_limit(
+    nih_shards: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    cpus = int(ray.cluster_resources()["CPU"])  # type: ignore[no-untyped-call]
+    taken = placement_group([{"CPU": 1}] * (cpus - 1))
+    ray.get(taken.ready(), timeout=60)
+    more = (
+        "tune.workers=2",
+        "tune.trials=1",
+        "tune.baseline_seeds=0",
+        "tune.method=random",
+        "scaling.start_seconds=40",
+    )
+    recipe = tiny(nih_shards, tmp_path, LR, *SHORT, *more, f"scaling.cpus_per_worker={cpus // 2}")
+    try:
+        with pytest.raises(
+            UserError, match=r"no trial has a auroc: scaling\.start_seconds=40: no worker of .*trial-000 "
+        ):
+            sweep.tune(recipe, "tiny", progress.bar)
+    finally:
+        remove_placement_group(taken)
+    trial = str(tmp_path / "tiny/trials/trial-000")
+    assert "waiting for room for 2 x CPU 1 (free: CPU 1 of 2)" in storage.read(f"{trial}/failed.txt").decode()
+    (wait,) = tracking.read_waits(trial)
+    assert wait["limit"] == "scaling.start_seconds=40"
+    # The search's console has it from the trial's process.
+    assert "trial-000: waiting 1" in caplog.text
+    # Nothing of it waits on for what it has asked for.
+    again = placement_group([{"CPU": 1}] * cpus)
+    ray.get(again.ready(), timeout=60)
+    remove_placement_group(again)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
 def test_trials_of_several_workers_do_not_wait_for_each_other_forever(nih_shards: str, tmp_path: Path) -> None:
     # Two CPUs hold one trial of two workers: the other two must wait outside, holding nothing.
     more = ("tune.workers=2", "tune.trials=3", "tune.baseline_seeds=0", "train.epochs=1", "sampler.steps_per_epoch=2")
