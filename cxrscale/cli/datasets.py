@@ -102,6 +102,8 @@ def verify_command(
     from cxrscale.shards import manifest, repair, verify
 
     if not storage.exists(storage.join(root, manifest.NAME)) and _is_run(root):
+        if mend:
+            raise UserError(f"{root} is a run, and --repair rewrites what of a dataset can be rebuilt; leave it out")
         _verify_run(root)
         return
     for line in repair.repair(root) if mend else ():

@@ -58,7 +58,7 @@ def predict_command(
         typer.Option(
             "--format",
             help="json, csv, parquet, or rle: masks as a submission of the SIIM challenge; dicom-seg (masks), dicom-sr "
-            "(reports) or dicom-sc (pictures): JSON, and in OUT/objects a DICOM object per image, in its study.",
+            "(reports) or dicom-sc (captures): JSON, and in OUT/objects a DICOM object per image, in its study.",
         ),
     ] = "json",
     overlay: Annotated[

@@ -40,7 +40,7 @@ RUN_COMMANDS = ("train", "tune", "overfit")
 """Commands with a recipe that write to its tracking.runs_dir."""
 OUTPUTS = ("out", "keep_map")
 """Parameters that say where a command writes."""
-INPUTS = ("root", "shards", "patients_from", "run", "run_a", "run_b", "inputs", "readers", "id_map")
+INPUTS = ("root", "shards", "patients_from", "run", "runs", "run_a", "run_b", "gate", "inputs", "readers", "id_map")
 """Parameters that are files, datasets or runs; another counts where it names a file here."""
 WRITES_INTO_RUN = ("threshold", "evaluate")
 """Commands that write into the run that they are given."""
@@ -113,7 +113,11 @@ def prepare(
         if word != recipe:
             _refuse_local_files(word)
     if into_run:
-        results.append(str(given["run"].value))
+        run = given["run"].value
+        results.append(str(run[0] if isinstance(run, list | tuple) else run))
+    if command == "ensemble":
+        first = str(given["runs"].value[0]).rstrip("/")
+        results.append(storage.join(first.rpartition("/")[0], str(given["name"].value)))
     return JobCommand(words, recipes, results)
 
 

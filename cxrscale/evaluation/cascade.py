@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from cxrscale.config import Data
 from cxrscale.evaluation.cascade_models import CascadeMetrics, MaskMetrics
 from cxrscale.evaluation.metrics import (
     BootstrapWeights,
@@ -19,10 +20,33 @@ from cxrscale.evaluation.metrics import (
     weighted_means,
 )
 from cxrscale.evaluation.thresholds import MaskRule, rule_areas, rule_tables
-from cxrscale.types import ScoreHistograms
+from cxrscale.types import ScoreHistograms, UserError
 
 STEPS = 64
 """Equal steps of the map's thresholds that the search tries."""
+
+
+def common_finding(segmenter: tuple[str, Data], gate: tuple[str, Data]) -> str:
+    """The finding that a segmenter and the classifier before it are about.
+
+    Args:
+        segmenter: the run's folder or address, and its recipe's section `data`.
+        gate: those of the classifier.
+
+    Raises:
+        UserError: they are no segmenter and classifier, or not of one finding.
+    """
+    for (run, data), task, word in ((segmenter, "segment", "segmenter"), (gate, "classify", "classifier")):
+        if data.task != task:
+            raise UserError(
+                f"{run} is no {word}: a gate is a classifier (--gate), and stands before a segmenter (--run)"
+            )
+    finding, known = segmenter[1].findings[0], gate[1].findings
+    if finding not in known:
+        raise UserError(
+            f"{gate[0]} does not know {finding}, which {segmenter[0]} segments; it knows {', '.join(known)}"
+        )
+    return finding
 
 
 def evaluate_cascade(

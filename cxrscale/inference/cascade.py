@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cxrscale.evaluation import CASCADE, Cascade
+from cxrscale.evaluation import CASCADE, Cascade, cascade
 from cxrscale.inference.prediction import Gate, Prediction, Provenance
 from cxrscale.inference.predictor import Predictor
 from cxrscale.inference.streaming import ImagePredictor, Prepared
@@ -36,7 +36,10 @@ class GatedPredictor(ImagePredictor):
             UserError: as `Predictor`; the runs do not fit, or the gate has no threshold.
         """
         self._gate, self._segmenter = Predictor(gate, device), Predictor(segmenter, device, maps=maps)
-        finding, about = check_fit(self._segmenter, self._gate), self._gate.provenance
+        about = self._gate.provenance
+        finding = cascade.common_finding(
+            (self._segmenter.provenance.run, self._segmenter.recipe.data), (about.run, about.recipe.data)
+        )
         chosen = read_cascade(str(segmenter), self._segmenter.provenance.checkpoint, about.checkpoint)
         threshold = about.threshold.get(finding) if chosen is None else chosen.threshold
         if threshold is None:
@@ -84,27 +87,6 @@ class GatedPredictor(ImagePredictor):
         area_mm2 = None if known.spacing_mm is None else 0.0
         absent = dict.fromkeys(self.findings, False)
         return replace(known, calls=absent, mask_rle=rle_masks.EMPTY, mask_area=0, mask_area_mm2=area_mm2)
-
-
-def check_fit(segmenter: Predictor, gate: Predictor) -> str:
-    """The finding that a segmenter and the classifier before it are about.
-
-    Raises:
-        UserError: they are no segmenter and classifier, or not of one finding.
-    """
-    for predictor, task, word in ((segmenter, "segment", "segmenter"), (gate, "classify", "classifier")):
-        if predictor.recipe.data.task != task:
-            raise UserError(
-                f"{predictor.provenance.run} is no {word}: a gate is a classifier (--gate), and stands before a "
-                "segmenter (--run)"
-            )
-    finding = segmenter.findings[0]
-    if finding not in gate.findings:
-        raise UserError(
-            f"{gate.provenance.run} does not know {finding}, which {segmenter.provenance.run} segments; it knows "
-            f"{', '.join(gate.findings)}"
-        )
-    return finding
 
 
 def read_cascade(segmenter: str, digest: str, gate_digest: str) -> Cascade | None:

@@ -58,7 +58,7 @@ def predict_files(
         kind: json, csv, parquet, rle, or one of `dicom_objects.KINDS`: these write an object per image into
             `out`/objects too, and predictions.json, whose rows name it.
         on_prediction: called with each new prediction.
-        overlays: also draw a picture per image into `out`/objects; with a heat map where the predictor gives `maps`.
+        overlays: also draw an overlay per image into `out`/objects; with a heat map where the predictor gives `maps`.
 
     Raises:
         UserError: no such format, or the folder holds unfinished predictions of another run.

@@ -1,4 +1,4 @@
-"""One picture per image for whoever would rather look than read: mask outline, heat map, calls."""
+"""One drawing per image for whoever would rather look than read: mask outline, heat map, calls."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from cxrscale.io import encode_jpeg, encode_png, resize_image, rle_masks, storag
 from cxrscale.loader import file_batches
 from cxrscale.models import forward, pooled_features, probabilities
 from cxrscale.training import LocalWorker, scoring
-from cxrscale.types import GrayImage, probabilities_of
+from cxrscale.types import Batch, GrayImage, probabilities_of
 
 NO_CALLS = (
     "an ensemble without thresholds: probabilities are the mean of its models' own and no calls; "
@@ -167,6 +167,17 @@ class Predictor(ImagePredictor):
         }
         return replace(known, probabilities=final, calls=called)
 
+    def _forward(self, batch: Batch) -> tuple[torch.Tensor, npt.NDArray[np.float32] | None]:
+        """The logits of a batch, and (B, F, h, w) class activation maps where they were asked for and the model has
+        them."""
+        model, settings = self._trained.model, self.recipe.train
+        if not self._maps:
+            return forward(model, batch, settings, self._device), None
+        with pooled_features(model) as features:
+            logits = forward(model, batch, settings, self._device)
+        map_BFhw = features.maps(logits) if logits.ndim == 2 else None
+        return logits, None if map_BFhw is None else map_BFhw.cpu().numpy()
+
     def _outputs(self, images: Sequence[bytes]) -> list[_Output | None]:
         """The model's output for each stored image; None where it cannot be decoded."""
         outputs: list[_Output | None] = [None] * len(images)
@@ -177,10 +188,7 @@ class Predictor(ImagePredictor):
         recipe = self.recipe.model_copy(update={"sampler": sampler})
         with self._lock, torch.no_grad():
             for batch in file_batches(images, recipe, self._device):
-                with pooled_features(self._trained.model) as features:
-                    logits = forward(self._trained.model, batch, recipe.train, self._device)
-                of_classes = features.maps(logits) if self._maps and logits.ndim == 2 else None
-                map_BFhw = None if of_classes is None else of_classes.cpu().numpy()
+                logits, map_BFhw = self._forward(batch)
                 distance_B = None if self._reference is None else self._reference.distance(thumbnails(batch))
                 maps = probabilities(logits)[:, 0].cpu().numpy() if logits.ndim == 4 else None
                 logit_BF = logits.flatten(2).amax(dim=2).cpu().numpy() if logits.ndim == 4 else logits.cpu().numpy()

@@ -168,7 +168,7 @@ def _with_weights(recipe: Recipe, weights: Any, path: str) -> nn.Module:
 
 def _check_same_input(a: tuple[str, TrainedModel], b: tuple[str, TrainedModel]) -> None:
     """Refuse two models that cannot be averaged."""
-    fields_a, fields_b = ({**_input_of(one)} for _, one in (a, b))
+    fields_a, fields_b = (_input_of(one) for _, one in (a, b))
     for name, value in fields_a.items():
         if value != fields_b[name]:
             raise UserError(

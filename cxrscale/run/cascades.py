@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,7 @@ def evaluate_cascade(
 
     pair = _Pair(segmenter, gate)
     scores, gate_N, maps = pair.split("test", progress)
-    chosen = read_cascade(pair.segmenter.path, *pair.digests())
+    chosen = read_cascade(pair.segmenter.path, *pair.digests)
     alone = pair.segmenter_rule()
     threshold, rule = (pair.gate_threshold(), alone) if chosen is None else (chosen.threshold, chosen.mask_rule)
     for one in (alone, rule):
@@ -94,15 +95,9 @@ class _Pair:
 
     def __init__(self, segmenter: Run | str | Path, gate: Run | str | Path) -> None:
         self.segmenter, self.gate = (one if isinstance(one, Run) else Run(one) for one in (segmenter, gate))
-        for run, task, word in ((self.segmenter, "segment", "segmenter"), (self.gate, "classify", "classifier")):
-            if run.recipe.data.task != task:
-                raise UserError(f"{run.path} is no {word}: a gate is a classifier, and stands before a segmenter")
-        self.finding = self.segmenter.recipe.data.findings[0]
-        if self.finding not in self.gate.recipe.data.findings:
-            knows = ", ".join(self.gate.recipe.data.findings)
-            raise UserError(
-                f"{self.gate.path} does not know {self.finding}, which {self.segmenter.path} segments; it knows {knows}"
-            )
+        self.finding = cascade.common_finding(
+            (self.segmenter.path, self.segmenter.recipe.data), (self.gate.path, self.gate.recipe.data)
+        )
 
     def split(self, name: str, progress: Progress | None) -> tuple[Scores, Floats, ScoreHistograms]:
         """The segmenter's scores of a split, the gate's final probabilities of the same images, and the maps."""
@@ -113,6 +108,7 @@ class _Pair:
         assert scores.maps is not None
         return scores, np.asarray(called.probability_NF[row_N, judged.findings.index(self.finding)]), scores.maps
 
+    @cached_property
     def digests(self) -> tuple[str, str]:
         """Of the weights of segmenter and gate."""
         from cxrscale.training import checkpoint
@@ -126,7 +122,7 @@ class _Pair:
         """What decides, as the fields of an artifact."""
         sides = (
             artifacts.ComparedRun(name=run.name, run=run.path, checkpoint=digest)
-            for run, digest in zip((self.segmenter, self.gate), self.digests(), strict=True)
+            for run, digest in zip((self.segmenter, self.gate), self.digests, strict=True)
         )
         of_segmenter, of_gate = sides
         return {

@@ -241,6 +241,8 @@ def test_a_path_that_the_job_cannot_use_is_one_line(
         (["predict", "s3://raw/a.dcm", "--run", "s3://runs/a", "--out", "s3://o/a"], ["s3://o/a"]),
         (["evaluate", "/shared/runs/a"], ["/shared/runs/a"]),
         (["compare", "/r/a", "/r/b", "--out", "/o/compare.json"], ["/o/compare.json"]),
+        (["ensemble", "s3://cxr/runs/a", "s3://cxr/runs/b", "--name", "both"], ["s3://cxr/runs/both"]),
+        (["evaluate", "/shared/runs/a", "--gate", "/shared/runs/b"], ["/shared/runs/a"]),
         (["doctor"], []),
         (["doctor", "--json", "/shared/doctor.json"], ["/shared/doctor.json"]),
         (["config", "jobs/mine.yaml"], []),
@@ -261,7 +263,7 @@ def test_results_that_outlive_the_job_are_named(
 
 def test_every_path_of_every_command_is_an_input_or_a_result() -> None:
     """A parameter that is added to a command has to be listed, or a job may lose what it writes."""
-    neither = {"recipe", "overrides", "source", "split", "kind", "resume", "address"}
+    neither = {"recipe", "overrides", "source", "split", "kind", "resume", "address", "name", "mean", "tta"}
     commands: Any = typer.main.get_command(app.app)
     for name, command in commands.commands.items():
         for parameter, hint in get_type_hints(command.callback).items() if name != "submit" else ():

@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from cxrscale.cli import app
 from cxrscale.run import open_run
 from cxrscale.training import run_files, tracking
 from cxrscale.types import UserError
@@ -76,3 +78,9 @@ def test_a_damaged_line_of_a_log_is_one_line(whole_run: Path, tmp_path: Path) ->
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has neither run\.json nor sweep\.json"):
         run_files.verify(str(tmp_path))
+
+
+def test_a_run_is_not_repaired(whole_run: Path) -> None:
+    done = CliRunner().invoke(app.app, ["verify", str(whole_run), "--repair"])
+    assert done.exit_code == 2
+    assert "--repair rewrites what of a dataset can be rebuilt" in str(done.output)

@@ -1,4 +1,4 @@
-"""A picture for viewers without segmentations: mask outline and calls in a secondary capture (PS3.3 A.8)."""
+"""An image for viewers without segmentations: mask outline and calls in a secondary capture (PS3.3 A.8)."""
 
 from __future__ import annotations
 
