@@ -68,7 +68,8 @@ def launch(recipe: Recipe, stem: str, watch: Watcher, *, local: bool = False) ->
         nodes.preflight(recipe.scaling, reads=recipe.data.shards, writes=[recipe.tracking.runs_dir])
     run = run_address(recipe, inputs)
     workers = 1 if local else recipe.scaling.workers[1]
-    with lease.held(run, f"run {run.rsplit('/', 1)[-1]}") as owned:
+    patience = storage.waiting_for_stores(recipe.scaling.store_seconds)
+    with patience, lease.held(run, f"run {run.rsplit('/', 1)[-1]}") as owned:
         for folder in (run, storage.join(run, checkpoint.FOLDER)):
             storage.remove_temporary_files(folder)
         for leftover in (ERROR_FILE, STOP_FILE, run_info.OUTCOME):
@@ -214,11 +215,13 @@ def fit(
     )
     watch = waiting.Watch(run, recipe.scaling, say)
     trainer.hold = watch.hold
+
+    def stop() -> None:
+        watch.stop()
+        storage.write(storage.join(run, STOP_FILE), "")
+
     try:
-        with (
-            handle_stop_signals(lambda: storage.write(storage.join(run, STOP_FILE), "")) as received,
-            watch.watching(),
-        ):
+        with handle_stop_signals(stop) as received, watch.watching():
             trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise _worker_error(run) or UserError(_reason(error)) from error
@@ -243,13 +246,18 @@ def _worker_error(run: str) -> UserError | None:
 
 def _ray_loop(settings: dict[str, Any]) -> None:
     recipe, run = config.parse(Recipe, settings["recipe"], where="the driver's recipe"), str(settings["run"])
+    with storage.waiting_for_stores(recipe.scaling.store_seconds):
+        _train_here_once(recipe, run, settings["owner"])
+
+
+def _train_here_once(recipe: Recipe, run: str, owner: str | None) -> None:
     error_file = storage.join(run, ERROR_FILE)
     # Ray restarts a failed group. That is right for a lost worker but not for a user's mistake: the new group returns.
     if storage.exists(error_file):
         return
     worker = RayWorker(run, storage.join(run, STOP_FILE))
     try:
-        with lease.share(run, settings["owner"]):
+        with lease.share(run, owner):
             train_here(recipe, run, worker)
     except AccessError:
         raise  # a worker whose bucket is away for a while is to fail and be started again

@@ -18,6 +18,7 @@ import ray
 import torch.distributed
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.controller import TrainController
 from torch._C._distributed_c10d import TCPStore
@@ -33,7 +34,13 @@ class HeldTrainer(TorchTrainer):
     """
 
     hold: Callable[[Any], None]
-    """Called with the controller before it begins."""
+    """Called with the controller before it begins, and with None when it has come to its end by itself."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        # Ray's cleaner knows a placement group only once all of its workers have started, asks a dashboard that a
+        # cluster need not have, and then never ends. Whoever holds the controller ends it with `groups.end_actor`.
+        made = super()._create_default_callbacks()
+        return [callback for callback in made if not isinstance(callback, PlacementGroupCleanerCallback)]
 
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
         options: dict[str, Any] = {
@@ -44,7 +51,9 @@ class HeldTrainer(TorchTrainer):
         controller: Any = ray.remote(**options)(TrainController).remote(**settings)
         self.hold(controller)
         ray.get(controller.run.remote())
-        return ray.get(controller.get_result.remote())
+        result = ray.get(controller.get_result.remote())
+        self.hold(None)
+        return result
 
 
 @dataclass

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cxrscale.cluster import nodes
+from cxrscale.cluster import groups
 from cxrscale.config import Scaling
 from cxrscale.training.tracking import Wait
 from cxrscale.types import WaitLimitError
@@ -35,6 +35,7 @@ SLOWER = 3.0
 USUAL = 9
 """How many of them."""
 ROOM = "room for"
+END_TRIES = 10
 _LIFE, _WAITS, _SAID = "cxrscale-life", "cxrscale-waits", "cxrscale-said"
 
 
@@ -125,7 +126,7 @@ class Standstill:
         """Whether the wait has to be said, for the first time or again."""
         if self.seconds(now) < self._say_at:
             return False
-        self._say_at = min(self._say_at * 6, self._say_at + AGAIN_SECONDS)
+        self._say_at = next_word(self._say_at)
         return True
 
     def activity(self, now: float) -> str | None:
@@ -161,20 +162,26 @@ class Watch:
         """What the run has waited for."""
         self._run, self._scaling, self._say = run, scaling, say or _warn
         self._controller: Any = None
-        self._ended = threading.Event()
+        self._ended, self._asked = threading.Event(), threading.Event()
         self._error: WaitLimitError | None = None
+        self._stopped = False
 
     def hold(self, controller: Any) -> None:
-        """Take the handle of Ray Train's controller, whose end is that of the workers."""
+        """Take the handle of Ray Train's controller, whose end is that of the workers; None where it has ended."""
         self._controller = controller
+
+    def stop(self) -> None:
+        """The workers have been asked to stop: where there is none, nobody will, and the run ends here."""
+        self._asked.set()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Inside, the run is watched.
+        """Inside, the run is watched. However it ends, nothing stays of what it has asked the cluster for.
 
         Raises:
             WaitLimitError: for longer than a limit no worker trained; the run's last checkpoint stays.
         """
+        clear(self._say)
         thread = threading.Thread(target=self._look, daemon=True, name="watch")
         thread.start()
         try:
@@ -182,10 +189,12 @@ class Watch:
         except Exception:
             if self._error is not None:
                 raise self._error from None
-            raise
+            if not self._stopped:
+                raise
         finally:
             self._ended.set()
-            thread.join(10)
+            thread.join(groups.END_SECONDS)
+            self._end()
 
     def _look(self) -> None:
         with suppress(Exception):
@@ -200,9 +209,16 @@ class Watch:
             elif field := still.exceeded(now):
                 self._give_up(field, [*causes, self._cause(still, now)], still.seconds(now))
                 return
+            elif self._asked.is_set() and still.activity(now) is None:
+                self._say("no worker trains: the run ends with its last checkpoint")
+                self._stopped = True
+                self._end()
+                return
             elif still.is_time_to_speak(now) or (causes and self._cause(still, now) != causes[-1]):
                 cause, limit = self._cause(still, now), still.limit(now)
-                self._say(f"waiting {still.seconds(now):.0f} s for {cause}{_free(cause)}; ends at {limit}")
+                if cause.startswith(ROOM):
+                    clear(self._say)
+                self._say(f"waiting {still.seconds(now):.0f} s for {cause}{_room(cause)}; ends at {limit}")
                 causes += [cause] if causes[-1:] != [cause] else []
 
     def _note(self, causes: list[str], limit: str, seconds: float) -> None:
@@ -215,7 +231,7 @@ class Watch:
             _put(_WAITS, self._run, repr(wait.began), json.dumps(asdict(wait)))
 
     def _give_up(self, field: str, causes: list[str], seconds: float) -> None:
-        last = f"{causes[-1]}{_free(causes[-1])}"
+        last = f"{causes[-1]}{_room(causes[-1])}"
         self._error = WaitLimitError(
             f"{field}: no worker of {self._run} has trained for {seconds:.0f} s, waiting for {last}; "
             "free or add nodes and re-run to resume, or raise the limit"
@@ -235,36 +251,55 @@ class Watch:
     def _cause(self, still: Standstill, now: float) -> str:
         """What the run waits for, as far as it can be known."""
         with suppress(Exception):
-            if self._controller is not None and (room := nodes.waits_for(self._controller._actor_id.hex())):
+            if self._controller is not None and (room := groups.waits_for(self._controller._actor_id.hex())):
                 return f"{ROOM} {room}"
         return still.activity(now) or ("its workers to be heard of again" if still.heard else "its workers to start")
 
     def _end(self) -> None:
-        import ray
-
-        if self._controller is not None:
-            actor = self._controller._actor_id.hex()
-            ray.kill(self._controller)
-            # What it has asked for would be given to it, and nobody would ever train there.
-            nodes.remove_groups_of(actor)
+        """End a controller that has not come to its end, and with it the workers and what it has asked for."""
+        # The control service may be away for a moment, or for ever.
+        for _ in range(END_TRIES):
+            if self._controller is None:
+                return
+            with suppress(Exception):
+                groups.end_actor(self._controller)
+                self._controller = None
+                return
+            time.sleep(LOOK_SECONDS)
 
 
 def _warn(text: str) -> None:
     LOG.warning("%s", text)
 
 
-def _free(cause: str) -> str:
-    """How much of the cluster nobody uses, where that is what is missing."""
+def _room(cause: str) -> str:
+    return free_room() if cause.startswith(ROOM) else ""
+
+
+def free_room() -> str:
+    """How much of the cluster nobody uses, and who holds what nobody will use, e.g. ` (free: CPU 1 of 2)`."""
     import ray
 
-    if not cause.startswith(ROOM):
-        return ""
-    with suppress(Exception):
+    with suppress(Exception):  # the control service may be away for a moment
         free, total = ray.available_resources(), ray.cluster_resources()  # type: ignore[no-untyped-call]
         kinds = ["CPU"] + ["GPU"] * ("GPU" in total)
         amounts = [f"{kind} {free.get(kind, 0):g} of {total.get(kind, 0):g}" for kind in kinds]
-        return f" (free: {', '.join(amounts)})"
+        orphans = [group.bundles for group in groups.find_orphans()]
+        held = f"; ended jobs hold {', '.join(orphans)}: cxrscale doctor --remove-orphans" if orphans else ""
+        return f" (free: {', '.join(amounts)}{held})"
     return ""
+
+
+def next_word(seconds: float) -> float:
+    """When a wait that was said after so many seconds is said again."""
+    return min(seconds * 6, seconds + AGAIN_SECONDS)
+
+
+def clear(say: Callable[[str], None]) -> None:
+    """Give back what trainings hold, or have asked for, that are no more: this one would wait for it."""
+    with suppress(Exception):  # the control service may be away for a moment
+        for group in groups.remove_abandoned():
+            say(f"removed {group.bundles} on the cluster, left behind by a training that was killed")
 
 
 def _key(kind: str, run: str, name: str = "") -> str:

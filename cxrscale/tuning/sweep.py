@@ -67,7 +67,8 @@ def tune(recipe: Recipe, stem: str, show_bar: ShowBar, write_page: WritePage | N
     space = absolute_space(parse_space(recipe.tune.space))
     inputs = _preflight(recipe, space, stem)
     run = launch.run_address(recipe, inputs)
-    with lease.held(run, f"search {run.rsplit('/', 1)[-1]}") as owned:
+    patience = storage.waiting_for_stores(recipe.scaling.store_seconds)
+    with patience, lease.held(run, f"search {run.rsplit('/', 1)[-1]}") as owned:
         _prepare(recipe, inputs, run)
         _set_environment()
         ray_session.connect()

@@ -4,10 +4,12 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 
 from cxrscale import config
 from cxrscale.cli import progress
+from cxrscale.cluster import groups
 from cxrscale.config import Recipe
 from cxrscale.inference import load_model, predictions
 from cxrscale.io import storage
@@ -24,7 +27,7 @@ from cxrscale.reporting import tuning_page
 from cxrscale.training import run_files, run_info, tracking
 from cxrscale.tuning import results, search_space, sweep
 from cxrscale.tuning.search_info import read_search_info
-from cxrscale.types import UserError
+from cxrscale.types import UserError, WaitLimitError
 from tests.conftest import tiny
 from tests.tiny import TINY_SEGMENTER
 
@@ -213,6 +216,7 @@ def test_a_trial_of_several_workers_without_room_ends_at_its_limit(
     cpus = int(ray.cluster_resources()["CPU"])  # type: ignore[no-untyped-call]
     taken = placement_group([{"CPU": 1}] * (cpus - 1))
     ray.get(taken.ready(), timeout=60)
+    before = {group.id for group in groups.find_all()}
     more = (
         "tune.workers=2",
         "tune.trials=1",
@@ -235,9 +239,24 @@ def test_a_trial_of_several_workers_without_room_ends_at_its_limit(
     # The search's console has it from the trial's process.
     assert "trial-000: waiting 1" in caplog.text
     # Nothing of it waits on for what it has asked for.
-    again = placement_group([{"CPU": 1}] * cpus)
-    ray.get(again.ready(), timeout=60)
-    remove_placement_group(again)
+    time.sleep(1)
+    assert {group.id for group in groups.find_all()} <= before
+
+
+def test_a_search_without_room_says_what_it_waits_for_and_ends_at_its_limit(
+    nih_shards: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, full_cluster: Callable[[], None]
+) -> None:
+    more = ("tune.method=random", "tune.trials=2", "tune.baseline_seeds=0", "scaling.start_seconds=8")
+    recipe = tiny(nih_shards, tmp_path, LR, *SHORT, *more)
+    with pytest.raises(
+        WaitLimitError, match=r"^scaling\.start_seconds=8: no trial of .*tiny has run for 8 s, "
+    ) as caught:
+        sweep.tune(recipe, "tiny", progress.bar)
+    assert "waiting for room for 1 x CPU 1 (free: CPU 0 of " in str(caught.value)
+    assert re.search(r"waiting [2-7] s for room for 1 x CPU 1 .*; ends at scaling\.start_seconds=8", caplog.text)
+    assert not read_search_info(str(tmp_path / "tiny")).finished
+    full_cluster()
+    assert [row["status"] for row in rows(search(recipe).run)] == ["finished"] * 2
 
 
 @pytest.mark.slow
