@@ -39,7 +39,7 @@ class HeldTrainer(TorchTrainer):
     def _create_default_callbacks(self) -> list[Any]:
         # Ray's cleaner knows a placement group only once all of its workers have started, asks a dashboard that a
         # cluster need not have, and then never ends. Whoever holds the controller ends it with `groups.end_actor`.
-        made = super()._create_default_callbacks()
+        made = super()._create_default_callbacks()  # type: ignore[misc]
         return [callback for callback in made if not isinstance(callback, PlacementGroupCleanerCallback)]
 
     def _initialize_and_run_controller(self, **settings: Any) -> Any:

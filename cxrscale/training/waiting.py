@@ -36,7 +36,7 @@ USUAL = 9
 """How many of them."""
 ROOM = "room for"
 END_TRIES = 10
-_LIFE, _WAITS, _SAID = "cxrscale-life", "cxrscale-waits", "cxrscale-said"
+_LIFE, _WAITS, _SAID, _BEGUN = "cxrscale-life", "cxrscale-waits", "cxrscale-said", "cxrscale-begun"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,18 @@ def take_waits(run: str) -> list[Wait]:
 def say_to(run: str) -> Callable[[str], None]:
     """A function that says a line where `relayed` is entered for the run: on the console of the driver of a search."""
     return lambda text: _put(_SAID, run, uuid.uuid4().hex, text)
+
+
+def begin(run: str, name: str) -> None:
+    """Say that a task of a run has begun; called on its node."""
+    _put(_BEGUN, run, name, name)
+
+
+def take_begun(run: str) -> set[str]:
+    """The tasks of a run that have begun since the last call."""
+    with suppress(Exception):  # the control service may be away for a moment
+        return set(_take_all(_BEGUN, run))
+    return set()
 
 
 @contextmanager

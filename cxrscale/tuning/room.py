@@ -58,4 +58,4 @@ def _what() -> str:
     with suppress(Exception):  # the control service may be away for a moment
         if room := groups.waits_for():
             return f"{waiting.ROOM} {room}{waiting.free_room()}"
-    return "the process of a trial to start"
+    return f"a process to start{waiting.free_room()}"

@@ -18,7 +18,7 @@ import pytest
 
 from cxrscale.io import storage
 from cxrscale.sources.synthetic.archive import SyntheticPaths
-from cxrscale.training import checkpoint
+from cxrscale.training import checkpoint, tracking
 from tests.multinode.namespaces import BUCKET, Machine, NotAllowed, Site
 from tests.tiny import TINY_CLASSIFIER
 
@@ -52,6 +52,12 @@ def newest(run: str) -> int:
 def saved(run: str, step: int) -> Callable[[], bool]:
     """Whether the run has a checkpoint of that step or a later one, to be asked again and again."""
     return lambda: newest(run) >= step
+
+
+def tell_waits(run: str) -> None:
+    """Print what the run has waited for, step by step; `pytest -rP` shows it."""
+    for line in tracking.read_waits(run):
+        print(f"{run}: at step {line['step']} {line['seconds']:.0f} s for {line['what']} ({line['limit']})")
 
 
 class Store:

@@ -10,7 +10,7 @@ import pytest
 
 from cxrscale.io import storage
 from cxrscale.training import run_info, tracking
-from tests.multinode.conftest import HEAD, STEPS, WORKERS, Cluster, Store, newest, saved, training
+from tests.multinode.conftest import HEAD, STEPS, WORKERS, Cluster, Store, newest, saved, tell_waits, training
 from tests.multinode.namespaces import BUCKET
 from tests.training.test_survival import assert_equal
 
@@ -32,6 +32,7 @@ def finish(job: subprocess.Popen[str], run: str, undisturbed: str) -> None:
 
 def check(out: str, run: str, undisturbed: str) -> None:
     """The run has ended as the undisturbed one did: the same weights, no line of its log missing or there twice."""
+    tell_waits(run)
     # Ray itself may say something about a lost machine after the command's last line.
     assert run in out.splitlines()
     assert_equal(run, undisturbed)

@@ -6,7 +6,7 @@ import pytest
 
 from cxrscale.io import storage
 from cxrscale.training import resume, run_info, tracking
-from tests.multinode.conftest import HEAD, PATIENCE_S, STEPS, WORKERS, Cluster, Store, newest, training
+from tests.multinode.conftest import HEAD, PATIENCE_S, STEPS, WORKERS, Cluster, Store, newest, tell_waits, training
 from tests.training.test_survival import assert_equal
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -30,6 +30,7 @@ def test_a_run_that_loses_a_machine_ends_like_one_that_does_not(
     cluster.up(writer)
     out, _ = job.communicate(timeout=PATIENCE_S)
     assert job.returncode == 0, out
+    tell_waits(hurt)
     # Ray itself may say something about the lost machine after the command's last line.
     assert hurt in out.splitlines()
     assert_equal(hurt, undisturbed)
@@ -65,6 +66,7 @@ def test_an_elastic_run_goes_on_without_the_machine_that_nobody_hears_of(
     assert set(cluster.training()) == set(WORKERS)
     cluster.stop("elastic")
     out, _ = job.communicate(timeout=PATIENCE_S)
+    tell_waits(run)
     assert "stopped with a checkpoint; resume with tracking.name=elastic" in out
     assert [line["step"] for line in tracking.read_log(run)] == list(range(1, newest(run) + 1))
 
@@ -91,6 +93,7 @@ def test_a_search_that_loses_a_machine_ends(cluster: Cluster, shards: str, s3: s
     assert json.loads(storage.read(f"{run}/{resume.SEARCH_INFO}"))["finished"]
     for number in range(4):
         trial = f"{run}/trials/trial-{number:03d}"
+        tell_waits(trial)
         assert newest(trial) == 24
         assert run_info.read_run_info(trial).finished
     assert storage.exists(f"{run}/best.yaml")
