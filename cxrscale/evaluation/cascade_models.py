@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from cxrscale.evaluation.artifacts import ComparedRun
 from cxrscale.evaluation.metrics import Estimate
-from cxrscale.evaluation.thresholds import MaskRule
-from cxrscale.io import Artifact, ArtifactPart, Number
+from cxrscale.evaluation.thresholds import MaskRule, Share
+from cxrscale.io import Artifact, ArtifactPart
 
 CASCADE = "cascade.json"
 CASCADE_METRICS = "cascade_metrics.json"
@@ -41,7 +41,7 @@ class CascadeRule(ArtifactPart):
     """The classifier."""
     segmenter: ComparedRun
     finding: str
-    threshold: Number
+    threshold: Share
     """Of the classifier's final probability."""
     mask_rule: MaskRule
     """Of the segmenter behind it."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
 from cxrscale.config import Threshold
 from cxrscale.evaluation.metrics import (
@@ -27,13 +29,17 @@ Counts = npt.NDArray[np.int64]
 _Tables = tuple[Counts, Floats, Floats]
 
 
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+"""A probability that a score is compared with: never NaN, with which no comparison would be true."""
+
+
 @dataclass(frozen=True, slots=True)
 class MaskRule:
     """The SIIM winners' rule: no mask unless `min_area` pixels score >= top; then all pixels that score >= bottom."""
 
-    top: float
-    min_area: int
-    bottom: float
+    top: Share
+    min_area: Annotated[int, Field(ge=0)]
+    bottom: Share
     dice: Number = float("nan")
     """Mean Dice over the images that it was searched on, empty against empty counting 1; NaN where it was not."""
     own_size: bool = False

@@ -27,7 +27,7 @@ from cxrscale.tuning.room import PENDING, RUNNING, RoomWatch
 from cxrscale.tuning.search_info import SearchInfo, SearchSession, is_search, read_search_info, write_search_info
 from cxrscale.tuning.search_space import Space, absolute_space, check_space, parse_space
 from cxrscale.tuning.trial import Study
-from cxrscale.tuning.tuner import ShowBar, end_as_ctrl_c, resources, retry_failed, run_trials
+from cxrscale.tuning.tuner import ShowBar, end_as_ctrl_c, ray_locks_in_own_folder, resources, retry_failed, run_trials
 from cxrscale.types import UserError, last_line
 
 FREE_TO_CHANGE = frozenset({"tune.max_concurrent_trials", "tune.retry_failed"})
@@ -85,7 +85,7 @@ def _search(study: Study, space: Space, show_bar: ShowBar, write_page: WritePage
     info = _new_info(inputs, (*read_search_info(run).sessions, SearchSession(began=began)))
     write_search_info(run, info)
     try:
-        with end_as_ctrl_c():
+        with end_as_ctrl_c(), ray_locks_in_own_folder():
             total, finished = run_trials(study, space, max_trials, show_bar)
             if finished and recipe.tune.retry_failed:
                 finished = retry_failed(study, space, total, max_trials, show_bar)

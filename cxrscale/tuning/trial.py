@@ -256,6 +256,11 @@ def is_finished(folder: str) -> bool:
     return storage.exists(storage.join(folder, run_info.RUN_INFO)) and run_info.read_run_info(folder).finished
 
 
+def has_ended(folder: str) -> bool:
+    """Whether the trial has nothing more to do: it is finished, or it failed."""
+    return is_finished(folder) or has_failed(folder)
+
+
 def _newest_step(run: str) -> int:
     return max(checkpoint.steps(storage.join(run, checkpoint.FOLDER)).values(), default=0)
 

@@ -16,7 +16,7 @@ import ray
 import ray.tune
 
 from cxrscale.config import LOWER_IS_BETTER, Recipe
-from cxrscale.io import seal, storage
+from cxrscale.io import scratch, seal, storage
 from cxrscale.training import waiting
 from cxrscale.tuning import results, room, trial
 from cxrscale.tuning.follower import Follower, bars
@@ -73,7 +73,21 @@ def run_trials(study: Study, space: Space, max_trials: int | None, show_bar: Sho
     for result in ended:
         if result.error is not None and result.config is not None:
             _record_lost(study.folder(result.config[NUMBER]), result.error)
-    return total, _all_ended(study, ended, total)
+    return total, _all_ended(study, ended, total, trial.has_ended)
+
+
+@contextmanager
+def ray_locks_in_own_folder() -> Iterator[None]:
+    """Inside, Ray's lock files are in a folder that goes with this process, or after a kill with the next command."""
+    before = os.environ.get("RAY_TMPDIR")
+    os.environ["RAY_TMPDIR"] = str(scratch.shared())
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["RAY_TMPDIR"]
+        else:
+            os.environ["RAY_TMPDIR"] = before
 
 
 @contextmanager
@@ -129,7 +143,8 @@ def retry_failed(study: Study, space: Space, total: int, max_trials: int | None,
     )
     with show_bar(f"retrying {len(again)} failed trials", None, None):
         ended = _fit(tuner, study)
-    return _all_ended(study, ended, len(again))
+    # Each of them failed before: that it has a reason in its folder says nothing of its second run.
+    return _all_ended(study, ended, len(again), trial.is_finished)
 
 
 def _follower(study: Study, total: int) -> Follower:
@@ -150,16 +165,17 @@ def _fit(tuner: ray.tune.Tuner, study: Study) -> Any:
         del room.watches[study.run]
 
 
-def _all_ended(study: Study, ended: Any, count: int) -> bool:
+def _all_ended(study: Study, ended: Any, count: int, has_ended: Callable[[str], bool]) -> bool:
     """Whether so many trials ran, and each of them to its end or its failure.
 
-    Ray says so of those that it has ended. Of a search that was killed it may not know the last report of a trial whose
-    folder is finished.
+    Ray says so of those that it has ended. Of a search that was killed it may have forgotten it: it marks the last
+    report as done in place, which does not renew the copy of the report that it may have made for its saved state.
+    `has_ended` says it of the trial's folder then.
     """
     if len(ended) != count:
         return False
     open_ones = [r for r in ended if r.error is None and not (r.metrics or {}).get("done")]
-    return all(r.config is not None and trial.is_finished(study.folder(r.config[NUMBER])) for r in open_ones)
+    return all(r.config is not None and has_ended(study.folder(r.config[NUMBER])) for r in open_ones)
 
 
 def _point(study: Study, space: Space, number: int) -> Point:

@@ -61,6 +61,11 @@ class World:
         return self.root / "search"
 
     @property
+    def ensemble(self) -> Path:
+        """The run and its mirror image."""
+        return self.root / "ensemble"
+
+    @property
     def outside(self) -> Path:
         """Whatever opens a file in here has followed a forged name."""
         return self.root / "outside"
@@ -69,6 +74,7 @@ class World:
 def make_world(root: Path, dataset: str, run: str) -> World:
     """Copy a dataset and a trained run, and write all other artifacts of the run."""
     from cxrscale import config
+    from cxrscale.inference import Averaging, build_ensemble
     from cxrscale.io import lease, process, write_artifact
     from cxrscale.run import open_run
     from cxrscale.shards import contents
@@ -110,7 +116,39 @@ def make_world(root: Path, dataset: str, run: str) -> World:
     )
     shutil.copy(world.root / "recipe.yaml", world.search / "recipe.yaml")
     _write_trials(world.search)
+    build_ensemble([str(world.run)], str(world.ensemble), Averaging(hflip=True))
+    _write_cascade(world)
     return world
+
+
+def _write_cascade(world: World) -> None:
+    """As `threshold --gate` writes it; the run is its own segmenter and gate."""
+    from cxrscale.evaluation import CASCADE, Cascade, MaskRule, artifacts, cascade_models
+    from cxrscale.evaluation.metrics import Estimate
+    from cxrscale.io import storage, write_artifact
+
+    side = artifacts.ComparedRun(name="run", run=str(world.run), checkpoint=_weights_digest(world.run))
+    names = cascade_models.MaskMetrics.model_fields
+    measured = cascade_models.MaskMetrics(**{name: Estimate(0.5, 0.4, 0.6) for name in names})
+    parts = dict.fromkeys(("cascade", "segmenter", "difference"), measured)
+    chosen = Cascade(
+        gate=side,
+        segmenter=side,
+        finding="Mass",
+        threshold=0.5,
+        mask_rule=MaskRule(0.6, 3, 0.4, own_size=True),
+        images=9,
+        patients=5,
+        validation=cascade_models.CascadeMetrics(**parts, passed=Estimate(0.5, 0.4, 0.6)),
+    )
+    write_artifact(storage.join(world.run, CASCADE), chosen)
+
+
+@cache
+def _weights_digest(run: Path) -> str:
+    from cxrscale.io import storage
+
+    return storage.digest((run / "best.pt").read_bytes())
 
 
 def _write_trials(search: Path) -> None:
@@ -208,6 +246,19 @@ def _search(run: str) -> None:
     sweep._check_resumable(recipe, run_info.RunInputs(manifest=_manifest_digest(run)), run)
 
 
+@extra.command("cascade")
+def _cascade(run: str) -> None:
+    """What `predict --gate` reads of a segmenter's cascade, and does with it."""
+    from cxrscale.inference import predictor, read_cascade
+
+    digest = _weights_digest(Path(run))
+    chosen = read_cascade(run, digest, digest)
+    if chosen is not None:
+        score_HW = np.linspace(0.0, 1.0, 36, dtype=np.float32).reshape(6, 6)
+        predictor.apply_mask_rule(score_HW, chosen.mask_rule, (9, 9))
+        bool(chosen.threshold <= 0.5)
+
+
 @cache
 def _manifest_digest(folder: str) -> str:
     return str(json.loads((Path(folder).parent / "manifest-digest.json").read_text()))
@@ -263,6 +314,10 @@ SPLIT = (
     ],
 )
 AUDIT = (lambda w: ["audit", str(w.dataset), "--out", str(w.root / "out" / "audit.html")],)
+ENSEMBLE = (
+    lambda w: ["predict", _image(w), "--run", str(w.ensemble), "--out", str(w.root / "out" / "e")],
+    lambda w: ["ensemble", str(w.run), "--tta", "hflip", "--name", "ensemble", "--resamples", "2"],
+)
 DATASET = (lambda w: ["verify", str(w.dataset)], lambda w: ["first-batch", str(w.dataset)])
 
 KINDS = {
@@ -313,6 +368,10 @@ KINDS = {
     "contents": Kind(lambda w: w.dataset / "dataset.json", hostile.mutated_json, DATASET, kept=True),
     "readers": Kind(lambda w: w.root / "readers.csv", hostile.mutated_csv, READERS),
     "map": Kind(lambda w: w.root / "map.csv", hostile.mutated_csv, SPLIT),
+    "ood": Kind(lambda w: w.run / "ood.json", hostile.mutated_json, (*PREDICT, *EVALUATE)),
+    "cascade": Kind(lambda w: w.run / "cascade.json", hostile.mutated_json, (lambda w: ["cascade", str(w.run)],)),
+    "ensemble": Kind(lambda w: w.ensemble / "ensemble.json", hostile.mutated_json, ENSEMBLE),
+    "weights of an ensemble": Kind(lambda w: w.ensemble / "best.pt", hostile.mutated_checkpoint, ENSEMBLE[:1], True),
 }
 
 

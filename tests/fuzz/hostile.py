@@ -233,7 +233,7 @@ def mutated_checkpoint(data: bytes, rng: Rng) -> bytes:
         return bytewise(data, rng)
     state = torch.load(io.BytesIO(data), weights_only=True)
     if rng.random() < 0.4:
-        weights = state["model"]
+        weights = state["model"] or state["members"][0]["model"]  # an ensemble's are its members'
         name = list(weights)[int(rng.integers(len(weights)))]
         weights[name] = _tensor(weights[name], rng)
     else:

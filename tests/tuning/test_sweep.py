@@ -25,8 +25,8 @@ from cxrscale.inference import load_model, predictions
 from cxrscale.io import storage
 from cxrscale.reporting import tuning_page
 from cxrscale.training import run_files, run_info, tracking
-from cxrscale.tuning import results, search_space, sweep
-from cxrscale.tuning.search_info import read_search_info
+from cxrscale.tuning import results, search_space, sweep, tuner
+from cxrscale.tuning.search_info import read_search_info, write_search_info
 from cxrscale.types import UserError, WaitLimitError
 from tests.conftest import tiny
 from tests.tiny import TINY_SEGMENTER
@@ -171,6 +171,24 @@ def test_a_grid_goes_on_when_a_trial_fails(siim_shards: str, tmp_path: Path) -> 
     assert scores.maps is not None
     assert trials[0]["dice_at_own_thresholds"] >= float((scores.maps.true_NT.sum(axis=1) == 0).mean())
     assert "tune.baseline_seeds=3 would show" in result.verdict
+    # Killed while it wrote its results, of which Ray had not saved that its trials were done.
+    forget_the_end(Path(result.run))
+    assert search(tiny(siim_shards, tmp_path, given, *more, base=TINY_SEGMENTER)).verdict == result.verdict
+    assert str(rows(result.run)) == str(trials)
+
+
+def forget_the_end(run: Path) -> None:
+    """What a kill just after the last trial may leave."""
+    state = max((run / tuner.RAY_FOLDER / "search").glob("experiment_state-*.json"))
+    content = json.loads(state.read_text())
+    for pair in content["trial_data"]:
+        reports = json.loads(pair[1])
+        reports["last_result"]["done"] = False  # Ray itself leaves this where it saves between the report and the end
+        pair[1] = json.dumps(reports)
+    state.write_text(json.dumps(content))
+    info = read_search_info(str(run))
+    write_search_info(str(run), info.model_copy(update={"finished": False, "verdict": ""}))
+    (run / results.PARQUET).unlink()
 
 
 @pytest.mark.slow
