@@ -16,6 +16,8 @@ import ray
 
 CONTROLLER = "TrainController"
 """The class of Ray Train's actor that makes the placement groups of a training; nobody else works in them."""
+NOBODY = b"\xff"
+"""The bytes of an id that Ray has not set."""
 END_SECONDS = 15.0
 """How long the end of an actor may take."""
 QUIET_SECONDS = 1.0
@@ -57,7 +59,7 @@ def find_all() -> list[PlacementGroup]:
             state=states.Name(group.state),
             bundles=", ".join(f"{bundles.count(bundle)} x {bundle}" for bundle in dict.fromkeys(bundles)),
             job=group.creator_job_id.hex(),
-            actor=group.creator_actor_id.hex(),
+            actor=group.creator_actor_id.hex() if group.creator_actor_id.strip(NOBODY) else "",
             detached=group.is_detached,
         )
         if found.state != "REMOVED":

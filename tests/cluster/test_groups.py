@@ -53,6 +53,7 @@ def test_what_a_killed_training_has_left_is_removed_and_nothing_else() -> None:
         left = groups.remove_abandoned()
     assert {group.actor for group in left} == {killed._actor_id.hex()}
     assert groups.remove_abandoned() == []
+    assert groups.waits_for() == "1 x CPU 600"  # this process's own
     assert others.id.hex() in {group.id for group in groups.find_all()}
     assert ray.util.placement_group_table(others)["state"] == "PENDING"
     groups.end_actor(alive)

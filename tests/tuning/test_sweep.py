@@ -274,7 +274,8 @@ def test_a_search_without_room_says_what_it_waits_for_and_ends_at_its_limit(
     assert re.search(r"waiting [2-7] s for room for 1 x CPU 1 .*; ends at scaling\.start_seconds=8", caplog.text)
     assert not read_search_info(str(tmp_path / "tiny")).finished
     full_cluster()
-    assert [row["status"] for row in rows(search(recipe).run)] == ["finished"] * 2
+    patient = recipe.model_copy(update={"scaling": recipe.scaling.model_copy(update={"start_seconds": 600.0})})
+    assert [row["status"] for row in rows(search(patient).run)] == ["finished"] * 2
 
 
 @pytest.mark.slow
