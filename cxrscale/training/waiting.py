@@ -30,6 +30,8 @@ SAY_SECONDS = 10.0
 AGAIN_SECONDS = 60.0
 SILENT_SECONDS = 5.0
 """Without a sign for so long, the workers are taken for gone; rank 0 gives one every half second."""
+GONE_SECONDS = 30.0
+"""Without a sign for so long, a run that was asked to stop ends without them."""
 SLOWER = 3.0
 """A step is no wait until it has taken so many times as long as usual: the median of those before it."""
 USUAL = 9
@@ -145,6 +147,10 @@ class Standstill:
         """What rank 0 does; None where nothing is heard of it."""
         return self._sign.doing if self._sign is not None and now - self._alive < SILENT_SECONDS else None
 
+    def silence(self, now: float) -> float:
+        """How long nothing was heard of the workers."""
+        return now - self._alive
+
     def limit(self, now: float) -> str:
         """What will end the wait."""
         hang, start = self._scaling.hang_seconds, self._scaling.start_seconds
@@ -221,7 +227,7 @@ class Watch:
             elif field := still.exceeded(now):
                 self._give_up(field, [*causes, self._cause(still, now)], still.seconds(now))
                 return
-            elif self._asked.is_set() and still.activity(now) is None:
+            elif self._asked.is_set() and self._nobody_trains(still, now):
                 self._say("no worker trains: the run ends with its last checkpoint")
                 self._stopped = True
                 self._end()
@@ -232,6 +238,12 @@ class Watch:
                     clear(self._say)
                 self._say(f"waiting {still.seconds(now):.0f} s for {cause}{_room(cause)}; ends at {limit}")
                 causes += [cause] if causes[-1:] != [cause] else []
+
+    def _nobody_trains(self, still: Standstill, now: float) -> bool:
+        """Whether there is no worker that could write a checkpoint; on a busy machine one may be silent for a while."""
+        return still.silence(now) >= GONE_SECONDS or (
+            still.activity(now) is None and self._cause(still, now).startswith(ROOM)
+        )
 
     def _note(self, causes: list[str], limit: str, seconds: float) -> None:
         """Keep a wait, and hand it over for the training log."""

@@ -264,8 +264,8 @@ def test_a_trial_of_several_workers_without_room_ends_at_its_limit(
 def test_a_search_without_room_says_what_it_waits_for_and_ends_at_its_limit(
     nih_shards: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, full_cluster: Callable[[], None]
 ) -> None:
-    more = ("tune.method=random", "tune.trials=2", "tune.baseline_seeds=0", "scaling.start_seconds=8")
-    recipe = tiny(nih_shards, tmp_path, LR, *SHORT, *more)
+    more = ("tune.method=random", "tune.trials=1", "tune.baseline_seeds=0", "scaling.start_seconds=8")
+    recipe = tiny(nih_shards, tmp_path, LR, *more, "train.epochs=1", "sampler.steps_per_epoch=2")
     with pytest.raises(
         WaitLimitError, match=r"^scaling\.start_seconds=8: no trial of .*tiny has run for 8 s, "
     ) as caught:
@@ -275,7 +275,7 @@ def test_a_search_without_room_says_what_it_waits_for_and_ends_at_its_limit(
     assert not read_search_info(str(tmp_path / "tiny")).finished
     full_cluster()
     patient = recipe.model_copy(update={"scaling": recipe.scaling.model_copy(update={"start_seconds": 600.0})})
-    assert [row["status"] for row in rows(search(patient).run)] == ["finished"] * 2
+    assert [row["status"] for row in rows(search(patient).run)] == ["finished"]
 
 
 @pytest.mark.slow
