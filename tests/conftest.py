@@ -3,7 +3,8 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,26 @@ def ray_cluster() -> Iterator[Any]:
     yield cluster
     ray.shutdown()
     cluster.shutdown()  # type: ignore[no-untyped-call]
+
+
+@pytest.fixture
+def full_cluster(ray_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:  # noqa: ARG001
+    """A cluster of which somebody holds every CPU, until the function is called; words come early."""
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    from cxrscale.cluster import groups
+    from cxrscale.training import waiting
+
+    monkeypatch.setattr(waiting, "SAY_SECONDS", 2.0)
+    taken = placement_group([{"CPU": 1}] * int(ray.cluster_resources()["CPU"]))  # type: ignore[no-untyped-call]
+    ray.get(taken.ready(), timeout=60)
+    before = {group.id for group in groups.find_all()}
+    yield lambda: remove_placement_group(taken)
+    remove_placement_group(taken)
+    # What the run has asked for went with it, also what was under way when it ended.
+    time.sleep(1)
+    assert [group for group in groups.find_all() if group.id not in before] == []
 
 
 TWO_WORKERS = (

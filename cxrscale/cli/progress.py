@@ -6,12 +6,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cxrscale.io import storage, terminal
+from cxrscale.types import AccessError
 
 PLAIN_SECONDS = 10.0
 """Without a terminal, at most one line in this time."""
@@ -95,8 +96,10 @@ def _follow(run: str, stop: threading.Event) -> None:
         shown = -1
         # Each read of an object store is a request.
         while not stop.wait(5 if storage.is_remote(run) else 0.5):
-            shown = _show(run, opened, shown)
-        _show(run, opened, shown)
+            with suppress(AccessError):  # a store that is away for a while: the run itself decides what that means
+                shown = _show(run, opened, shown)
+        with suppress(AccessError):
+            _show(run, opened, shown)
 
 
 def _show(run: str, opened: Bar, shown: int) -> int:

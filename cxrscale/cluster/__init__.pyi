@@ -1,4 +1,5 @@
 from . import doctor as doctor
+from . import groups as groups
 from . import jobs as jobs
 from . import nodes as nodes
 from . import ray_session as ray_session

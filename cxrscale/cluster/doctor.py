@@ -13,7 +13,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from cxrscale.cluster import nodes, probe, ray_session
+from cxrscale.cluster import groups, nodes, probe, ray_session
 from cxrscale.config import CACHE_FOLDER, DEFAULT_CACHE_FOLDER
 from cxrscale.io import storage, terminal
 
@@ -233,10 +233,10 @@ def _network(available: Sequence[nodes.Node]) -> list[Row]:
 
 def _orphans(remove: bool) -> list[Row]:
     rows = []
-    for orphan in nodes.find_orphans():
+    for orphan in groups.find_orphans():
         text = f"{orphan.name or orphan.id[:12]} of ended job {orphan.job}: {orphan.state.lower()}, {orphan.bundles}"
         if remove:
-            nodes.remove_group(orphan)
+            groups.remove(orphan)
             rows.append(Row("orphans", "all", f"removed {text}"))
         else:
             rows.append(Row("orphans", "all", text, WRONG, "cxrscale doctor --remove-orphans"))
@@ -247,12 +247,12 @@ def merge_rows(rows: Iterable[Row]) -> list[Row]:
     """One row per result instead of one per node; good rows that differ only in their amount become a range."""
     rows = list(rows)
     all_nodes = {row.node for row in rows if row.check == "CPUs"}
-    groups: dict[tuple[str, str, str], list[Row]] = {}
+    alike: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         result = "" if row.verdict == OK and row.amount is not None else row.result
-        groups.setdefault((row.check, result, row.remedy), []).append(row)
+        alike.setdefault((row.check, result, row.remedy), []).append(row)
     merged = []
-    for group in groups.values():
+    for group in alike.values():
         least, most = (edge(group, key=lambda row: row.amount or 0.0) for edge in (min, max))
         text = least.result if least.result == most.result else f"{least.result} ... {most.result}"
         names = [row.node for row in group]

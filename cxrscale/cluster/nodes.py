@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -16,6 +17,9 @@ from cxrscale.config import Scaling
 from cxrscale.io import storage
 from cxrscale.types import UserError, last_line
 
+LOG = logging.getLogger("cxrscale")
+SAY_S = 10.0
+"""A wait of so long is said."""
 ANSWER_S = 60.0
 """Seconds within which a node must start a Python process and answer."""
 SETTLE_S = 5
@@ -119,7 +123,12 @@ def ask_each(
         references = {node.name: task.options(**task_options(node)).remote(*arguments) for node in nodes}
     finally:
         ray.cloudpickle.unregister_pickle_by_value(probe)  # type: ignore[no-untyped-call]
-    ray.wait(list(references.values()), num_returns=len(references), timeout=timeout)
+    first = min(SAY_S, timeout)
+    _, silent = ray.wait(list(references.values()), num_returns=len(references), timeout=first)
+    if silent and timeout > first:
+        names = ", ".join(name for name, reference in references.items() if reference in silent)
+        LOG.warning("waiting %.0f s for an answer of %s; goes on without after %.0f s", first, names, timeout)
+        ray.wait(silent, num_returns=len(silent), timeout=timeout - first)
     answers: dict[str, Any] = {}
     for name, reference in references.items():
         try:
@@ -165,85 +174,6 @@ def measure_transfer(source: Node, target: Node, size: int = 64 * 2**20) -> floa
         ray.wait([reference], fetch_local=False, timeout=ANSWER_S)
         seconds = ray.get(fetch_task.remote([reference]), timeout=ANSWER_S)
     return size / float(seconds)
-
-
-@dataclass(frozen=True, slots=True)
-class PlacementGroup:
-    """What a job waits for or holds."""
-
-    id: str
-    """Hexadecimal."""
-    name: str
-    state: str
-    bundles: str
-    """Its resources, e.g. `2 x CPU 4`."""
-    job: str
-    """The job that created it, hexadecimal."""
-    actor: str
-    """The actor that created it, hexadecimal; empty where it was none."""
-    detached: bool
-    """Whether it outlives its job on purpose."""
-
-
-def find_orphans() -> list[PlacementGroup]:
-    """The placement groups that no running job owns. A killed Tune driver leaves them; the next search waits forever.
-
-    A detached group that has its resources outlives its job on purpose and is not an orphan.
-    """
-    from ray._private.state import state
-
-    jobs = state.job_table()  # type: ignore[no-untyped-call]
-    ended = {job["JobID"] for job in jobs if job["IsDead"]}
-    return [
-        group
-        for group in _placement_groups()
-        if group.job in ended and not (group.detached and group.state == "CREATED")
-    ]
-
-
-def waits_for() -> str | None:
-    """What this job has asked for and no node has room for, e.g. `2 x CPU 4`; None where there is nothing."""
-    own = ray.get_runtime_context().get_job_id()
-    pending = [group.bundles for group in _placement_groups() if group.job == own and group.state != "CREATED"]
-    return ", ".join(pending) or None
-
-
-def _placement_groups() -> list[PlacementGroup]:
-    from ray._private.state import state  # Ray's public table lacks the owner of a group
-    from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
-
-    states = PlacementGroupTableData.PlacementGroupState
-    result = []
-    for row in state._connect_and_get_accessor().get_placement_group_table():
-        group = PlacementGroupTableData.FromString(row)
-        bundles = [" ".join(f"{kind} {n:g}" for kind, n in item.unit_resources.items()) for item in group.bundles]
-        found = PlacementGroup(
-            id=group.placement_group_id.hex(),
-            name=group.name,
-            state=states.Name(group.state),
-            bundles=", ".join(f"{bundles.count(bundle)} x {bundle}" for bundle in dict.fromkeys(bundles)),
-            job=group.creator_job_id.hex(),
-            actor=group.creator_actor_id.hex(),
-            detached=group.is_detached,
-        )
-        if found.state != "REMOVED":
-            result.append(found)
-    return result
-
-
-def remove_groups_of(actor: str) -> None:
-    """Remove the placement groups that an actor has made: when it dies they stay with its job, even those that wait."""
-    for group in _placement_groups():
-        if group.actor == actor:
-            remove_group(group)
-
-
-def remove_group(group: PlacementGroup) -> None:
-    """Remove the placement group and release its resources."""
-    from ray.util.placement_group import PlacementGroup as Handle
-    from ray.util.placement_group import remove_placement_group
-
-    remove_placement_group(Handle(ray.PlacementGroupID(bytes.fromhex(group.id))))
 
 
 def version_differences(driver: dict[str, str], by_node: dict[str, dict[str, str]]) -> list[str]:

@@ -129,8 +129,8 @@ def measure_disk(folder: str, size: int = SAMPLE_BYTES) -> dict[str, Any]:
     return result
 
 
-def reach_address(address: str, write: bool = True, timeout: float = 10.0) -> dict[str, Any]:
-    """Whether a folder or bucket answers within `timeout` seconds.
+def reach_address(address: str, write: bool = True, timeout: float = 30.0) -> dict[str, Any]:
+    """Whether a folder or bucket answers within `timeout` seconds; a busy node takes ten to import a cloud library.
 
     Args:
         write: write, list and remove a small file in it; False: only check that it exists.

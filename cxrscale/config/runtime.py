@@ -30,6 +30,9 @@ class Scaling(Section):
     hang_seconds: float = Field(600, ge=1)
     """How long workers wait for each other within a step before all of them restart from the last checkpoint: one of
     them hangs. More than compiling the model or writing a checkpoint takes."""
+    store_seconds: float = Field(300, ge=0)
+    """How long a bucket that no longer answers is asked again before what needs it fails; a worker that fails restarts
+    from the last checkpoint. Less than hang_seconds, since the other workers wait meanwhile."""
     max_failures: int = Field(3, ge=-1)
     """How often a run restarts from its last checkpoint after losing a worker; -1: without limit."""
 

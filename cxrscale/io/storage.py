@@ -17,6 +17,7 @@ from blake3 import blake3
 from cxrscale.io import process, scratch
 from cxrscale.io.access import patiently as patiently
 from cxrscale.io.access import store, user_errors
+from cxrscale.io.access import waiting_for_stores as waiting_for_stores
 from cxrscale.io.address import absolute as absolute
 from cxrscale.io.address import is_remote as is_remote
 from cxrscale.io.address import join as join

@@ -26,6 +26,7 @@ from cxrscale.types import Scores, UserError
 if TYPE_CHECKING:
     from cxrscale.inference import Predictor
     from cxrscale.shards import JoinedDatasets
+    from cxrscale.training import RunInfo
 
 RECIPE = "recipe.yaml"
 RESAMPLES = 1000
@@ -60,6 +61,17 @@ class Run:
         if not storage.exists(address):
             raise UserError(f"{address} does not exist; give the folder that `cxrscale train` printed")
         return config.parse(Recipe, read_sealed_yaml(address), where=address)
+
+    @property
+    def info(self) -> RunInfo:
+        """What it was made from, its sessions, and how it stands: `info.ending` is what every command says of it.
+
+        Raises:
+            UserError: there is no run.json, or it is damaged.
+        """
+        from cxrscale.training import run_info
+
+        return run_info.read_run_info(self.path)
 
     def artifact(self, *names: str) -> str:
         """The path or address of one of its files: run.artifact("plots", "roc.png")."""

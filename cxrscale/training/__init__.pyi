@@ -8,6 +8,7 @@ from . import run_files as run_files
 from . import run_info as run_info
 from . import scoring as scoring
 from . import tracking as tracking
+from . import waiting as waiting
 from .distributed import LocalWorker as LocalWorker
 from .run_info import RunInfo as RunInfo
 from .run_info import RunInputs as RunInputs

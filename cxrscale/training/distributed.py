@@ -9,8 +9,10 @@ import logging
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
+from queue import SimpleQueue
 from types import FrameType
 from typing import Any, Protocol
 
@@ -22,9 +24,14 @@ from torch import nn
 
 from cxrscale.io import storage
 from cxrscale.training import waiting
+from cxrscale.training.tracking import Wait
 from cxrscale.types import DistContext
 
 LOG = logging.getLogger("cxrscale")
+STARTING = "the workers to load model and data"
+DATA, STEP = "the next batch of images", "all workers to do a step"
+CHECKPOINT, VALIDATION = "the checkpoint before to be written", "the next batch of the validation"
+"""What a rank is doing (`Worker.doing`), in the words of a wait."""
 
 
 class Worker(Protocol):
@@ -34,8 +41,14 @@ class Worker(Protocol):
     reports_when_written: bool
     """Whether `report` has to come after the files of the epoch; else they are written while training goes on."""
 
+    doing: str
+    """What this rank does, or waits for: said to the user when it takes long."""
+
     def report(self, metrics: Mapping[str, float]) -> None:
         """Called by every rank at the end of an epoch."""
+
+    def waits(self) -> list[Wait]:
+        """What the run has waited for, as far as rank 0 has not asked for it yet: it belongs into the training log."""
 
     def should_stop(self) -> bool:
         """Whether this rank has been asked to write a checkpoint and stop; asked in every step, so it must be cheap."""
@@ -48,6 +61,7 @@ class LocalWorker:
     """The only worker of a run, in this very process: breakpoints work."""
 
     reports_when_written = False
+    doing = ""
 
     def __init__(self, device: str | None = None) -> None:
         name = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -56,6 +70,10 @@ class LocalWorker:
 
     def report(self, metrics: Mapping[str, float]) -> None:
         """Nothing to do: there is no driver to report to."""
+
+    def waits(self) -> list[Wait]:
+        """None: there is no driver that watches."""
+        return []
 
     def should_stop(self) -> bool:
         """Whether a signal arrived inside `stop_on_signals`."""
@@ -90,6 +108,8 @@ class RayWorker:
         # ray.train.get_preemption_info is a barrier over all ranks, too slow for every step; this is what it reads.
         self._preemption: Any = get_train_context().preemption_context
         self._saved, self._stop = False, threading.Event()
+        self.doing, self._steps = STARTING, 0
+        self._waits: SimpleQueue[Wait] = SimpleQueue()
         if self.dist.rank == 0:
             threading.Thread(target=self._look_for, args=(run, stop_file), daemon=True, name="requests").start()
 
@@ -97,8 +117,13 @@ class RayWorker:
         """Hand the metrics to Ray; checkpoints are our own files."""
         self._report(dict(metrics))
 
+    def waits(self) -> list[Wait]:
+        """What the driver has seen this run wait for."""
+        return [self._waits.get() for _ in range(self._waits.qsize())]
+
     def should_stop(self) -> bool:
         """Whether the driver, which gets the signals, has written the file that asks for it."""
+        self._steps += 1  # asked in every step: so the driver knows that they come to an end
         return self._stop.is_set()
 
     def should_save(self) -> bool:
@@ -109,13 +134,23 @@ class RayWorker:
         return True
 
     def _look_for(self, run: str, stop_file: str) -> None:
+        # The store may take long to answer, or to fail: that is no sign of death.
+        threading.Thread(target=self._give_signs, args=(run,), daemon=True, name="signs").start()
         while not self._stop.wait(self.LOOK_SECONDS):
-            # A control service or a store that is away for a moment is asked again.
-            with suppress(Exception):
-                waiting.sign_of_life(run, time.time())
+            # A store that is away for a moment is asked again.
             with suppress(Exception):
                 if storage.exists(stop_file):
                     self._stop.set()
+
+    def _give_signs(self, run: str) -> None:
+        group = uuid.uuid4().hex
+        while True:
+            # A control service that is away for a moment is told again.
+            with suppress(Exception):
+                waiting.give_sign(run, waiting.Sign(group, self._steps, self.doing, time.time()))
+                for wait in waiting.take_waits(run):
+                    self._waits.put(wait)
+            time.sleep(self.LOOK_SECONDS)
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from cxrscale.io import lease, scratch, storage, write_artifact
 from cxrscale.loader import evaluation_batches, training_batches
 from cxrscale.models import initial_weights
 from cxrscale.shards import Manifest, leakage, manifest, refuse_leaks
-from cxrscale.training import checkpoint, resume, run_info, waiting
+from cxrscale.training import checkpoint, resume, run_info, tracking, waiting
 from cxrscale.training import preflight as preflight_checks
 from cxrscale.training.distributed import LocalWorker, RayWorker, Worker, handle_stop_signals
 from cxrscale.training.loop import train
@@ -68,7 +68,8 @@ def launch(recipe: Recipe, stem: str, watch: Watcher, *, local: bool = False) ->
         nodes.preflight(recipe.scaling, reads=recipe.data.shards, writes=[recipe.tracking.runs_dir])
     run = run_address(recipe, inputs)
     workers = 1 if local else recipe.scaling.workers[1]
-    with lease.held(run, f"run {run.rsplit('/', 1)[-1]}") as owned:
+    patience = storage.waiting_for_stores(recipe.scaling.store_seconds)
+    with patience, lease.held(run, f"run {run.rsplit('/', 1)[-1]}") as owned:
         for folder in (run, storage.join(run, checkpoint.FOLDER)):
             storage.remove_temporary_files(folder)
         for leftover in (ERROR_FILE, STOP_FILE, run_info.OUTCOME):
@@ -161,13 +162,20 @@ def train_here(recipe: Recipe, run: str, worker: Worker) -> None:
 
 
 def fit(
-    recipe: Recipe, run: str, use_gpu: bool, callbacks: Sequence[Any] = (), *, owner: str | None = None
+    recipe: Recipe,
+    run: str,
+    use_gpu: bool,
+    callbacks: Sequence[Any] = (),
+    *,
+    owner: str | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> list[int]:
     """Train a run on `scaling.num_workers` workers of Ray Train; also from inside a trial of Ray Tune.
 
     Args:
         callbacks: callbacks of Ray Train, called after every epoch.
         owner: of the run's lease; the workers publish under it.
+        say: says a line to the user; None: as a warning of this process.
 
     Returns:
         The signals that arrived.
@@ -178,15 +186,14 @@ def fit(
         UserError: training failed; the message is the reason.
     """
     import ray.train
-    from ray.train.torch import TorchTrainer
 
-    from cxrscale.training.process_group import GroupConfig
+    from cxrscale.training.process_group import GroupConfig, HeldTrainer
 
     fewest, most = recipe.scaling.workers
     # How long Ray waits for a worker's answer before it restarts all of them; it reads it where this process runs.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(recipe.scaling.hang_seconds)
     logging.getLogger("ray.train").setLevel(logging.ERROR)
-    trainer = TorchTrainer(
+    trainer = HeldTrainer(
         _ray_loop,
         train_loop_config={"recipe": recipe.model_dump(mode="json"), "run": run, "owner": owner},
         torch_config=GroupConfig(timeout_s=math.ceil(recipe.scaling.hang_seconds)),
@@ -206,17 +213,22 @@ def fit(
             worker_runtime_env={} if use_gpu else {"env_vars": MALLOC_ENV},
         ),
     )
-    over = waiting.Watch(run, recipe.scaling.start_seconds)
-    # Ray's own handler of Ctrl-C ends the workers where they are; ours asks them for a checkpoint.
-    setattr(trainer, "_register_sigint_handler", over.hold)  # noqa: B010 - not in its declared type
+    watch = waiting.Watch(run, recipe.scaling, say)
+    trainer.hold = watch.hold
+
+    def stop() -> None:
+        watch.stop()
+        storage.write(storage.join(run, STOP_FILE), "")
+
     try:
-        with (
-            handle_stop_signals(lambda: storage.write(storage.join(run, STOP_FILE), "")) as received,
-            over.watching(),
-        ):
+        with handle_stop_signals(stop) as received, watch.watching():
             trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise _worker_error(run) or UserError(_reason(error)) from error
+    finally:
+        # No worker is left to write them. A store that cannot be written is not why the run has ended.
+        with suppress(UserError, OSError):
+            tracking.add_waits(run, watch.waits)
     if (written := _worker_error(run)) is not None:
         raise written
     return received
@@ -234,13 +246,18 @@ def _worker_error(run: str) -> UserError | None:
 
 def _ray_loop(settings: dict[str, Any]) -> None:
     recipe, run = config.parse(Recipe, settings["recipe"], where="the driver's recipe"), str(settings["run"])
+    with storage.waiting_for_stores(recipe.scaling.store_seconds):
+        _train_here_once(recipe, run, settings["owner"])
+
+
+def _train_here_once(recipe: Recipe, run: str, owner: str | None) -> None:
     error_file = storage.join(run, ERROR_FILE)
     # Ray restarts a failed group. That is right for a lost worker but not for a user's mistake: the new group returns.
     if storage.exists(error_file):
         return
     worker = RayWorker(run, storage.join(run, STOP_FILE))
     try:
-        with lease.share(run, settings["owner"]):
+        with lease.share(run, owner):
             train_here(recipe, run, worker)
     except AccessError:
         raise  # a worker whose bucket is away for a while is to fail and be started again

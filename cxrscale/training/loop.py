@@ -19,7 +19,18 @@ from cxrscale.models import ClassWeights, build_model, forward, losses, train_mo
 from cxrscale.shards import Manifest, manifest, splits
 from cxrscale.training import checkpoint, optim, scoring
 from cxrscale.training.checkpoint import CheckpointWriter
-from cxrscale.training.distributed import Requests, Worker, all_gather, all_reduce_sum, no_sync, wrap_ddp
+from cxrscale.training.distributed import (
+    CHECKPOINT,
+    DATA,
+    STEP,
+    VALIDATION,
+    Requests,
+    Worker,
+    all_gather,
+    all_reduce_sum,
+    no_sync,
+    wrap_ddp,
+)
 from cxrscale.training.health import Window, bad_rows_error, check_weights
 from cxrscale.training.state import Progress, TrainState, to_host
 from cxrscale.training.tracking import Start, Tracker
@@ -107,7 +118,11 @@ def train(recipe: Recipe, run: str, worker: Worker) -> TrainResult:
             for step in train_epoch(context, state, batches):
                 if context.saves_after(step):
                     check_weights(state, step, dist)
+                    worker.doing = CHECKPOINT
                     saver.save(step)
+                if tracker:
+                    for wait in worker.waits():
+                        tracker.log_wait(step, wait)
                 if context.requests.stop:
                     return TrainResult(False, progress)
             check_weights(state, progress.epoch * steps, dist)
@@ -218,7 +233,9 @@ def train_epoch(context: TrainContext, state: TrainState, batches: Iterator[Batc
     while progress.step < context.steps:
         step = progress.epoch * context.steps + progress.step
         logs = (step + 1) % recipe.tracking.log_steps == 0 or progress.step + 1 == context.steps
+        context.worker.doing = DATA
         batch = window.timed(batches)
+        context.worker.doing = STEP
         if step == 0 and context.tracker:
             context.tracker.samples(batch.image_BCHW[:SAMPLES].float().cpu().numpy())
         loss, norm, bad = _step(context, state, batch, step, logs)
@@ -317,6 +334,7 @@ def validate(model: nn.Module, context: TrainContext, save: Callable[[], None] =
 
 def _interruptible(batches: Iterable[Batch], context: TrainContext, save: Callable[[], None]) -> Iterator[Batch]:
     """The batches, until any rank is asked to stop."""
+    context.worker.doing = VALIDATION
     for batch in batches:
         context.requests.ask()
         if context.requests.stop or context.requests.save:

@@ -9,17 +9,51 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import ray
 import torch.distributed
-from ray.train.torch import TorchConfig
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
+from ray.train.v2._internal.execution.controller import TrainController
 from torch._C._distributed_c10d import TCPStore
 
 _listener: socket.socket | None = None
+
+
+class HeldTrainer(TorchTrainer):
+    """Ray Train's trainer, of which somebody holds the controller: its end is that of the workers.
+
+    Ray itself gives the controller to its handler of Ctrl-C alone, and only where it runs in the main thread, which in
+    a trial of Ray Tune it does not.
+    """
+
+    hold: Callable[[Any], None]
+    """Called with the controller before it begins, and with None when it has come to its end by itself."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        # Ray's cleaner knows a placement group only once all of its workers have started, asks a dashboard that a
+        # cluster need not have, and then never ends. Whoever holds the controller ends it with `groups.end_actor`.
+        made = super()._create_default_callbacks()  # type: ignore[misc]
+        return [callback for callback in made if not isinstance(callback, PlacementGroupCleanerCallback)]
+
+    def _initialize_and_run_controller(self, **settings: Any) -> Any:
+        options: dict[str, Any] = {
+            "num_cpus": 0,
+            "label_selector": {"ray.io/node-id": ray.get_runtime_context().get_node_id()},
+            "runtime_env": {"env_vars": {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"} | get_env_vars_to_propagate()},
+        }
+        controller: Any = ray.remote(**options)(TrainController).remote(**settings)
+        self.hold(controller)
+        ray.get(controller.run.remote())
+        result = ray.get(controller.get_result.remote())
+        self.hold(None)
+        return result
 
 
 @dataclass

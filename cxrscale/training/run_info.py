@@ -15,7 +15,7 @@ from typing import Any
 from cxrscale import __version__
 from cxrscale.io import Artifact, ArtifactPart, read_artifact, storage, write_artifact
 from cxrscale.training import tracking
-from cxrscale.types import NonFiniteError, UserError
+from cxrscale.types import NonFiniteError, UserError, one_line
 
 RUN_INFO = "run.json"
 OUTCOME = "outcome.json"
@@ -211,6 +211,9 @@ def record_session(
         yield
     except UserError as error:
         base |= {"error": str(error), "diverged": isinstance(error, NonFiniteError)}
+        raise
+    except Exception as error:  # no mistake of the user: memory that is not there, a fault of ours
+        base |= {"error": one_line(error, with_type=True, limit=500)}
         raise
     finally:
         session = session.model_copy(update={"ended": round(time.time(), 1), "error": base.get("error")})

@@ -13,9 +13,9 @@ import netrc
 import os
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from cxrscale.types import UserError
 
 TRAIN_LOG = "train_log.jsonl"
 SAMPLES = "samples.png"
+WAIT = "wait"
+"""Kind of the lines that say what the run has waited for; `read_log` leaves them out."""
 CRC = "crc"
 """The last field of a line of the log."""
 REMOTE_SECONDS = 20.0
@@ -49,8 +51,26 @@ class Start:
     """Epochs that are validated. A checkpoint of an epoch's last step may be from before its validation."""
 
     def keeps(self, line: Mapping[str, Any]) -> bool:
-        """Whether a line of the log is of work that will not be done again."""
+        """Whether a line of the log is of work that will not be done again, or of a wait."""
+        if line["kind"] == WAIT:
+            return True
         return bool(line["step"] <= self.step and (line["kind"] != "val" or line["epoch"] <= self.epoch))
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Something that a run has waited for."""
+
+    what: str
+    limit: str
+    """What would have ended it, e.g. `scaling.start_seconds=1800`."""
+    seconds: float
+    began: float
+    """Unix seconds on the driver's clock; no other wait of the run has the same."""
+
+    def line(self, step: int) -> dict[str, Any]:
+        """Its line in the log of a run that has done so many steps."""
+        return {"kind": WAIT, "step": step, "time": round(time.time(), 3), **asdict(self)}
 
 
 class Tracker:
@@ -64,7 +84,7 @@ class Tracker:
             start: where the run goes on.
         """
         self.run, self.address = run, storage.join(run, TRAIN_LOG)
-        self._lines = [_text(line) for line in read_log(run) if start.keeps(line)]
+        self._lines = [_text(line) for line in read_lines(run) if start.keeps(line)]
         self._written_at = time.monotonic()
         self._file = None
         if not storage.is_remote(run):
@@ -81,15 +101,22 @@ class Tracker:
     def log(self, kind: str, step: int, values: Mapping[str, float | int | None]) -> None:
         """Append a line; `kind` is train or val, `step` the optimizer steps done. NaN becomes null."""
         plain = {name: _finite(value) for name, value in values.items()}
-        line = _text({"kind": kind, "step": step, "time": round(time.time(), 3), **plain})
+        self._append({"kind": kind, "step": step, "time": round(time.time(), 3), **plain})
+        defined = {f"{kind}/{name}": value for name, value in plain.items() if value is not None}
+        self._to_wandb(lambda run: run.log(defined, step=step))
+
+    def log_wait(self, step: int, wait: Wait) -> None:
+        """Append what the run has waited for, after so many steps."""
+        self._append(wait.line(step))
+
+    def _append(self, values: Mapping[str, Any]) -> None:
+        line = _text(values)
         if self._file is not None:
             self._file.write(line + "\n")
         else:
             self._lines.append(line)
-            if kind != "train" or time.monotonic() - self._written_at > REMOTE_SECONDS:
+            if values["kind"] != "train" or time.monotonic() - self._written_at > REMOTE_SECONDS:
                 self.flush()
-        defined = {f"{kind}/{name}": value for name, value in plain.items() if value is not None}
-        self._to_wandb(lambda run: run.log(defined, step=step))
 
     def samples(self, image_BCHW: npt.NDArray[np.float32]) -> None:
         """Save images as the model sees them, side by side, each stretched to its own extremes."""
@@ -137,11 +164,31 @@ class Tracker:
 
 
 def read_log(run: str) -> list[dict[str, Any]]:
-    """The lines of train_log.jsonl, none where there is no file; a last line that a kill cut short is left out.
+    """The lines of training and validation in train_log.jsonl, none where there is no file.
 
     Raises:
         UserError: a line is damaged, or none of a training's log.
     """
+    return [line for line in read_lines(run) if line["kind"] != WAIT]
+
+
+def read_waits(run: str) -> list[dict[str, Any]]:
+    """The lines of train_log.jsonl that say what the run has waited for; the errors are those of `read_log`."""
+    return [line for line in read_lines(run) if line["kind"] == WAIT]
+
+
+def add_waits(run: str, waits: Sequence[Wait]) -> None:
+    """Append those waits that the log lacks; only while no worker writes it."""
+    known = {line["began"] for line in read_waits(run)} if waits else set()
+    if missing := [wait for wait in waits if wait.began not in known]:
+        lines = read_lines(run)
+        step = max((line["step"] for line in lines), default=0)
+        lines += [wait.line(step) for wait in missing]
+        storage.write(storage.join(run, TRAIN_LOG), "".join(_text(line) + "\n" for line in lines))
+
+
+def read_lines(run: str) -> list[dict[str, Any]]:
+    """All lines of train_log.jsonl; a last line that a kill cut short is left out. The errors are `read_log`'s."""
     address = storage.join(run, TRAIN_LOG)
     return parse_log(storage.read(address), address) if storage.exists(address) else []
 
@@ -171,14 +218,26 @@ def _parse(text: bytes, where: str) -> dict[str, Any]:
         plain = text[: text.rindex(b",")] + b"}"
         if line.pop(CRC) != f"{zlib.crc32(plain):08x}":
             raise UserError(f"{where} is damaged (its CRC-32 differs); remove that line")
-    numbers = isinstance(line, dict) and all(
-        value is None or (isinstance(value, int | float) and math.isfinite(value))
-        for name, value in line.items()
-        if name != "kind"
-    )
-    if not numbers or not {"kind", "step", "time"} <= line.keys() or line["step"] is None or line["time"] is None:
+    if not _is_line(line):
         raise UserError(f"{where} is not one of a training's log; remove that line")
     return dict(line)
+
+
+def _is_line(line: Any) -> bool:
+    """Whether it has the fields of its kind, each with a value of its type."""
+    if not isinstance(line, dict):
+        return False
+    texts, needed = {"kind"}, {"step", "time"}
+    if line.get("kind") == WAIT:
+        texts, needed = texts | {"what", "limit"}, needed | {"seconds", "began"}
+    numbers = {name: value for name, value in line.items() if name not in texts}
+    return (
+        all(isinstance(line.get(name), str) for name in texts)
+        and all(
+            value is None or (isinstance(value, int | float) and math.isfinite(value)) for value in numbers.values()
+        )
+        and all(numbers.get(name) is not None for name in needed)
+    )
 
 
 def _finite(value: float | int | None) -> float | int | None:

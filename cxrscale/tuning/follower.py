@@ -8,6 +8,7 @@ from typing import Any
 import ray.tune
 
 from cxrscale.config import LOWER_IS_BETTER
+from cxrscale.tuning import room
 from cxrscale.tuning.search_space import Point
 from cxrscale.tuning.trial import NUMBER
 
@@ -16,7 +17,7 @@ bars: dict[str, Any] = {}
 
 
 class Follower(ray.tune.Callback):
-    """Updates the progress bar."""
+    """Updates the progress bar, and looks whether a trial has room."""
 
     def __init__(self, run: str, metric: str, names: list[str]) -> None:
         self.run, self.metric, self.names = run, metric, names
@@ -38,6 +39,12 @@ class Follower(ray.tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Count the trial."""
         self._show(trials, trial)
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Called every tenth of a second or so: look whether any trial runs."""
+        watch = room.watches.get(self.run)
+        if watch is not None:
+            watch.see([trial.status for trial in trials])
 
     def _show(self, trials: list[Any], ended: Any = None) -> None:
         bar = bars.get(self.run)

@@ -7,7 +7,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +20,10 @@ from cxrscale.cluster import ray_session
 from cxrscale.config import Recipe
 from cxrscale.io import lease, read_sealed_yaml, storage, write_sealed_yaml
 from cxrscale.shards import manifest
-from cxrscale.training import RunInputs, launch, preflight, resume, run_info
+from cxrscale.training import RunInputs, launch, preflight, resume, run_info, waiting
 from cxrscale.tuning import results, trial
 from cxrscale.tuning.results import TrialRow
+from cxrscale.tuning.room import PENDING, RUNNING, RoomWatch
 from cxrscale.tuning.search_info import SearchInfo, SearchSession, is_search, read_search_info, write_search_info
 from cxrscale.tuning.search_space import Space, absolute_space, check_space, parse_space
 from cxrscale.tuning.trial import Study
@@ -67,7 +69,8 @@ def tune(recipe: Recipe, stem: str, show_bar: ShowBar, write_page: WritePage | N
     space = absolute_space(parse_space(recipe.tune.space))
     inputs = _preflight(recipe, space, stem)
     run = launch.run_address(recipe, inputs)
-    with lease.held(run, f"search {run.rsplit('/', 1)[-1]}") as owned:
+    patience = storage.waiting_for_stores(recipe.scaling.store_seconds)
+    with patience, lease.held(run, f"search {run.rsplit('/', 1)[-1]}") as owned:
         _prepare(recipe, inputs, run)
         _set_environment()
         ray_session.connect()
@@ -216,21 +219,40 @@ def _score_at_own_thresholds(study: Study, trials: int, show_bar: ShowBar) -> di
     recipe = study.base_recipe()
     scores = dict.fromkeys(map(study.name, range(trials)), math.nan)
     runs = {name: storage.join(study.run, trial.TRIALS, name) for name in scores}
-    waiting = [name for name, run in reversed(runs.items()) if trial.has_checkpoint(run) and not trial.has_failed(run)]
-    needs, total = resources(recipe, 1, study.use_gpu), len(waiting)
-    task = ray.remote(num_cpus=needs["cpu"], num_gpus=needs.get("gpu", 0))(trial.score_at_own_thresholds)
+    left = [name for name, run in reversed(runs.items()) if trial.has_checkpoint(run) and not trial.has_failed(run)]
+    needs, total = resources(recipe, 1, study.use_gpu), len(left)
+    task = ray.remote(num_cpus=needs["cpu"], num_gpus=needs.get("gpu", 0))(_score)
     limit = recipe.tune.max_concurrent_trials or total
     pending: dict[Any, str] = {}
-    with show_bar("own thresholds", total, None) as bar:
-        while waiting or pending:
-            while waiting and len(pending) < limit:
-                name = waiting.pop()
-                pending[task.remote(runs[name])] = name
-            for ready in ray.wait(list(pending), num_returns=1)[0]:
+    watch, begun = RoomWatch(study.run, recipe.scaling), set[str]()
+    with show_bar("own thresholds", total, None) as bar, _cancelled(pending):
+        while left or pending:
+            while left and len(pending) < limit:
+                name = left.pop()
+                pending[task.remote(study.run, name, runs[name])] = name
+            ready_ones, _ = ray.wait(list(pending), num_returns=1, timeout=1)
+            begun |= waiting.take_begun(study.run)
+            watch.see([RUNNING if name in begun else PENDING for name in pending.values()])
+            for ready in ready_ones:
                 name = pending.pop(ready)
                 try:
                     scores[name] = ray.get(ready)
                 except ray.exceptions.RayError as error:
                     LOG.warning("%s has no score at its own thresholds: %s", name, last_line(error))
-                bar.update(total - len(waiting) - len(pending))
+                bar.update(total - len(left) - len(pending))
     return scores
+
+
+@contextmanager
+def _cancelled(pending: Mapping[Any, str]) -> Iterator[None]:
+    """At the end, what is left of the tasks asks the cluster for nothing any more."""
+    try:
+        yield
+    finally:
+        for reference in pending:
+            ray.cancel(reference, force=True)
+
+
+def _score(search: str, name: str, run: str) -> float:
+    waiting.begin(search, name)
+    return trial.score_at_own_thresholds(run)

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,17 +19,15 @@ from cxrscale.config import LOWER_IS_BETTER, Recipe
 from cxrscale.evaluation import metrics, thresholds
 from cxrscale.inference import predictions
 from cxrscale.io import lease, read_sealed_yaml, seal, storage, write_sealed_yaml
-from cxrscale.training import LocalWorker, RunInputs, checkpoint, launch, resume, run_info, tracking
+from cxrscale.training import LocalWorker, RunInputs, checkpoint, launch, resume, run_info, tracking, waiting
 from cxrscale.tuning import search_space
-from cxrscale.types import UserError, one_line
+from cxrscale.types import UserError, WaitLimitError, one_line
 
 TRIALS = "trials"
 FAILED = "failed.txt"
 """Why a trial failed, in its folder; the search goes on without it."""
 RETRIED = "retried.txt"
 """Why it had failed before it was run once more."""
-CHECKPOINT_SECONDS = 600.0
-"""How long the writing of a checkpoint may take."""
 NUMBER = "number"
 """Key of the trial's number in its configuration by Ray; the seeds come first."""
 
@@ -118,20 +116,22 @@ class TrialWorker(LocalWorker):
 class ForwardReports(TuneReportCallback):
     """Reports the epochs of a trial with several workers to Tune."""
 
-    def __init__(self, run: str, best: BestMetric) -> None:
+    def __init__(self, run: str, best: BestMetric, search: str, limit: float) -> None:
+        """`limit` is how many seconds the writing of a checkpoint may take; `search` hears of it when it takes long."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self._run, self._best = run, best
+        self._run, self._best, self._search, self._limit = run, best, search, limit
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         """As `TrialWorker.report`."""
-        wait_for_checkpoint(self._run)
+        wait_for_checkpoint(self._run, self._limit, _say_in(self._search, self._run.rsplit("/", 1)[-1]))
         super().after_report(run_context, [self._best.report(metrics[0])], checkpoint)
 
 
 def run_trial(settings: dict[str, Any], study: Study) -> None:
     """Train a trial from its start or its newest checkpoint; a failure ends this trial only, its reason in a file."""
     _quiet()
-    with lease.share(study.run, study.owner):
+    patience = storage.waiting_for_stores(study.base_recipe().scaling.store_seconds)
+    with patience, lease.share(study.run, study.owner):
         _run_trial(settings, study)
 
 
@@ -155,12 +155,19 @@ def _run_trial(settings: dict[str, Any], study: Study) -> None:
             if recipe.tune.workers == 1:
                 launch.train_here(recipe, folder, TrialWorker(best, study.use_gpu))
             else:
-                launch.fit(recipe, folder, study.use_gpu, [ForwardReports(folder, best)])
+                forward = [ForwardReports(folder, best, study.run, recipe.scaling.hang_seconds)]
+                launch.fit(recipe, folder, study.use_gpu, forward, say=_say_in(study.run, recipe.tracking.name))
     except Exception as error:  # whatever a combination of settings may lead to; other trials go on
         reason = one_line(error, limit=500)
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         storage.write(storage.join(folder, FAILED), seal.closed_text(kind + reason))
         ray.tune.report(best.failed(recipe.train.epochs))
+
+
+def _say_in(search: str, trial: str | None) -> Callable[[str], None]:
+    """Says a line of a trial on the console of its search."""
+    say = waiting.say_to(search)
+    return lambda text: say(f"{trial}: {text}")
 
 
 def _check_same_point(folder: str, recipe: Recipe) -> None:
@@ -179,20 +186,31 @@ def _check_same_point(folder: str, recipe: Recipe) -> None:
             storage.remove(storage.join(folder, name))
 
 
-def wait_for_checkpoint(run: str) -> int:
+def wait_for_checkpoint(run: str, limit: float, say: Callable[[str], None]) -> int:
     """Wait until the checkpoint of the epoch that was validated last, or a later one, is written; returns its step.
 
     It is written after best.pt, so that file is complete too.
 
+    Args:
+        limit: scaling.hang_seconds.
+        say: called with a line when it takes long.
+
     Raises:
-        UserError: it is not written in time.
+        WaitLimitError: it is not written in time.
     """
     step = next(line["step"] for line in reversed(tracking.read_log(run)) if line["kind"] == "val")
-    deadline = time.monotonic() + CHECKPOINT_SECONDS
+    began, say_at = time.monotonic(), waiting.SAY_SECONDS
     # A later one: by now the epoch's own may have been removed, as only the newest are kept.
     while _newest_step(run) < step:
-        if time.monotonic() > deadline:
-            raise UserError(f"{run}: no checkpoint of step {step} after {CHECKPOINT_SECONDS:.0f} s; is the disk full?")
+        waited = time.monotonic() - began
+        if waited >= limit:
+            raise WaitLimitError(
+                f"scaling.hang_seconds={limit:g}: {run} has no checkpoint of step {step} after {waited:.0f} s; check "
+                "that its folder can be written and has room, then re-run to resume"
+            )
+        if waited >= say_at:
+            say(f"waiting {waited:.0f} s for the checkpoint of step {step}; ends at scaling.hang_seconds={limit:g}")
+            say_at = waiting.next_word(say_at)
         time.sleep(1.0 if storage.is_remote(run) else 0.01)
     return int(step)
 

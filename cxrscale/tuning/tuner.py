@@ -17,7 +17,8 @@ import ray.tune
 
 from cxrscale.config import LOWER_IS_BETTER, Recipe
 from cxrscale.io import scratch, seal, storage
-from cxrscale.tuning import results, trial
+from cxrscale.training import waiting
+from cxrscale.tuning import results, room, trial
 from cxrscale.tuning.follower import Follower, bars
 from cxrscale.tuning.schedulers import Sampler, scheduler
 from cxrscale.tuning.search_space import Point, Space, points
@@ -41,7 +42,6 @@ def run_trials(study: Study, space: Space, max_trials: int | None, show_bar: Sho
     if ray.tune.Tuner.can_restore(f"{path}/search", storage_filesystem=files):
         tuner = _restored(f"{path}/search", trainable, _parameters(recipe, space, known), files)
     else:
-        follower = Follower(study.run, recipe.train.monitor, [study.name(number) for number in range(total)])
         tuner = ray.tune.Tuner(
             trainable,
             param_space=_parameters(recipe, space, known),
@@ -60,14 +60,14 @@ def run_trials(study: Study, space: Space, max_trials: int | None, show_bar: Sho
                 storage_path=path,
                 storage_filesystem=files,
                 failure_config=ray.tune.FailureConfig(max_failures=recipe.scaling.max_failures),
-                callbacks=[follower],
+                callbacks=[_follower(study, total)],
                 verbose=0,
             ),
         )
     with show_bar(f"tuning {study.run.rsplit('/', 1)[-1]}", total, None) as bar:
         bars[study.run] = bar
         try:
-            ended = tuner.fit()
+            ended = _fit(tuner, study)
         finally:
             del bars[study.run]
     for result in ended:
@@ -134,13 +134,35 @@ def retry_failed(study: Study, space: Space, total: int, max_trials: int | None,
             reuse_actors=recipe.tune.workers == 1,
         ),
         run_config=ray.tune.RunConfig(
-            name=f"retry-{time.time_ns()}", storage_path=path, storage_filesystem=files, verbose=0
+            name=f"retry-{time.time_ns()}",
+            storage_path=path,
+            storage_filesystem=files,
+            callbacks=[_follower(study, total)],
+            verbose=0,
         ),
     )
     with show_bar(f"retrying {len(again)} failed trials", None, None):
-        ended = tuner.fit()
+        ended = _fit(tuner, study)
     # Each of them failed before: that it has a reason in its folder says nothing of its second run.
     return _all_ended(study, ended, len(again), trial.is_finished)
+
+
+def _follower(study: Study, total: int) -> Follower:
+    return Follower(study.run, study.base_recipe().train.monitor, [study.name(number) for number in range(total)])
+
+
+def _fit(tuner: ray.tune.Tuner, study: Study) -> Any:
+    """Ray's results of the trials; what they wait for is said here, whoever of them or of us waits.
+
+    Raises:
+        WaitLimitError: for longer than scaling.start_seconds no trial had room.
+    """
+    room.watches[study.run] = room.RoomWatch(study.run, study.base_recipe().scaling)
+    try:
+        with waiting.relayed(study.run):
+            return tuner.fit()
+    finally:
+        del room.watches[study.run]
 
 
 def _all_ended(study: Study, ended: Any, count: int, has_ended: Callable[[str], bool]) -> bool:

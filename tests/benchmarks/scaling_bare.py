@@ -14,6 +14,7 @@ import torch.distributed
 
 from cxrscale import config
 from cxrscale.training import loop
+from cxrscale.training.tracking import Wait
 from cxrscale.types import DistContext
 
 
@@ -21,6 +22,7 @@ class TorchrunWorker:
     """A process of torchrun as the loop's worker; it is never stopped, and its reports go nowhere."""
 
     reports_when_written = False
+    doing = ""
 
     def __init__(self) -> None:
         """Join the group that torchrun's variables describe."""
@@ -33,6 +35,10 @@ class TorchrunWorker:
 
     def report(self, metrics: Mapping[str, float]) -> None:
         """Nothing to do."""
+
+    def waits(self) -> list[Wait]:
+        """None."""
+        return []
 
     def should_stop(self) -> bool:
         """Never."""

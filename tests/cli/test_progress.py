@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from cxrscale.cli import progress
 from cxrscale.io import terminal
+from cxrscale.types import AccessError
 
 
 def test_without_a_terminal_the_last_line_has_the_total(capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,4 +79,22 @@ def test_a_run_is_followed_by_its_log(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_a_run_without_a_log_shows_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with progress.watch_run(str(tmp_path)):
         pass
+    assert capsys.readouterr().err == ""
+
+
+def test_a_store_that_is_away_ends_no_progress(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def show(run: str, opened: progress.Bar, shown: int) -> int:  # noqa: ARG001
+        asked.append(shown)
+        if len(asked) == 1:
+            raise AccessError(f"{run} cannot be reached")
+        return shown
+
+    monkeypatch.setattr(progress, "_show", show)
+    with progress.watch_run(str(tmp_path)):
+        while len(asked) < 2:
+            time.sleep(0.05)
     assert capsys.readouterr().err == ""

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cxrscale.cluster import nodes
+from cxrscale.cluster import groups, nodes
 from cxrscale.cluster.nodes import Node
 from cxrscale.config import Scaling
 from cxrscale.io import storage
@@ -110,14 +110,14 @@ def test_a_placement_group_of_a_killed_driver_is_found_and_removed() -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:
         assert driver.stdout is not None
         assert driver.stdout.readline() == "waiting\n"
-        assert nodes.find_orphans() == []  # its job is running
+        assert groups.find_orphans() == []  # its job is running
         os.kill(driver.pid, signal.SIGKILL)
     end = time.monotonic() + 60
-    while not (orphans := nodes.find_orphans()):
+    while not (orphans := groups.find_orphans()):
         assert time.monotonic() < end
         time.sleep(0.2)
     assert [(orphan.name, orphan.state, orphan.bundles) for orphan in orphans] == [("sweep", "PENDING", "2 x CPU 500")]
-    nodes.remove_group(orphans[0])
-    while nodes.find_orphans():
+    groups.remove(orphans[0])
+    while groups.find_orphans():
         assert time.monotonic() < end
         time.sleep(0.2)

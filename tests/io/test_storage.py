@@ -1,17 +1,23 @@
 """Files appear complete or not at all."""
 
+import itertools
 import os
+import re
 import socket
 import stat
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from cxrscale.config import Scaling
 from cxrscale.io import access, storage
-from cxrscale.types import UserError
+from cxrscale.types import AccessError, UserError
 
 
 def names(folder: Path) -> list[str]:
@@ -136,3 +142,63 @@ def test_what_cannot_be_an_output_is_one_line(tmp_path: Path) -> None:
                 storage.write(str(tmp_path / name), "text")
         assert (tmp_path / "socket").is_socket()
     assert sorted(names(tmp_path)) == ["folder", "loop", "socket"]
+
+
+def away_until(monkeypatch: pytest.MonkeyPatch, attempts: int, failure: Exception) -> Callable[[], str]:
+    """A request that fails so often, to a store that nobody has heard of yet; pauses are short."""
+    monkeypatch.setattr(access, "RETRY_SECONDS", (0.01, 0.02))
+    monkeypatch.setattr(access, "FIRST_SECONDS", 0.3)
+    monkeypatch.setattr(access, "_patience", access._Patience())
+    failures = itertools.repeat(failure, attempts)
+
+    def ask() -> str:
+        for one in failures:
+            raise one
+        return "answer"
+
+    return ask
+
+
+def test_a_store_that_is_away_is_waited_for_once_it_has_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    silent = ConnectionRefusedError(111, "Connection refused")
+    ask = away_until(monkeypatch, 60, silent)
+    with pytest.raises(AccessError, match=r"^s3://bucket/run/best\.pt cannot be reached \(Connection refused\)"):
+        storage.patiently("s3://bucket/run/best.pt", ask)
+    assert storage.patiently("s3://bucket/other", lambda: 7) == 7
+    ask = away_until(monkeypatch, 60, silent)
+    storage.patiently("s3://bucket/other", lambda: 7)
+    assert storage.patiently("s3://bucket/run/best.pt", ask) == "answer"
+    # In a worker of a run, whose driver has heard of the store: as long as the recipe says.
+    ask = away_until(monkeypatch, 10**9, silent)
+    began = time.monotonic()
+    with storage.waiting_for_stores(0.6), pytest.raises(AccessError):
+        storage.patiently("s3://bucket/run/best.pt", ask)
+    assert 0.6 <= time.monotonic() - began < 5
+
+
+def test_what_a_store_refuses_is_asked_again_a_few_times_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = away_until(monkeypatch, 3, PermissionError("Forbidden"))
+    with storage.waiting_for_stores(600), pytest.raises(AccessError, match="Forbidden"):
+        storage.patiently("s3://bucket/run/best.pt", ask)
+    assert ask() == "answer"
+
+
+def test_a_store_that_is_away_is_said_once_for_all_that_wait(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(access, "SAY_SECONDS", 0.2)
+    monkeypatch.setattr(access, "_sayer", access._Sayer())
+    ask = away_until(monkeypatch, 10**9, TimeoutError("Connect timeout on endpoint"))
+
+    def read(number: int) -> None:
+        with suppress(AccessError):
+            storage.patiently(f"s3://bucket/{number}", ask)
+
+    with storage.waiting_for_stores(0.8), ThreadPoolExecutor(4) as pool:
+        list(pool.map(read, range(4)))
+    (said,) = caplog.messages
+    assert re.fullmatch(r"waiting 0 s for s3://bucket/\d; ends at scaling\.store_seconds=0\.8", said)
+
+
+def test_the_patience_for_stores_is_that_of_the_recipe() -> None:
+    assert Scaling().store_seconds == access.STORE_SECONDS

@@ -12,7 +12,8 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -20,6 +21,10 @@ import psutil
 
 HOST = "10.77.0.1"
 """The address of the bridge: who is not on a machine of the site."""
+BUCKET = "10.77.0.3"
+"""A second address of the bridge, which can be taken away for a while."""
+DISK = "512m"
+"""The size of a machine's own disk."""
 NEEDED = ("unshare", "nsenter", "ip", "mount", "bash")
 
 _BRIDGE = f"""
@@ -27,6 +32,7 @@ set -e
 ip link set lo up
 ip link add bridge type bridge
 ip addr add {HOST}/24 dev bridge
+ip addr add {BUCKET}/24 dev bridge
 ip link set bridge up
 echo ready
 read -r _
@@ -37,7 +43,7 @@ read -r _
 _BOOT = """
 set -e
 ip link set lo up
-mount -t tmpfs none "$HOME"
+mount -t tmpfs -o size=DISK none "$HOME"
 mount -t tmpfs none /dev/shm
 mount -o remount,bind,ro /
 hostname "$1"
@@ -52,7 +58,7 @@ echo plugged
 exec 3<&0
 (read -r _ <&3 || kill -KILL -1) &
 "$@" </dev/null >&2
-"""
+""".replace("DISK", DISK)
 
 # A socket belongs to the network that it was made in, whoever holds it.
 _LISTEN = """
@@ -159,6 +165,53 @@ class Site:
         """Pull its cable: nobody hears of it any more, not even that a connection has closed."""
         self._ip("link", "set", machine.port, "down")
 
+    def plug(self, machine: Machine) -> None:
+        """Put its cable back; what its connections had under way is sent again."""
+        self._ip("link", "set", machine.port, "up")
+
+    @contextmanager
+    def slowed(self, machine: Machine, seconds: float, loss: float) -> Iterator[None]:
+        """Inside, what the machine sends and gets comes so many seconds late, or is lost with that probability."""
+        near, far = f"{machine.port}n", f"{machine.port}f"
+        self._ip("link", "add", near, "type", "veth", "peer", "name", far)
+        self._ip("link", "set", far, "up")
+        self._ip("link", "set", machine.port, "nomaster")
+        self._ip("link", "set", near, "master", "bridge", "up")
+        program = str(Path(__file__).with_name("slow_link.py"))
+        given = [sys.executable, "-I", "-S", program, machine.port, far, str(seconds), str(loss)]
+        log = self.logs / f"{machine.port}-slow.log"
+        relay = _start([*self._inside, *given], _environment(), log)
+        try:
+            _expect(relay, "ready", log)
+            yield
+            assert relay.poll() is None, log.read_text()
+        finally:
+            _end(relay)
+            self._ip("link", "delete", near)
+            if machine in self._machines:
+                self._ip("link", "set", machine.port, "master", "bridge")
+
+    @contextmanager
+    def without(self, address: str) -> Iterator[None]:
+        """Inside, an address of the bridge is nobody's: connections to it stay silent, new ones have no way."""
+        self._ip("addr", "del", f"{address}/24", "dev", "bridge")
+        try:
+            yield
+        finally:
+            self._ip("addr", "add", f"{address}/24", "dev", "bridge")
+
+    def fill_disk(self, machine: Machine) -> Path:
+        """Fill a machine's own disk; returns the file that fills it, as `on_machine` takes it."""
+        path = self.home / "filler"
+        # Until there is no room: rc 1.
+        self.on_machine(machine, "dd", "if=/dev/zero", f"of={path}", "bs=64k", check=False)
+        return path
+
+    def on_machine(self, machine: Machine, *words: str, check: bool = True) -> str:
+        """The output of a command that sees a machine's disk."""
+        words = ("nsenter", "--target", str(machine.process.pid), "--user", "--mount", "--preserve-credentials", *words)
+        return subprocess.run(words, check=check, capture_output=True, text=True, env=_environment()).stdout
+
     def start(self, command: Sequence[str], environment: Mapping[str, str], folder: Path) -> subprocess.Popen[str]:
         """A process with this machine's disk and the site's network; stdout and stderr in one."""
         words = [*self._inside, *command]
@@ -167,11 +220,21 @@ class Site:
         self._started.append(process)
         return process  # type: ignore[no-any-return]
 
-    def listen(self, port: int) -> socket.socket:
-        """A server socket on the bridge, for a thread of this very process."""
+    def listen(self, address: str, port: int) -> socket.socket:
+        """A server socket at an address of the bridge, for a thread of this very process."""
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            command = [*self._inside, sys.executable, "-I", "-S", "-c", _LISTEN, HOST, str(port), str(theirs.fileno())]
+            command = [
+                *self._inside,
+                sys.executable,
+                "-I",
+                "-S",
+                "-c",
+                _LISTEN,
+                address,
+                str(port),
+                str(theirs.fileno()),
+            ]
             subprocess.run(command, check=True, pass_fds=[theirs.fileno()], env=_environment())
             _, sent, _, _ = socket.recv_fds(ours, 1, 1)
         return socket.socket(fileno=sent[0])

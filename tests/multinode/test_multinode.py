@@ -2,55 +2,21 @@
 
 import json
 
-import fsspec
 import pytest
 
 from cxrscale.io import storage
-from cxrscale.sources.synthetic.archive import SyntheticPaths
-from cxrscale.training import checkpoint, resume, run_info, tracking
-from tests.multinode.conftest import HEAD, PATIENCE_S, WORKERS, Cluster, Store
-from tests.tiny import TINY_CLASSIFIER
+from cxrscale.training import resume, run_info, tracking
+from tests.multinode.conftest import HEAD, PATIENCE_S, STEPS, WORKERS, Cluster, Store, newest, tell_waits, training
 from tests.training.test_survival import assert_equal
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
-STEPS = 40
-RECIPE = (
-    "jobs/demo.yaml",
-    *TINY_CLASSIFIER,
-    "tracking.wandb=disabled",
-    "scaling.num_workers=2",
-    f"sampler.steps_per_epoch={STEPS}",
-    "train.epochs=2",
-    "train.checkpoint_steps=4",
-)
-
-
-@pytest.fixture(scope="module")
-def shards(cluster: Cluster, store: Store, drawn: SyntheticPaths, s3: str) -> str:
-    """An archive in the bucket, sharded into the bucket by a job."""
-    fsspec.filesystem("s3").put(str(drawn.nih), f"{s3}/site/archive", recursive=True)
-    out = f"{s3}/site/shards"
-    cluster.run("shard", "nih", f"{s3}/site/archive", "pack.size=64", "pack.samples_per_shard=4", "--out", out)
-    assert store.who("PUT", ".tar") == set(WORKERS)
-    assert store.who("GET", ".png") >= set(WORKERS)
-    return out
-
-
-def newest(run: str) -> int:
-    """The step of a run's last checkpoint, 0 before the first."""
-    return max(checkpoint.steps(storage.join(run, checkpoint.FOLDER)).values(), default=0)
-
 
 def test_a_run_that_loses_a_machine_ends_like_one_that_does_not(
-    cluster: Cluster, store: Store, shards: str, s3: str
+    cluster: Cluster, store: Store, shards: str, undisturbed: str, s3: str
 ) -> None:
-    words = ["train", *RECIPE, f"data.shards=[{shards}]", f"tracking.runs_dir={s3}/site/runs"]
-    whole, hurt = f"{s3}/site/runs/whole", f"{s3}/site/runs/hurt"
-    assert cluster.run(*words, "tracking.name=whole").splitlines()[-1] == whole
-
-    begun = len(store.asked)
-    job = cluster.start(*words, "tracking.name=hurt")
+    hurt, begun = f"{s3}/site/runs/hurt", len(store.asked)
+    job = cluster.start(*training(shards, s3, "hurt"))
     cluster.until(lambda: newest(hurt) >= 12, job)
     # The worst to lose: the one that writes the checkpoints of this run; rank 0 may have been elsewhere before.
     (writer,) = store.who("PUT", ".pt", begun) - {HEAD}
@@ -64,8 +30,10 @@ def test_a_run_that_loses_a_machine_ends_like_one_that_does_not(
     cluster.up(writer)
     out, _ = job.communicate(timeout=PATIENCE_S)
     assert job.returncode == 0, out
-    assert out.splitlines()[-1] == hurt
-    assert_equal(hurt, whole)
+    tell_waits(hurt)
+    # Ray itself may say something about the lost machine after the command's last line.
+    assert hurt in out.splitlines()
+    assert_equal(hurt, undisturbed)
     assert run_info.read_run_info(hurt).finished
     # Nothing was left of its cache of shards.
     assert writer in store.who("GET", ".tar", told)
@@ -76,14 +44,13 @@ def test_an_elastic_run_goes_on_without_the_machine_that_nobody_hears_of(
 ) -> None:
     """Its cable is pulled: no connection closes. One worker trains until it is back, then two again."""
     run = f"{s3}/site/runs/elastic"
-    words = ["train", *RECIPE, f"data.shards=[{shards}]", f"tracking.runs_dir={s3}/site/runs", "tracking.name=elastic"]
     long = (
         "scaling.num_workers=[1, 2]",
         "scaling.elastic_check_seconds=2",
         "sampler.steps_per_epoch=20000",
         "train.epochs=1",
     )
-    job = cluster.start("--name", "elastic", *words, *long)
+    job = cluster.start("--name", "elastic", *training(shards, s3, "elastic"), *long)
     cluster.until(lambda: newest(run) >= 12, job)
     before = cluster.training()
     assert set(before) == set(WORKERS)
@@ -99,6 +66,7 @@ def test_an_elastic_run_goes_on_without_the_machine_that_nobody_hears_of(
     assert set(cluster.training()) == set(WORKERS)
     cluster.stop("elastic")
     out, _ = job.communicate(timeout=PATIENCE_S)
+    tell_waits(run)
     assert "stopped with a checkpoint; resume with tracking.name=elastic" in out
     assert [line["step"] for line in tracking.read_log(run)] == list(range(1, newest(run) + 1))
 
@@ -106,7 +74,7 @@ def test_an_elastic_run_goes_on_without_the_machine_that_nobody_hears_of(
 def test_a_search_that_loses_a_machine_ends(cluster: Cluster, shards: str, s3: str) -> None:
     """Four trials of two workers each on two slots; the machine in the middle of the first is lost and comes back."""
     run = f"{s3}/site/runs/search"
-    words = ["tune", *RECIPE, f"data.shards=[{shards}]", f"tracking.runs_dir={s3}/site/runs", "tracking.name=search"]
+    words = ["tune", *training(shards, s3, "search")[1:]]
     space = (
         "tune.space={optim.lr: 'loguniform(1e-4, 1e-2)'}",
         "tune.method=random",
@@ -125,6 +93,7 @@ def test_a_search_that_loses_a_machine_ends(cluster: Cluster, shards: str, s3: s
     assert json.loads(storage.read(f"{run}/{resume.SEARCH_INFO}"))["finished"]
     for number in range(4):
         trial = f"{run}/trials/trial-{number:03d}"
+        tell_waits(trial)
         assert newest(trial) == 24
         assert run_info.read_run_info(trial).finished
     assert storage.exists(f"{run}/best.yaml")

@@ -77,3 +77,46 @@ def test_a_killed_process_takes_its_machines_with_it(site: Site, tmp_path: Path)
             ending.append(psutil.Process(pid))
     _, alive = psutil.wait_procs(ending, timeout=30)
     assert not alive
+
+
+ASK = f"""
+import sys, time, urllib.request
+began = time.monotonic()
+try:
+    urllib.request.urlopen("http://{ADDRESSES[0]}:8000", timeout=30).read()
+    print(time.monotonic() - began)
+except OSError as error:
+    print(error)
+"""
+
+
+def asked(site: Site, folder: Path) -> str:
+    """What a request to the first machine says: how many seconds it took, or why it failed."""
+    out, _ = site.start(python(ASK), os.environ, folder).communicate(timeout=60)
+    return out
+
+
+def test_a_link_can_be_slow_or_away_and_is_whole_afterwards(site: Site, tmp_path: Path) -> None:
+    machine = site.boot("slow", ADDRESSES[0], python(SERVES), os.environ)
+    until(lambda: "refused" not in asked(site, tmp_path), machine)
+    with site.slowed(machine, seconds=0.1, loss=0.0):
+        # A round trip to connect and one for the answer.
+        assert float(asked(site, tmp_path)) >= 0.4
+    site.unplug(machine)
+    assert "No route to host" in asked(site, tmp_path)
+    site.plug(machine)
+    assert float(asked(site, tmp_path)) > 0
+    site.kill(machine)
+
+
+def test_a_machines_disk_is_full_alone(site: Site) -> None:
+    one = site.boot("one", ADDRESSES[0], ["sleep", "600"], os.environ)
+    two = site.boot("two", ADDRESSES[1], ["sleep", "600"], os.environ)
+    filler = site.fill_disk(one)
+    free = [site.on_machine(machine, "df", "--output=avail", str(site.home)).split()[-1] for machine in (one, two)]
+    assert free[0] == "0"
+    assert int(free[1]) > 400_000
+    site.on_machine(one, "rm", str(filler))
+    assert site.on_machine(one, "df", "--output=avail", str(site.home)).split()[-1] != "0"
+    site.kill(one)
+    site.kill(two)

@@ -46,7 +46,8 @@ def remote(few: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]
     if not storage.exists(root):
         fsspec.filesystem("s3").put(str(few), root.removeprefix("s3://"), recursive=True)
     monkeypatch.setattr(access, "RETRY_SECONDS", (0.01, 0.02, 0.05))
-    yield root
+    with storage.waiting_for_stores(0.5):
+        yield root
     _forget_connections()
 
 

@@ -11,6 +11,7 @@ import torch.distributed
 import torch.multiprocessing as mp
 
 from cxrscale.training import distributed
+from cxrscale.training.tracking import Wait
 from cxrscale.types import DistContext
 
 
@@ -18,12 +19,16 @@ class GlooWorker:
     """A rank of a gloo group."""
 
     reports_when_written = False
+    doing = ""
 
     def __init__(self, rank: int, world: int, stop: bool = False) -> None:
         self.dist, self._stop = DistContext(rank, world), stop
 
     def report(self, metrics: object) -> None:
         raise NotImplementedError
+
+    def waits(self) -> list[Wait]:
+        return []
 
     def should_stop(self) -> bool:
         return self._stop

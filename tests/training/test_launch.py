@@ -1,6 +1,11 @@
 """Two real Ray Train workers do what one process does; mistakes are found before or on the workers."""
 
 import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +14,7 @@ from cxrscale.cli.progress import watch_run
 from cxrscale.config import Pack
 from cxrscale.shards import build
 from cxrscale.sources.synthetic.archive import SyntheticPaths
-from cxrscale.training import launch, run_info, waiting
+from cxrscale.training import launch, run_info, tracking
 from cxrscale.types import NonFiniteError, UserError, WaitLimitError
 from tests.conftest import TWO_WORKERS, tiny
 
@@ -27,7 +32,8 @@ def test_two_ray_workers_train_and_validate_every_image_once(
         assert (folder / "best.pt").is_file()
         assert list((folder / "wandb").glob("offline-run-*/*.wandb"))
     two, one = (
-        [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()] for folder in (run, alone)
+        [line for line in map(json.loads, (folder / "train_log.jsonl").read_text().splitlines()) if "loss" in line]
+        for folder in (run, alone)
     )
     # The same images in the same steps and the same start: the first loss differs only by batch normalization,
     # which sees half the batch on each worker.
@@ -53,33 +59,40 @@ def test_a_mistake_that_only_workers_find_is_a_one_line_error_too(nih_shards: st
     assert (info.finished, info.diverged, len(info.sessions)) == (False, True, 1)
 
 
-@pytest.mark.usefixtures("ray_cluster")
 def test_a_run_without_room_says_what_it_waits_for_and_ends_at_its_limit(
-    nih_shards: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    nih_shards: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, full_cluster: Callable[[], None]
 ) -> None:
-    import ray
-    from ray.util.placement_group import placement_group, remove_placement_group
-
-    monkeypatch.setattr(waiting, "SAY_SECONDS", 2.0)
-    cpus = int(ray.cluster_resources()["CPU"])  # type: ignore[no-untyped-call]
-    taken = placement_group([{"CPU": 1}] * cpus)
-    ray.get(taken.ready(), timeout=60)
-    try:
-        with pytest.raises(
-            WaitLimitError, match=r"^scaling\.start_seconds=8: no worker of .*tiny has trained for 8 s"
-        ) as caught:
-            launch.launch(tiny(nih_shards, tmp_path, "scaling.start_seconds=8"), "tiny", watch_run)
-    finally:
-        remove_placement_group(taken)
+    with pytest.raises(
+        WaitLimitError, match=r"^scaling\.start_seconds=30: no worker of .*tiny has trained for 3\d s"
+    ) as caught:
+        launch.launch(tiny(nih_shards, tmp_path, "scaling.start_seconds=30"), "tiny", watch_run)
+    full_cluster()
     assert caught.value.exit_code == 6
     assert "waiting for room for 1 x CPU 1 (free: CPU 0 of " in str(caught.value)
     assert "waiting 2 s for" in caplog.text
+    assert "ends at scaling.start_seconds=30" in caplog.text
+    (wait,) = tracking.read_waits(str(tmp_path / "tiny"))
+    assert wait["what"].endswith("room for 1 x CPU 1")
+    assert (wait["step"], wait["limit"]) == (0, "scaling.start_seconds=30")
+    assert 30 <= wait["seconds"] < 50
     info = run_info.read_run_info(str(tmp_path / "tiny"))
     assert (info.ending, info.error) == ("failed", str(caught.value))
-    # Nothing of it holds what it has waited for.
-    again = placement_group([{"CPU": 1}] * cpus)
-    ray.get(again.ready(), timeout=60)
-    remove_placement_group(again)
+
+
+@pytest.mark.usefixtures("full_cluster")
+def test_a_signal_ends_a_run_that_has_no_worker_at_once(
+    nih_shards: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def stop() -> None:
+        while "for room for 1 x CPU 1" not in caplog.text:
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    run = launch.launch(tiny(nih_shards, tmp_path), "tiny", watch_run)
+    assert "no worker trains: the run ends with its last checkpoint" in caplog.text
+    info = run_info.read_run_info(run)
+    assert (info.ending, info.finished, info.error) == ("stopped", False, None)
 
 
 def test_datasets_that_share_images_across_splits_are_refused(

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 from cxrscale.io import storage, write_artifact
 from cxrscale.training import run_info
 from cxrscale.training.run_info import Outcome, RunInputs, Session, Usage, sum_usage
-from cxrscale.types import NonFiniteError, UserError
+from cxrscale.types import UserError
 
 INPUTS = RunInputs(manifest="m")
 
@@ -94,46 +93,6 @@ def test_the_outcome_of_a_run_whose_driver_was_lost_counts_and_is_kept_at_a_resu
         assert not run_info.read_run_info(run).finished
         assert [item.workers for item in run_info.read_run_info(run).sessions] == [2, 3]
     assert not run_info.read_run_info(run).finished
-
-
-def end_as(how: str, run: str) -> None:
-    """Leave what a session leaves that ends so."""
-    outcome = Outcome(finished=how == "finished", epochs=1, best=0.9, device="CPU", workers=2)
-    with suppress(UserError, KeyboardInterrupt), run_info.record_session(run, INPUTS, workers=2, price=None):
-        while_it_runs = (Path(run) / run_info.RUN_INFO).read_bytes()
-        if how in ("finished", "asked to stop"):
-            write_artifact(storage.join(run, run_info.OUTCOME), outcome)
-        elif how == "too many bad rows":
-            raise UserError("data.max_bad_rows=3: 4 of the epoch's 80 rows of training could not be read")
-        elif how == "not finite":
-            raise NonFiniteError("the loss is nan at step 3")
-        elif how == "Ctrl-C":
-            raise KeyboardInterrupt
-    if how == "driver lost":
-        (Path(run) / run_info.RUN_INFO).write_bytes(while_it_runs)
-
-
-@pytest.mark.parametrize(
-    ("how", "ending", "error"),
-    [
-        ("finished", "finished", False),
-        ("asked to stop", "stopped", False),
-        ("Ctrl-C", "stopped", False),
-        ("too many bad rows", "failed", True),
-        ("not finite", "diverged", True),
-        ("driver lost", "running, or killed", False),
-    ],
-)
-def test_each_end_has_its_word_and_the_next_session_its_own(how: str, ending: str, error: bool, tmp_path: Path) -> None:
-    run_info.write_new(str(tmp_path), INPUTS)
-    assert run_info.read_run_info(str(tmp_path)).ending == "not begun"
-    end_as(how, str(tmp_path))
-    info = run_info.read_run_info(str(tmp_path))
-    assert (info.ending, info.error is not None, info.finished) == (ending, error, how == "finished")
-    end_as("finished", str(tmp_path))
-    info = run_info.read_run_info(str(tmp_path))
-    assert (info.ending, info.error, len(info.sessions)) == ("finished", None, 2)
-    assert all(session.ended is not None for session in info.sessions)
 
 
 KILLED = """

@@ -102,6 +102,12 @@ def test_a_worker_that_hangs_costs_only_the_steps_since_the_last_checkpoint(
     assert stopped
     assert time.monotonic() - began < 150
     assert_equal(run, two_worker_run)
+    # The hang and the restart are one wait, which is in the log soon after the run has gone on.
+    wait = tracking.read_waits(run)[-1]
+    assert wait["what"].startswith("all workers to do a step")
+    assert wait["limit"] == "scaling.start_seconds=1800"
+    assert 36 <= wait["step"] <= 60
+    assert wait["seconds"] >= 10
     assert run_info.read_run_info(run).finished
     # Nothing of it is left to write, should it ever go on.
     with pytest.raises(ProcessLookupError):

@@ -14,7 +14,7 @@ import pytest
 from cxrscale.config import Tracking
 from cxrscale.io import scratch, storage
 from cxrscale.training import tracking
-from cxrscale.training.tracking import Start, Tracker, require_wandb_key
+from cxrscale.training.tracking import Start, Tracker, Wait, require_wandb_key
 from cxrscale.types import UserError
 
 
@@ -166,3 +166,31 @@ def test_wandb_files_of_a_run_in_a_bucket_go_there_and_leave_nothing_here(
     left = {path for path in tmp_path.iterdir() if path.name.startswith(scratch.PREFIX)}
     assert left <= {scratch.shared()}
     assert list(scratch.shared().iterdir()) == [scratch.shared() / scratch.OWNER]
+
+
+def wait(began: float) -> Wait:
+    return Wait("room for 2 x CPU 4", "scaling.start_seconds=1800", 73.5, began)
+
+
+def test_waits_stand_in_the_log_and_not_among_the_lines_of_training(tmp_path: Path) -> None:
+    first = Tracker(str(tmp_path), Tracking(), {})
+    for step in range(1, 6):
+        first.log("train", step, {"loss": step / 10})
+        if step == 5:
+            first.log_wait(5, wait(1.5))
+    first.close()
+    # It has been waited, though step 5 will be done again.
+    Tracker(str(tmp_path), Tracking(), {}, Start(3)).close()
+    tracking.add_waits(str(tmp_path), [wait(1.5), wait(2.5)])
+    assert [line["step"] for line in tracking.read_log(str(tmp_path))] == [1, 2, 3]
+    waits = tracking.read_waits(str(tmp_path))
+    assert [(line["step"], line["began"], line["seconds"]) for line in waits] == [(5, 1.5, 73.5), (5, 2.5, 73.5)]
+    assert {line["what"] for line in waits} == {"room for 2 x CPU 4"}
+
+
+def test_a_wait_without_its_cause_is_no_line_of_a_log(tmp_path: Path) -> None:
+    for values in ({"seconds": 3.0, "began": 1.0, "limit": "x"}, {"seconds": 3.0, "what": "x", "limit": "x"}):
+        line = {"kind": "wait", "step": 1, "time": 2.5, **values}
+        (tmp_path / "train_log.jsonl").write_text(json.dumps(line) + "\n")
+        with pytest.raises(UserError, match="line 1 is not one of a training's log"):
+            tracking.read_log(str(tmp_path))

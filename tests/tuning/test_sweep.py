@@ -4,10 +4,12 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 
 from cxrscale import config
 from cxrscale.cli import progress
+from cxrscale.cluster import groups
 from cxrscale.config import Recipe
 from cxrscale.inference import load_model, predictions
 from cxrscale.io import storage
@@ -24,7 +27,7 @@ from cxrscale.reporting import tuning_page
 from cxrscale.training import run_files, run_info, tracking
 from cxrscale.tuning import results, search_space, sweep, tuner
 from cxrscale.tuning.search_info import read_search_info, write_search_info
-from cxrscale.types import UserError
+from cxrscale.types import UserError, WaitLimitError
 from tests.conftest import tiny
 from tests.tiny import TINY_SEGMENTER
 
@@ -218,6 +221,61 @@ def test_a_search_can_be_kept_in_a_bucket(nih_shards: str, s3: str) -> None:
     assert [row["status"] for row in trials] == ["finished"] * 2
     assert storage.exists(storage.join(result.run, "tune.html"))
     assert load_model(result.run, torch.device("cpu")).recipe.optim.lr in (1e-3, 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_trial_of_several_workers_without_room_ends_at_its_limit(
+    nih_shards: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    cpus = int(ray.cluster_resources()["CPU"])  # type: ignore[no-untyped-call]
+    taken = placement_group([{"CPU": 1}] * (cpus - 1))
+    ray.get(taken.ready(), timeout=60)
+    before = {group.id for group in groups.find_all()}
+    more = (
+        "tune.workers=2",
+        "tune.trials=1",
+        "tune.baseline_seeds=0",
+        "tune.method=random",
+        "scaling.start_seconds=40",
+    )
+    recipe = tiny(nih_shards, tmp_path, LR, *SHORT, *more, f"scaling.cpus_per_worker={cpus // 2}")
+    try:
+        with pytest.raises(
+            UserError, match=r"no trial has a auroc: scaling\.start_seconds=40: no worker of .*trial-000 "
+        ):
+            sweep.tune(recipe, "tiny", progress.bar)
+    finally:
+        remove_placement_group(taken)
+    trial = str(tmp_path / "tiny/trials/trial-000")
+    assert "waiting for room for 2 x CPU 1 (free: CPU 1 of 2)" in storage.read(f"{trial}/failed.txt").decode()
+    (wait,) = tracking.read_waits(trial)
+    assert wait["limit"] == "scaling.start_seconds=40"
+    # The search's console has it from the trial's process.
+    assert "trial-000: waiting 1" in caplog.text
+    # Nothing of it waits on for what it has asked for.
+    time.sleep(1)
+    assert {group.id for group in groups.find_all()} <= before
+
+
+def test_a_search_without_room_says_what_it_waits_for_and_ends_at_its_limit(
+    nih_shards: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, full_cluster: Callable[[], None]
+) -> None:
+    more = ("tune.method=random", "tune.trials=1", "tune.baseline_seeds=0", "scaling.start_seconds=8")
+    recipe = tiny(nih_shards, tmp_path, LR, *more, "train.epochs=1", "sampler.steps_per_epoch=2")
+    with pytest.raises(
+        WaitLimitError, match=r"^scaling\.start_seconds=8: no trial of .*tiny has run for 8 s, "
+    ) as caught:
+        sweep.tune(recipe, "tiny", progress.bar)
+    assert "waiting for room for 1 x CPU 1 (free: CPU 0 of " in str(caught.value)
+    assert re.search(r"waiting [2-7] s for room for 1 x CPU 1 .*; ends at scaling\.start_seconds=8", caplog.text)
+    assert not read_search_info(str(tmp_path / "tiny")).finished
+    full_cluster()
+    patient = recipe.model_copy(update={"scaling": recipe.scaling.model_copy(update={"start_seconds": 600.0})})
+    assert [row["status"] for row in rows(search(patient).run)] == ["finished"]
 
 
 @pytest.mark.slow
