@@ -1,4 +1,5 @@
 from .config import load_recipe as load_recipe
+from .inference import Explainer as Explainer
 from .inference import Predictor as Predictor
 from .loader import make_loader as make_loader
 from .run import Run as Run

@@ -108,6 +108,13 @@ def detect(map_hw: npt.NDArray[np.floating]) -> Detection:
     return Detection(np.concatenate(boxes), ((float(column) + 0.5) / GRID, (float(row) + 0.5) / GRID))
 
 
+def reduced(map_hw: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """A map that is larger than (GRID, GRID) at that size."""
+    if max(map_hw.shape) <= GRID:
+        return map_hw
+    return np.asarray(cv2.resize(map_hw, (GRID, GRID), interpolation=cv2.INTER_AREA), dtype=np.float32)
+
+
 def judge(detections: Sequence[Detection | None], boxed: Sequence[BoxedFinding]) -> Counts:
     """The measures of one detection per boxed finding; None is undefined.
 

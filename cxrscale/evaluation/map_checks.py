@@ -14,9 +14,15 @@ _TRIES = 400
 
 
 def rank_correlation(a_hw: npt.ArrayLike, b_hw: npt.ArrayLike) -> float:
-    """Spearman's correlation of two maps of one shape, ties by mean rank; NaN where one is constant or not finite."""
+    """Spearman's correlation of two maps of one shape, ties by mean rank; NaN where one is constant or not finite, or
+    their shapes differ."""
     a_P, b_P = (np.asarray(one, dtype=np.float64).ravel() for one in (a_hw, b_hw))
-    if not (np.isfinite(a_P).all() and np.isfinite(b_P).all()) or np.ptp(a_P) == 0 or np.ptp(b_P) == 0:
+    if (
+        a_P.shape != b_P.shape
+        or not (np.isfinite(a_P).all() and np.isfinite(b_P).all())
+        or np.ptp(a_P) == 0
+        or np.ptp(b_P) == 0
+    ):
         return float("nan")
     return float(np.corrcoef(rankdata(a_P), rankdata(b_P))[0, 1])
 

@@ -7,11 +7,15 @@ from .decision import stored_thresholds as stored_thresholds
 from .ensemble import EnsembleInfo as EnsembleInfo
 from .ensemble import build_ensemble as build_ensemble
 from .ensemble import read_ensemble as read_ensemble
+from .explain import Explainer as Explainer
+from .explain import MappedRow as MappedRow
+from .explain import explain_files as explain_files
 from .files import FilePredictions as FilePredictions
 from .files import predict_files as predict_files
 from .formats import check_format as check_format
 from .inputs import Inputs as Inputs
 from .inputs import find_inputs as find_inputs
+from .map_maker import MapMaker as MapMaker
 from .on_cluster import ClusterPredictor as ClusterPredictor
 from .on_cluster import PredictorSpec as PredictorSpec
 from .prediction import Prediction as Prediction

@@ -20,11 +20,12 @@ Maps = npt.NDArray[np.float32]
 class MapMaker:
     """A model that says where its logits come from."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, recipe: Recipe, device: torch.device, method: MapMethod | None = None) -> None:
         """Find out which maps the model has, by one forward pass.
 
         Args:
             model: in evaluation mode, on the device.
+            method: what is known of its architecture; None: find out.
 
         Raises:
             UserError: it has none, or the package that computes them is missing.
@@ -39,9 +40,8 @@ class MapMaker:
         if recipe.data.task == "segment":
             return
         blank_11HW = torch.zeros(1, 1, recipe.augment.size, recipe.augment.size, device=device)
-        self.method = "exact"
-        if self._exact(_batch_of(blank_11HW))[1] is None:
-            self.method = "grad-cam"
+        self.method = method or ("grad-cam" if self._exact(_batch_of(blank_11HW))[1] is None else "exact")
+        if self.method == "grad-cam":
             self._gradients = GradientMaps(model)
             self._gradients.maps(blank_11HW, [0])
 

@@ -87,15 +87,12 @@ def _target(model: nn.Module) -> tuple[nn.Module, Reshape]:
     if isinstance(blocks, nn.Sequential) and grid is not None and hasattr(blocks[-1], "norm1"):
         # After the last attention the class token alone goes on: other tokens have no gradient there.
         prefix, (rows, columns) = int(getattr(model, "num_prefix_tokens", 0)), grid
-        layer: nn.Module = blocks[-1].norm1
-        return layer, lambda token_BNC: token_BNC[:, prefix:].unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
+        tokens: Any = blocks[-1].norm1
+        return tokens, lambda token_BNC: token_BNC[:, prefix:].unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
     stages = getattr(model, "feature_info", None)
     name = stages[-1].get("module") if isinstance(stages, list) and stages else None
     width = getattr(model, "num_features", None)
-    try:
-        layer = model.get_submodule(name) if name else None  # type: ignore[assignment]
-    except AttributeError:
-        layer = None  # type: ignore[assignment]
+    layer = dict(model.named_modules()).get(name) if name else None
     if layer is None:
         raise UserError(
             f"model.arch: {type(model).__name__} names no layer of features that lie over the image; it has no maps"
