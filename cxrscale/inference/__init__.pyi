@@ -10,6 +10,7 @@ from .ensemble import read_ensemble as read_ensemble
 from .explain import Explainer as Explainer
 from .explain import MappedRow as MappedRow
 from .explain import explain_files as explain_files
+from .explain import maps_of_rows as maps_of_rows
 from .files import FilePredictions as FilePredictions
 from .files import predict_files as predict_files
 from .formats import check_format as check_format

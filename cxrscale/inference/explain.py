@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -146,6 +147,16 @@ def explain_files(
     drafters = {MAPS: maps_drafter(explainer.provenance, explainer.method, explainer.explained)}
     drafters |= {f"overlay.{name}": overlay_drafter(explainer.provenance, name) for name in explainer.explained}
     return predict_files(explainer, paths, out, on_prediction=on_prediction, drafters=drafters)
+
+
+def maps_of_rows(run: str, data: Manifest, rows: Sequence[int]) -> dict[int, Mapping[str, npt.NDArray[np.float32]]]:
+    """Row of the manifest -> finding -> (h, w) map; empty for an ensemble and for a network without maps."""
+    try:
+        explainer = Explainer(run)
+    except UserError as error:
+        logging.getLogger("cxrscale").info("no maps of %s: %s", run, error)
+        return {}
+    return {mapped.row: mapped.maps for mapped in explainer.rows(data, rows)}
 
 
 def maps_drafter(provenance: Provenance, method: MapMethod, findings: Sequence[str]) -> Drafter:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from cxrscale.inference.objects import Draft, Drafter
 from cxrscale.inference.prediction import Prediction, Provenance
-from cxrscale.io import Strictness, draw_heat, load_image, rle_masks, storage
+from cxrscale.io import Strictness, draw_heat, encode_color_png, load_image, rle_masks, storage
 from cxrscale.types import GrayImage
 
 KIND = "overlay"
@@ -45,9 +45,7 @@ def overlay_drafter(provenance: Provenance, finding: str | None = None) -> Draft
 
         def encode() -> bytes:
             image = load_image(content, name=prediction.path, strictness=Strictness.LENIENT)
-            done, encoded = cv2.imencode(".png", draw_overlay(image.image_HW, prediction, thresholds, finding))
-            assert done
-            return encoded.tobytes()
+            return encode_color_png(draw_overlay(image.image_HW, prediction, thresholds, finding))
 
         return Draft(suffix, (*identity, storage.digest(content)), encode)
 

@@ -23,3 +23,10 @@ def draw_heat(image_HW: npt.NDArray[np.uint8], map_hw: npt.ArrayLike) -> npt.NDA
     opacity_HW1 = OPACITY * share_HW[..., None]
     color_HW3 = cv2.cvtColor(image_HW, cv2.COLOR_GRAY2BGR)
     return np.asarray(color_HW3 * (1 - opacity_HW1) + heat_HW3 * opacity_HW1, dtype=np.uint8)
+
+
+def encode_color_png(color_HW3: npt.NDArray[np.uint8]) -> bytes:
+    """A BGR image as PNG."""
+    done, encoded = cv2.imencode(".png", color_HW3)
+    assert done
+    return encoded.tobytes()

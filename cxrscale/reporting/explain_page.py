@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from cxrscale.evaluation import BASELINES, Baseline, ExplainReport, Localization, LocalizationScores, localization
+from cxrscale.evaluation import BASELINES, Baseline, ExplainReport, Localization, localization
 from cxrscale.evaluation.localization import BoxedFinding, Detection
 from cxrscale.io import load_image, seal, storage
 from cxrscale.loader import ShardReader
@@ -72,7 +72,7 @@ def write(address: str, report: ExplainReport, examples: Sequence[Example], data
         examples: every boxed finding that was scored.
         data: the datasets that they are of.
     """
-    storage.write(address, seal.closed_text(render(report, show(examples, data)), "<!-- {} -->"))
+    storage.write(address, seal.closed_text(render(report, show(examples, data, list(report.findings))), "<!-- {} -->"))
 
 
 def render(report: ExplainReport, shown: Mapping[str, Mapping[str, Sequence[ShownExample]]]) -> str:
@@ -105,31 +105,17 @@ def best_baseline(row: Localization) -> Baseline:
     return max(BASELINES, key=lambda name: np.nan_to_num(row.baselines[name].pointing.value, nan=-1.0))
 
 
-def beats(row: Localization, measure: str = "pointing") -> bool:
-    """Whether the map is better than every baseline by more than chance: no interval of a gain reaches 0.
-
-    Args:
-        measure: pointing, or the name of a mapping and T: `iobb 0.1`.
-    """
-    return all(_of(gain, measure) > 0 for gain in row.gain.values())
-
-
-def _of(scores: LocalizationScores, measure: str) -> float:
-    if measure == "pointing":
-        return scores.pointing.low
-    name, _, t = measure.partition(" ")
-    return float(getattr(scores, name)[t].low)
-
-
 def _mean_of_wang(report: ExplainReport) -> dict[str, float]:
     accuracy = published.WANG_LOCALIZATION.accuracy
     return {t: float(np.mean([row[name] for name in report.findings])) for t, row in accuracy.items()}
 
 
-def show(examples: Sequence[Example], data: Manifest) -> dict[str, dict[str, list[ShownExample]]]:
+def show(
+    examples: Sequence[Example], data: Manifest, findings: Sequence[str]
+) -> dict[str, dict[str, list[ShownExample]]]:
     """Of each finding the hits with the best boxes, and the misses with the highest probabilities."""
     reader, result = ShardReader(data), dict[str, dict[str, list[ShownExample]]]()
-    for finding in dict.fromkeys(example.boxed.finding for example in examples):
+    for finding in findings:
         own = [example for example in examples if example.boxed.finding == finding]
         hits = sorted((one for one in own if one.hit), key=lambda one: (-one.iou, one.row))[:SHOWN]
         misses = sorted((one for one in own if not one.hit), key=lambda one: (-one.probability, one.row))[:SHOWN]

@@ -108,7 +108,7 @@ def cascade_table(result: Cascade | CascadeTest) -> Table:
         ("false_masks", "negatives with a mask"),
     ):
         both = (number(getattr(side, field).value) for side in (found.cascade, found.segmenter))
-        table.add_row(words, *both, _signed(getattr(found.difference, field)))
+        table.add_row(words, *both, signed(getattr(found.difference, field)))
     return table
 
 
@@ -127,7 +127,7 @@ def comparison_table(comparison: Comparison) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
 
     def add(name: str, positives: str, row: artifacts.Difference, p_delong: str, p_holm: str, style: str = "") -> None:
-        cells = (number(row.a), number(row.b), _signed(row.difference), p_delong, p_holm, _p(row.p_bootstrap))
+        cells = (number(row.a), number(row.b), signed(row.difference), p_delong, p_holm, _p(row.p_bootstrap))
         table.add_row(name, positives, *cells, style=style)
 
     for name, row in comparison.findings.items():
@@ -162,9 +162,7 @@ def readers_table(comparison: ReaderComparison) -> Table:
     for name, row in comparison.findings.items():
         own = sorted(value.value for value in row.readers.values() if value.defined)
         span = f"{number(own[0])} to {number(own[-1])}" if own else "-"
-        table.add_row(
-            name, str(row.images), estimate(row.run), estimate(row.reader_mean), _signed(row.difference), span
-        )
+        table.add_row(name, str(row.images), estimate(row.run), estimate(row.reader_mean), signed(row.difference), span)
     return table
 
 
@@ -176,7 +174,7 @@ def print_localization(report: ExplainReport, title: str) -> None:
         table.add_column("random from the output up to", no_wrap=True)
         table.add_column("Spearman (95% interval)", justify="right", no_wrap=True)
         for stage in report.sanity.stages:
-            table.add_row(stage.randomized, estimate(stage.correlation))
+            table.add_row(stage.randomized, signed(stage.correlation))
         terminal.show(table, WIDTH)
     if report.occlusion is not None:
         table = Table(title="fall of the probability")
@@ -184,7 +182,7 @@ def print_localization(report: ExplainReport, title: str) -> None:
         for name in ("boxes occluded", "elsewhere", "difference (95% interval)"):
             table.add_column(name, justify="right", no_wrap=True)
         for name, row in report.occlusion.items():
-            table.add_row(name, estimate(row.box), estimate(row.elsewhere), estimate(row.difference))
+            table.add_row(name, signed(row.box), signed(row.elsewhere), signed(row.difference))
         terminal.show(table, WIDTH)
 
 
@@ -259,7 +257,8 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def _signed(value: Estimate) -> str:
+def signed(value: Estimate) -> str:
+    """+0.041 (-0.003 to +0.082), for what may be negative."""
     if not value.defined:
         return value.reason or "undefined"
     interval = "" if math.isnan(value.low) else f" ({value.low:+.3f} to {value.high:+.3f})"

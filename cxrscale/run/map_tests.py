@@ -130,7 +130,8 @@ def occlusion(
                 fall_N2[n] = _falls(explainer, batch, int(index), boxed, n)
         tell("occluded", int(batch.valid_B.sum()), len(rows))
     result = {}
-    for finding in dict.fromkeys(one.finding for one in boxed.boxed):
+    present = {one.finding for one in boxed.boxed}
+    for finding in (name for name in explainer.explained if name in present):
         pairs = [n for n, one in enumerate(boxed.boxed) if one.finding == finding]
         own_N2, weights = fall_N2[pairs], weights_RN[:, pairs]
         why = "no image has room for its boxes beside themselves"

@@ -68,8 +68,8 @@ FIELDS: tuple[tuple[str, pa.DataType], ...] = (
 start of the tar. Mask columns are null for images without a mask; mask_pixels is the mask's area at the stored size.
 mask_rle is the mask at the image's own size (`width` x `height`), run-length encoded as in SIIM-ACR; null where it is
 empty. Datasets of versions before 0.3 lack that column. boxes is JSON, as in the sample's own: [finding, x, y, width,
-height] of each of the source's boxes, in pixels of the image at its own size, (x, y) the upper left corner; null without
-any. Datasets that were written before that column existed have their boxes in the samples' JSON alone."""
+height] of each of the source's boxes, in pixels of the image at its own size, (x, y) the upper left corner; null
+without any. Datasets that were written before that column existed have their boxes in the samples' JSON alone."""
 
 
 def image_key(image_id: str) -> int:
