@@ -92,7 +92,7 @@ def detect(map_hw: npt.NDArray[np.floating]) -> Detection:
 
     They scale a map to 0..255, threshold it at 60 and at 180, each by itself, and put a box around every isolated
     region. The map is enlarged to (GRID, GRID) first, since boxes of whole cells of a small map are far too large.
-    A map without any contrast points nowhere.
+    Of equally high places the one nearest to their centroid counts. A map without any contrast points nowhere.
     """
     map_HW = cv2.resize(np.asarray(map_hw, np.float32), (GRID, GRID), interpolation=cv2.INTER_LINEAR)
     low, high = float(map_HW.min()), float(map_HW.max())
@@ -104,8 +104,9 @@ def detect(map_hw: npt.NDArray[np.floating]) -> Detection:
         _, _, stats, _ = cv2.connectedComponentsWithStats((scaled_HW > level).astype(np.uint8), connectivity=8)
         x, y, width, height = stats[1:, :4].T
         boxes.append(np.stack([x, y, x + width, y + height], axis=1) / GRID)
-    row, column = np.unravel_index(int(map_HW.argmax()), map_HW.shape)
-    return Detection(np.concatenate(boxes), ((float(column) + 0.5) / GRID, (float(row) + 0.5) / GRID))
+    top_T2 = np.argwhere(map_HW == map_HW.max())
+    row, column = top_T2[np.square(top_T2 - top_T2.mean(axis=0)).sum(axis=1).argmin()].tolist()
+    return Detection(np.concatenate(boxes), ((column + 0.5) / GRID, (row + 0.5) / GRID))
 
 
 def reduced(map_hw: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
