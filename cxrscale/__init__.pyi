@@ -4,6 +4,7 @@ from .inference import Predictor as Predictor
 from .loader import make_loader as make_loader
 from .run import Run as Run
 from .run import ensemble as ensemble
+from .run import explain_split as explain_split
 from .run import open_run as open_run
 from .run import train as train
 from .run import tune as tune

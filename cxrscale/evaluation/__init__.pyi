@@ -19,6 +19,8 @@ from .cascade_models import CASCADE_METRICS as CASCADE_METRICS
 from .cascade_models import Cascade as Cascade
 from .cascade_models import CascadeMetrics as CascadeMetrics
 from .cascade_models import CascadeTest as CascadeTest
+from .localization import BoxedFinding as BoxedFinding
+from .localization import Detection as Detection
 from .localization_models import BASELINES as BASELINES
 from .localization_models import EXPLAIN as EXPLAIN
 from .localization_models import Baseline as Baseline

@@ -1,6 +1,10 @@
 from . import ensemble as ensemble
+from . import map_tests as map_tests
 from . import objects as objects
 from . import predictions as predictions
+from .boxed_rows import BoxedRows as BoxedRows
+from .boxed_rows import boxed_rows as boxed_rows
+from .boxed_rows import read_maps as read_maps
 from .cascade import GatedPredictor as GatedPredictor
 from .cascade import read_cascade as read_cascade
 from .decision import stored_thresholds as stored_thresholds

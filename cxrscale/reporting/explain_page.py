@@ -8,8 +8,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from cxrscale.evaluation import BASELINES, Baseline, ExplainReport, Localization, localization
-from cxrscale.evaluation.localization import BoxedFinding, Detection
+from cxrscale.evaluation import (
+    BASELINES,
+    Baseline,
+    BoxedFinding,
+    Detection,
+    ExplainReport,
+    Localization,
+    localization,
+)
 from cxrscale.io import load_image, seal, storage
 from cxrscale.loader import ShardReader
 from cxrscale.reporting import html, published

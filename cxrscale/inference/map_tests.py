@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -14,17 +13,15 @@ from torch import nn
 
 from cxrscale.evaluation import Occlusion, Sanity, SanityStage, localization, map_checks
 from cxrscale.evaluation.metrics import BootstrapWeights, Floats
-
-if TYPE_CHECKING:
-    from cxrscale.inference import Explainer
-    from cxrscale.run.explaining import BoxedRows
-    from cxrscale.shards import Manifest
-    from cxrscale.types import Batch
+from cxrscale.inference.boxed_rows import BoxedRows, Tell
+from cxrscale.inference.explain import Explainer
+from cxrscale.models import build_model
+from cxrscale.shards import Manifest
+from cxrscale.types import Batch
 
 SANITY_IMAGES = 128
 """Images whose maps are compared, evenly spaced over those with boxes."""
 _CONSTANT = "the maps of random weights are constant or not finite"
-Tell = Callable[[str, int, int], None]
 
 
 def sanity(
@@ -55,7 +52,7 @@ def sanity(
         for key in keys:
             state[key].copy_(fresh[key])
         random += sum(state[key].numel() for key in keys if key in learned)
-        other = _maps_of(explainer, model, data, part, partial(_told, tell, f"random {name}", len(chosen)))
+        other = maps_of(explainer, model, data, part, partial(_told, tell, f"random {name}", len(chosen)))
         signed = [map_checks.rank_correlation(a, b) for a, b in zip(own, other, strict=True)]
         absolute = [map_checks.rank_correlation(np.abs(a), np.abs(b)) for a, b in zip(own, other, strict=True)]
         stages.append(
@@ -69,8 +66,8 @@ def sanity(
     return Sanity(images=len(chosen), maps=len(pairs), stages=tuple(stages))
 
 
-def _maps_of(
-    explainer: Explainer, model: nn.Module, data: Manifest, boxed: BoxedRows, tell: Callable[[int], None]
+def maps_of(
+    explainer: Explainer, model: nn.Module, data: Manifest, boxed: BoxedRows, tell: Callable[[int], None] | None = None
 ) -> list[npt.NDArray[np.float32]]:
     """The maps of another model, one per boxed finding; NaN for what could not be read."""
     maker = explainer.maker(model)
@@ -82,7 +79,8 @@ def _maps_of(
         for index in np.flatnonzero(batch.valid_B.cpu().numpy()):
             for n in by_row[int(batch.row_B[index])]:
                 maps[n] = localization.reduced(map_BFhw[index, names.index(boxed.boxed[n].finding)])
-        tell(int(batch.valid_B.sum()))
+        if tell is not None:
+            tell(int(batch.valid_B.sum()))
     return maps
 
 
@@ -92,8 +90,6 @@ def _told(tell: Tell, what: str, total: int, count: int) -> None:
 
 def _fresh(explainer: Explainer) -> nn.Module:
     """A model of the same recipe with weights as training begins with, without any pretraining."""
-    from cxrscale.models import build_model
-
     recipe = explainer.recipe
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
