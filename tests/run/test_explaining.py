@@ -8,15 +8,20 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from cxrscale.cli import app
+from cxrscale.config import NIH14, Pack, Recipe
 from cxrscale.evaluation import BASELINES, EXPLAIN, ExplainReport
 from cxrscale.inference import Explainer, Predictor, boxed_rows, map_tests, read_maps
 from cxrscale.io import read_artifact, seal, storage
+from cxrscale.models import build_model
 from cxrscale.run import explain_split, explaining
-from cxrscale.shards import manifest
+from cxrscale.shards import build, manifest
+from cxrscale.sources import nih
 from cxrscale.sources.synthetic.archive import SyntheticPaths
+from cxrscale.training import checkpoint
 from cxrscale.types import UserError
 from tests.conftest import tiny
 from tests.small_datasets import rewrite_manifest
@@ -173,3 +178,53 @@ def test_a_dataset_without_boxes_in_its_manifest_says_so(nih_shards: str, tmp_pa
     assert not older.has_boxes
     with pytest.raises(UserError, match="shard` again"):
         boxed_rows(older, older.patient, tiny(nih_shards, tmp_path), "test", ["Mass"])
+
+
+@pytest.mark.slow
+def test_the_real_boxes_at_hand_are_scored_and_called_few(real: Path, tmp_path: Path) -> None:
+    root, boxes = tmp_path / "nih", nih.read_boxes(str(real / "nih" / "BBox_List_2017.csv"))
+    (root / "images").mkdir(parents=True)
+    images = sorted((real / "nih" / "images").glob("*.png"))
+    boxed = [path for path in images if path.name in boxes]
+    for path in (*boxed, *images[:12]):
+        if not (root / "images" / path.name).exists():
+            (root / "images" / path.name).symlink_to(path)
+    for name in ("Data_Entry_2017_v2020.csv", "BBox_List_2017.csv", "train_val_list.txt", "test_list.txt"):
+        (root / name).symlink_to(real / "nih" / name)
+    shards = str(tmp_path / "shards")
+    build.build_shards("nih", str(root), Pack(size=64), shards, local=True)
+    findings = f"data.findings=[{', '.join(NIH14)}]"
+    run = untrained(tmp_path / "run", tiny(shards, tmp_path, findings))
+    done = CliRunner().invoke(app.app, ["explain", "--split", "test", "--run", run, "--resamples", "50"])
+    assert done.exit_code == 0, done.output
+    report = read_artifact(ExplainReport, f"{run}/{EXPLAIN}", "")
+    assert report.images == len(boxed) == 6
+    assert report.boxes == sum(len(boxes[path.name]) for path in boxed)
+    assert f"{report.boxes} boxes of {report.patients} patients: too few to compare anything" in done.output
+    assert "Wang et al." in Path(f"{run}/explain.html").read_text()
+
+
+def test_another_network_is_explained_by_grad_cam(nih_shards: str, tmp_path: Path) -> None:
+    pytest.importorskip("pytorch_grad_cam", reason="pip install 'cxrscale[explain]'")
+    vit = ("model.arch=vit_tiny_patch16_224", "model.options={img_size: 48, depth: 2, embed_dim: 32, num_heads: 2}")
+    run = untrained(tmp_path / "run", tiny(nih_shards, tmp_path, *vit))
+    report = explain_split(run, findings=["Effusion"], resamples=20, sanity=True)
+    assert (report.method, report.map_size) == ("grad-cam", (3, 3))
+    assert list(report.findings) == ["Effusion"]
+    assert report.sanity is not None
+    assert report.sanity.stages[-1].randomized == "cls_token"
+
+
+def untrained(folder: Path, recipe: Recipe) -> str:
+    """A run of random weights."""
+    torch.manual_seed(0)
+    data = manifest.load(*recipe.data.shards)
+    state = {
+        "model": build_model(recipe.model, recipe.data).state_dict(),
+        "recipe": recipe.model_dump(mode="json"),
+        "manifest": data.digest,
+        "pixels": {"codec": "jpeg", "size": 64, "quality": 95},
+    }
+    folder.mkdir()
+    (folder / checkpoint.BEST).write_bytes(checkpoint.dump(state))
+    return str(folder)
