@@ -36,6 +36,7 @@ def overlay_drafter(provenance: Provenance, finding: str | None = None) -> Draft
         provenance.checkpoint,
         provenance.thresholds,
         provenance.gate.model_dump_json() if provenance.gate else "",
+        *(() if finding is None else (finding,)),
     )
 
     suffix = SUFFIX if finding is None else f".{_plain(finding)}{SUFFIX}"

@@ -116,6 +116,8 @@ def test_faults_of_a_dataset_and_mistakes_are_shown(
         ["threshold", str(broken)],
         ["compare", str(broken), str(broken)],
         ["predict", "x.png", "--run", str(broken)],
+        ["explain", "x.png", "--run", str(broken)],
+        ["explain", "--split", "test", "--run", str(broken)],
         ["tune", *words_of_a_recipe[:1], "--resume", ODD],
         ["submit", ODD],
         ["overfit", *words_of_a_recipe, f"tracking.name={ODD}"],
