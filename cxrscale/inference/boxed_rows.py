@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cxrscale.config import Recipe
+from cxrscale.config import PRESENT, Recipe
 from cxrscale.evaluation import BoxedFinding, localization
 from cxrscale.inference.explain import Explainer
-from cxrscale.loader import usable_rows
+from cxrscale.loader import ShardReader, usable_rows
 from cxrscale.shards import Manifest
-from cxrscale.types import UserError
+from cxrscale.types import Box, UserError
 
 Tell = Callable[[str, int, int], None]
 """Called with (what is done, images since the last call, images in all)."""
@@ -46,19 +47,13 @@ def boxed_rows(
     """The boxes of a split.
 
     Raises:
-        UserError: there are none of these findings, or the datasets do not know their boxes.
+        UserError: there are none of these findings.
     """
     names = {"train": recipe.data.train_split, "val": recipe.data.val_split, "test": recipe.data.test_split}
     if split not in names:
         raise UserError(f"--split {split}: give train, val or test")
-    if not data.has_boxes:
-        raise UserError(
-            f"{', '.join(recipe.data.shards)}: no boxes in the manifest; datasets of earlier versions and sources "
-            "without boxes have none: `cxrscale shard` again from NIH or RSNA"
-        )
     rows, boxed, left_out = [], [], 0
-    for row in usable_rows(data, names[split], recipe.data).tolist():
-        given = data.boxes(row)
+    for row, given in _boxes(data, usable_rows(data, names[split], recipe.data).tolist(), findings):
         height, width = data.table["height"][row].as_py(), data.table["width"][row].as_py()
         for finding in findings:
             own = [box for box in given if box.finding == finding]
@@ -73,6 +68,33 @@ def boxed_rows(
             "alone, RSNA in every split"
         )
     return BoxedRows(np.array(rows, dtype=np.int64), tuple(boxed), left_out)
+
+
+def _boxes(data: Manifest, rows: Sequence[int], findings: Sequence[str]) -> Iterator[tuple[int, tuple[Box, ...]]]:
+    """(row, its boxes) of the rows that have some. Where a dataset's manifest has none, as those of earlier versions,
+    they are looked for in the JSON of the samples that have one of the findings."""
+    present_N, root_N = (data.labels(findings) == PRESENT).any(axis=1), data.column("root")
+    filled_N = data.table["boxes"].is_valid().to_numpy() if data.has_boxes else np.zeros(len(data), bool)
+    silent = {root for root in set(root_N.tolist()) if not filled_N[root_N == root].any()}
+    reader = ShardReader(data) if silent else None
+    for row in rows:
+        if reader is not None and root_N[row] in silent:
+            sample = reader.sample_json(row) if present_N[row] else None
+            given = _parsed(sample)
+        else:
+            given = data.boxes(row) if filled_N[row] else ()
+        if given:
+            yield row, given
+
+
+def _parsed(sample: Any) -> tuple[Box, ...]:
+    """The boxes of a sample's JSON; none where it has no such field or they cannot be."""
+    listed = sample.get("boxes", ()) if isinstance(sample, dict) else ()
+    try:
+        boxes = tuple(Box(str(finding), *map(float, place)) for finding, *place in listed)
+    except (TypeError, ValueError):
+        return ()
+    return boxes if all(np.isfinite([box.x, box.y, box.width, box.height]).all() for box in boxes) else ()
 
 
 def read_maps(

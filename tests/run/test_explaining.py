@@ -168,7 +168,7 @@ def test_a_mistake_is_one_line(words: list[str], said: str, scored: tuple[str, E
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_dataset_without_boxes_in_its_manifest_says_so(nih_shards: str, tmp_path: Path) -> None:
+def test_the_boxes_of_an_older_dataset_come_from_its_samples(nih_shards: str, tmp_path: Path) -> None:
     data = manifest.load(nih_shards)
     for path in Path(nih_shards).iterdir():
         if path.is_file():
@@ -176,8 +176,12 @@ def test_a_dataset_without_boxes_in_its_manifest_says_so(nih_shards: str, tmp_pa
     rewrite_manifest(tmp_path, data.table.drop_columns(["boxes", "root"]), data.metadata[0])
     older = manifest.load(str(tmp_path))
     assert not older.has_boxes
-    with pytest.raises(UserError, match="shard` again"):
-        boxed_rows(older, older.patient, tiny(nih_shards, tmp_path), "test", ["Mass"])
+    recipe, names = tiny(nih_shards, tmp_path), ["Mass", "Effusion"]
+    found, expected = (boxed_rows(one, one.patient, recipe, "test", names) for one in (older, data))
+    np.testing.assert_array_equal(found.row_N, expected.row_N)
+    for a, b in zip(found.boxed, expected.boxed, strict=True):
+        assert (a.finding, a.patient) == (b.finding, b.patient)
+        np.testing.assert_array_equal(a.truth_K4, b.truth_K4)
 
 
 @pytest.mark.slow
