@@ -42,6 +42,8 @@ OUTPUTS = ("out", "keep_map")
 """Parameters that say where a command writes."""
 INPUTS = ("root", "shards", "patients_from", "run", "runs", "run_a", "run_b", "gate", "inputs", "readers", "id_map")
 """Parameters that are files, datasets or runs; another counts where it names a file here."""
+OF_FILES_OR_SPLIT = ("predict", "explain")
+"""Commands that write a folder of files' results, or with --split into the run."""
 WRITES_INTO_RUN = ("threshold", "evaluate")
 """Commands that write into the run that they are given."""
 
@@ -101,11 +103,11 @@ def prepare(
         results += _check_recipe(command, path, overrides or [], given)
         recipes.append(path.relative_to(root.resolve()).as_posix())
         words = [recipes[-1] if word == recipe else word for word in words]
-    of_split = command == "predict" and "split" in given and given["split"].value
+    of_split = command in OF_FILES_OR_SPLIT and "split" in given and given["split"].value
     into_run = command in WRITES_INTO_RUN or of_split
     for parameter in parameters:
         if parameter.name in OUTPUTS:
-            if not (of_split and given["id_map"].value is None):
+            if not (of_split and ("id_map" not in given or given["id_map"].value is None)):
                 results += _check_output(command, parameter)
         elif parameter.name not in ("recipe", "overrides"):
             _check_input(command, parameter)
@@ -122,7 +124,7 @@ def prepare(
 
 
 def _check_output(command: str, parameter: Parameter) -> list[str]:
-    if parameter.value is None and command != "predict":
+    if parameter.value is None and command not in OF_FILES_OR_SPLIT:
         return []
     address = str(parameter.value)
     if parameter.value is None or not _is_permanent(parameter.value):

@@ -61,7 +61,11 @@ class Tracking(Section):
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     """Logging to Weights & Biases; offline writes files for a later `wandb sync`."""
     wandb_images: bool = False
-    """Log samples.png to Weights & Biases too: images of patients then leave this machine."""
+    """Log samples.png and maps to Weights & Biases too: images of patients then leave this machine."""
+    map_images: int = Field(0, ge=0, le=64)
+    """After each validation, draw where the scores of so many validation images come from, always the same ones, into
+    the run's maps/epoch-*.png; each with the finding that it has (of an image without any, the one that scores
+    highest). Of classifiers with exact class activation maps and of segmenters; 0: none."""
     project: str = "cxrscale"
     """The project in Weights & Biases."""
     group: str | None = None

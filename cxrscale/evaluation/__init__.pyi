@@ -3,6 +3,8 @@ from . import calibration as calibration
 from . import calls as calls
 from . import cascade as cascade
 from . import comparison as comparison
+from . import localization as localization
+from . import map_checks as map_checks
 from . import metrics as metrics
 from . import ood as ood
 from . import reader_comparison as reader_comparison
@@ -17,6 +19,18 @@ from .cascade_models import CASCADE_METRICS as CASCADE_METRICS
 from .cascade_models import Cascade as Cascade
 from .cascade_models import CascadeMetrics as CascadeMetrics
 from .cascade_models import CascadeTest as CascadeTest
+from .localization import BoxedFinding as BoxedFinding
+from .localization import Detection as Detection
+from .localization_models import BASELINES as BASELINES
+from .localization_models import EXPLAIN as EXPLAIN
+from .localization_models import Baseline as Baseline
+from .localization_models import ExplainReport as ExplainReport
+from .localization_models import Localization as Localization
+from .localization_models import LocalizationScores as LocalizationScores
+from .localization_models import MapMethod as MapMethod
+from .localization_models import Occlusion as Occlusion
+from .localization_models import Sanity as Sanity
+from .localization_models import SanityStage as SanityStage
 from .metrics import Estimate as Estimate
 from .ood import OodReference as OodReference
 from .thresholds import DEFAULT_MASK_RULE as DEFAULT_MASK_RULE

@@ -45,6 +45,7 @@ def predict_files(
     on_prediction: OnPrediction | None = None,
     *,
     overlays: bool = False,
+    drafters: Mapping[str, Drafter] | None = None,
 ) -> FilePredictions:
     """Predict files and write `out`/predictions.json (or .csv, .parquet, submission.csv).
 
@@ -59,13 +60,16 @@ def predict_files(
             `out`/objects too, and predictions.json, whose rows name it.
         on_prediction: called with each new prediction.
         overlays: also draw an overlay per image into `out`/objects; with a heat map where the predictor gives `maps`.
+        drafters: more files per image, by the key under which its row names them.
 
     Raises:
         UserError: no such format, or the folder holds predictions of another run.
         BusyError: another process writes this folder.
     """
     check_format(kind, predictor.provenance)
-    drafters = {kind: dicom_objects.drafter(kind, predictor.provenance)} if FORMATS[kind].objects else {}
+    drafters = dict(drafters or {})
+    if FORMATS[kind].objects:
+        drafters[kind] = dicom_objects.drafter(kind, predictor.provenance)
     if overlays:
         drafters[overlay.KIND] = overlay.overlay_drafter(predictor.provenance)
     with lease.held(out, f"the folder of predictions {out}"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import cv2
@@ -12,28 +13,33 @@ from cxrscale.inference.objects import Draft, Drafter
 from cxrscale.inference.prediction import Prediction, Provenance
 from cxrscale.inference.stored_images import read_input
 from cxrscale.inference.text_strip import Line, draw_strip
-from cxrscale.io import Strictness, load_image, rle_masks, storage
+from cxrscale.io import Strictness, draw_heat, encode_color_png, load_image, rle_masks, storage
 from cxrscale.types import GrayImage
 
 KIND = "overlay"
 SUFFIX = ".overlay.png"
 SHOWN = 8
 """Findings whose probabilities stand below an image, the likeliest first."""
-HEAT = 0.45
-"""Opacity of a heat map where it is highest."""
 OUTLINE, PRESENT, ABSENT, PLAIN = (0, 215, 255), (110, 160, 255), (200, 200, 200), (235, 235, 235)
 """Colors, BGR."""
 Color = npt.NDArray[np.uint8]
 
 
-def overlay_drafter(provenance: Provenance) -> Drafter:
-    """What draws the overlay of an image; a prediction without `maps` gets no heat map."""
+def overlay_drafter(provenance: Provenance, finding: str | None = None) -> Drafter:
+    """What draws the overlay of an image; a prediction without `maps` gets no heat map.
+
+    Args:
+        finding: whose map is drawn, one overlay per finding; None: as `draw_overlay` chooses.
+    """
     thresholds = provenance.threshold
     identity = (
         provenance.checkpoint,
         provenance.thresholds,
         provenance.gate.model_dump_json() if provenance.gate else "",
+        *(() if finding is None else (finding,)),
     )
+
+    suffix = SUFFIX if finding is None else f".{_plain(finding)}{SUFFIX}"
 
     def draft(prediction: Prediction) -> Draft:
         content = read_input(prediction.path)
@@ -43,28 +49,30 @@ def overlay_drafter(provenance: Provenance) -> Drafter:
             if prediction.image_id and prediction.height and prediction.width:
                 # A dataset has the image smaller than the mask.
                 image_HW = cv2.resize(image_HW, (prediction.width, prediction.height)).astype(np.uint8)
-            done, encoded = cv2.imencode(".png", draw_overlay(image_HW, prediction, thresholds))
-            assert done
-            return encoded.tobytes()
+            return encode_color_png(draw_overlay(image_HW, prediction, thresholds, finding))
 
-        return Draft(SUFFIX, (*identity, storage.digest(content)), encode)
+        return Draft(suffix, (*identity, storage.digest(content)), encode)
 
     return draft
 
 
-def draw_overlay(image_HW: GrayImage, prediction: Prediction, thresholds: Mapping[str, float]) -> Color:
+def draw_overlay(
+    image_HW: GrayImage, prediction: Prediction, thresholds: Mapping[str, float], finding: str | None = None
+) -> Color:
     """The image in color (H + strip, W, 3), BGR, at its own size: heat map and mask outline over it, calls below it.
 
-    The map is that of the finding that lies highest above its threshold (without thresholds: of the likeliest). It says
-    where the score comes from, not where the disease is.
+    The map says where the score comes from, not where the disease is.
 
     Args:
         thresholds: finding -> threshold.
+        finding: whose map is drawn; None: that of the finding that lies highest above its threshold (without
+            thresholds: of the likeliest).
     """
-    color_HW3 = cv2.cvtColor(image_HW, cv2.COLOR_GRAY2BGR)
-    finding = _mapped_finding(prediction, thresholds)
-    if finding is not None:
-        color_HW3 = _with_heat(color_HW3, np.asarray(prediction.maps[finding], dtype=np.float32))
+    finding = finding or _mapped_finding(prediction, thresholds)
+    if finding is None:
+        color_HW3: Color = np.asarray(cv2.cvtColor(image_HW, cv2.COLOR_GRAY2BGR), dtype=np.uint8)
+    else:
+        color_HW3 = draw_heat(image_HW, prediction.maps[finding])
     if prediction.mask_rle is not None:
         mask_HW = rle_masks.decode(prediction.mask_rle, image_HW.shape).astype(np.uint8)
         contours, _ = cv2.findContours(mask_HW, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
@@ -73,21 +81,16 @@ def draw_overlay(image_HW: GrayImage, prediction: Prediction, thresholds: Mappin
     return np.concatenate([color_HW3, strip]).astype(np.uint8)
 
 
+def _plain(finding: str) -> str:
+    """A finding's name in the characters of file names."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", finding)
+
+
 def _mapped_finding(prediction: Prediction, thresholds: Mapping[str, float]) -> str | None:
     def above(name: str) -> float:
         return prediction.probabilities[name] - thresholds.get(name, 0.5 if not thresholds else 1.0)
 
     return max(prediction.maps, key=above, default=None)
-
-
-def _with_heat(color_HW3: Color, map_hw: npt.NDArray[np.float32]) -> Color:
-    """The image under a map's positive part, scaled to its highest value."""
-    height, width = color_HW3.shape[:2]
-    positive_hw = np.maximum(map_hw, 0) / max(float(map_hw.max()), 1e-6)
-    share_HW = np.clip(cv2.resize(positive_hw, (width, height), interpolation=cv2.INTER_LINEAR), 0, 1)
-    heat_HW3 = cv2.applyColorMap((share_HW * 255).astype(np.uint8), cv2.COLORMAP_INFERNO)
-    opacity_HW1 = HEAT * share_HW[..., None]
-    return np.asarray(color_HW3 * (1 - opacity_HW1) + heat_HW3 * opacity_HW1, dtype=np.uint8)
 
 
 def _lines(

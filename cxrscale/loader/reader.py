@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import resource
@@ -156,6 +157,7 @@ class ShardReader:
         self._open = OpenShards(shards)
         self._image_N3 = _members(manifest, "image")
         self._mask_N3 = _members(manifest, "mask")
+        self._json_N3 = _members(manifest, "json")
         self._height_N, self._width_N = _stored_sizes(manifest)
         self._rejected: set[int] = set()
 
@@ -183,6 +185,18 @@ class ShardReader:
             if mask is not None:
                 mask_files.append(mask)
         return EncodedBatch(images, mask_files if masks else None, valid_B)
+
+    def sample_json(self, row: int) -> Any:
+        """The JSON of a row's sample, which has what the manifest of an earlier version lacks; None where it is bad.
+
+        Raises:
+            UserError: a shard is missing or shorter than the manifest says.
+        """
+        try:
+            return json.loads(self._member(row, self._json_N3, "json").tobytes())
+        except (_Damaged, ValueError) as damage:
+            self._record(row, f"its JSON cannot be read ({damage})", "run `cxrscale verify`")
+            return None
 
     def reject(self, row: int, reason: str) -> None:
         """From now on deliver this row as bad: a backend could not decode its bytes."""

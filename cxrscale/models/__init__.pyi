@@ -5,6 +5,7 @@ from .averaged import Averaged as Averaged
 from .averaged import Mean as Mean
 from .forward import forward as forward
 from .forward import probabilities as probabilities
+from .gradient_maps import GradientMaps as GradientMaps
 from .losses import ClassWeights as ClassWeights
 from .networks import build_model as build_model
 from .networks import count_trainable as count_trainable

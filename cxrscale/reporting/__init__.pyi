@@ -1,5 +1,6 @@
 from . import audit_page as audit_page
 from . import batch_preview as batch_preview
+from . import explain_page as explain_page
 from . import html as html
 from . import plots as plots
 from . import run_report as run_report

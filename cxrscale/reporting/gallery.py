@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from cxrscale.evaluation import MaskRule, metrics
-from cxrscale.inference import apply_mask_rule, predictions
+from cxrscale.inference import apply_mask_rule, maps_of_rows, predictions
 from cxrscale.io import load_image, resize_mask
 from cxrscale.loader import ShardReader
 from cxrscale.reporting import html
-from cxrscale.reporting.overlay import Thumbnail, thumbnail
+from cxrscale.reporting.overlay import Thumbnail, thumbnail, with_heat
 from cxrscale.shards import Manifest
 from cxrscale.types import Scores, UnreadableImageError, UserError
 
@@ -41,6 +41,8 @@ class Case:
     """Of the scores."""
     title: str
     reason: str
+    finding: str = ""
+    """Whose map is shown over it; empty: none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,7 @@ def classification_cases(scores: Scores, count: int = CASES_PER_KIND) -> dict[st
             for rank, index in enumerate(order[:count]):
                 row, extent = int(rows[index]), float(share[index])
                 title = html.plain(name) if kind != "false_positives" else f"no {html.plain(name)}"
-                case = Case(row, title, f"scores {probability_N[row]:.3f}; {text.format(extent)}")
+                case = Case(row, title, f"scores {probability_N[row]:.3f}; {text.format(extent)}", name)
                 ranked[kind].append((rank + (extent if kind == "true_positives" else 1 - extent), row, case))
     return {kind: _unique(sorted(cases, key=lambda entry: entry[:2]), count) for kind, cases in ranked.items()}
 
@@ -130,7 +132,8 @@ def show_cases(
     data: Manifest,
     rule: MaskRule | None = None,
 ) -> dict[str, list[ShownCase]]:
-    """The cases with their stored images; for segmentation scored once more, with the outlines of both masks."""
+    """The cases with their stored images, scored once more: with the map of the finding where the model has one,
+    for segmentation with the outlines of both masks."""
     row_of = {image_id: row for row, image_id in enumerate(data.image_id.tolist())}
     wanted = sorted({case.row for cases in kinds.values() for case in cases})
     manifest_row = {row: row_of[scores.image_id[row]] for row in wanted}
@@ -141,10 +144,11 @@ def show_cases(
             predicted_HW = resize_mask(apply_mask_rule(score_HW, rule, shape), len(score_HW))
             masks[row] = {"truth": mask_HW, "predicted": predicted_HW}
     reader = ShardReader(data)
+    maps = maps_of_rows(run, data, sorted(manifest_row.values())) if rule is None and wanted else {}
 
     def show(case: Case) -> ShownCase:
         row = manifest_row[case.row]
-        shown = _thumbnail(reader, row, masks.get(row, {}))
+        shown = _thumbnail(reader, row, masks.get(row, {}), maps.get(row, {}).get(case.finding))
         return ShownCase(case, str(scores.image_id[case.row]), _caption(data, row, scores.findings), shown)
 
     return {kind: [show(case) for case in cases] for kind, cases in kinds.items()}
@@ -168,7 +172,12 @@ def _caption(data: Manifest, row: int, findings: Sequence[str]) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _thumbnail(reader: ShardReader, row: int, masks: Mapping[str, npt.NDArray[np.bool_]]) -> Thumbnail:
+def _thumbnail(
+    reader: ShardReader,
+    row: int,
+    masks: Mapping[str, npt.NDArray[np.bool_]],
+    map_hw: npt.NDArray[np.float32] | None,
+) -> Thumbnail:
     """The stored image; an empty thumbnail where it cannot be read."""
     encoded = reader.read(np.array([row]), masks=False)
     if not encoded.valid_B[0]:
@@ -177,4 +186,5 @@ def _thumbnail(reader: ShardReader, row: int, masks: Mapping[str, npt.NDArray[np
         image_HW = load_image(encoded.images[0].tobytes()).image_HW
     except (UnreadableImageError, UserError):
         return Thumbnail()
-    return thumbnail(image_HW, SIDE, masks)
+    shown = thumbnail(image_HW, SIDE, masks)
+    return shown if map_hw is None else with_heat(shown, image_HW, SIDE, map_hw)

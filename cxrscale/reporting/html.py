@@ -46,6 +46,7 @@ def _environment() -> jinja2.Environment:
         "number": number,
         "significant": significant,
         "estimate": estimate,
+        "signed": signed,
         "interval": interval,
         "stacked": stacked,
         "duration": duration,
@@ -91,6 +92,11 @@ def significant(value: Any, digits: int = 4) -> str:
 def estimate(value: Estimate | None) -> str:
     """0.912 (0.871–0.944), or the reason for no value, or a dash."""
     return DASH if value is None else tables.estimate(value).replace("-", DASH)
+
+
+def signed(value: Estimate | None) -> str:
+    """+0.041 (−0.003 to +0.082), or the reason for no value, or a dash: for what may be negative."""
+    return DASH if value is None else tables.signed(value).replace("-", "\N{MINUS SIGN}")
 
 
 def interval(value: Estimate, digits: int = 3) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
-from cxrscale.io import encode_jpeg, resize_image
+from cxrscale.io import draw_heat, encode_jpeg, resize_image
 
 QUALITY = 85
 """JPEG quality of a thumbnail."""
@@ -25,6 +25,8 @@ class Thumbnail:
     width: int = 1
     """Of the grid that the outlines are counted in."""
     height: int = 1
+    heat: str = ""
+    """A JPEG as base64: the same image under a map, which hides under the pointer; empty without one."""
     outlines: Mapping[str, str] = field(default_factory=dict)
     """CSS class (mask, truth, predicted) -> SVG path; masks without pixels are left out."""
 
@@ -46,8 +48,26 @@ def thumbnail(
         base64.b64encode(encode_jpeg(small_HW, QUALITY)).decode(),
         width,
         height,
-        {name: path for name, path in paths.items() if path},
+        outlines={name: path for name, path in paths.items() if path},
     )
+
+
+def with_heat(shown: Thumbnail, image_HW: npt.NDArray[np.uint8], side: int, map_hw: npt.ArrayLike) -> Thumbnail:
+    """A thumbnail of the image with a map over it.
+
+    Args:
+        side: as for `thumbnail`.
+    """
+    small_HW = resize_image(image_HW, side) if max(image_HW.shape) > side else image_HW
+    done, jpeg = cv2.imencode(".jpg", draw_heat(small_HW, map_hw), [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
+    assert done
+    return replace(shown, heat=base64.b64encode(jpeg.tobytes()).decode())
+
+
+def box_path(box_D4: npt.NDArray[np.float64], side: int) -> str:
+    """Boxes (left, top, right, bottom), shares of the image, as an SVG path on a grid of (side, side)."""
+    corners = (box_D4 * side).round(1).tolist()
+    return " ".join(f"M{left:g},{top:g}H{right:g}V{bottom:g}H{left:g}Z" for left, top, right, bottom in corners)
 
 
 def outline(mask_HW: npt.NDArray[np.bool_]) -> str:

@@ -40,6 +40,44 @@ NIH_RESULTS: tuple[PublishedResult, ...] = (
     PublishedResult("Swin-T", "published, one model", "official", (0.818, 0.818)),
     PublishedResult("best ensemble", "published, several models", "official", (0.822, 0.822)),
 )
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedLocalization:
+    """Boxes that were drawn from heat maps on ChestX-ray14."""
+
+    name: str
+    source: str
+    boxes: int
+    """What they were measured on."""
+    accuracy: Mapping[str, Mapping[str, float]]
+    """T of the IoBB -> finding -> share of the boxes that are found."""
+    false_positives: Mapping[str, Mapping[str, float]]
+    """The same of false boxes; all are multiples of 1/984, so an average over the boxes of all findings."""
+
+
+_BOXED = ("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax")
+_WANG_ACCURACY = {
+    "0.1": (0.7277, 0.9931, 0.7124, 0.7886, 0.4352, 0.1645, 0.7500, 0.4591),
+    "0.25": (0.5500, 0.9794, 0.5424, 0.5772, 0.2823, 0.0506, 0.5583, 0.3469),
+    "0.5": (0.2833, 0.8767, 0.3333, 0.4227, 0.1411, 0.0126, 0.3833, 0.1836),
+    "0.75": (0.1666, 0.7260, 0.2418, 0.3252, 0.1176, 0.0126, 0.2583, 0.1020),
+    "0.9": (0.1333, 0.6849, 0.2091, 0.2520, 0.0588, 0.0126, 0.2416, 0.0816),
+}
+_WANG_FALSE_POSITIVES = {
+    "0.1": (0.8323, 0.3506, 0.7998, 0.5589, 0.6423, 0.6047, 0.9055, 0.4776),
+    "0.25": (0.9167, 0.4553, 0.8598, 0.6077, 0.6707, 0.6158, 0.9614, 0.5000),
+    "0.5": (1.0203, 0.5630, 0.9268, 0.6585, 0.6941, 0.6189, 1.0132, 0.5285),
+    "0.75": (1.0619, 0.6616, 0.9603, 0.6921, 0.7043, 0.6199, 1.0569, 0.5396),
+    "0.9": (1.0752, 0.7226, 0.9797, 0.7124, 0.7144, 0.6199, 1.0732, 0.5437),
+}
+WANG_LOCALIZATION = PublishedLocalization(
+    "Wang et al.",
+    "Wang et al. 2017, arXiv 1705.02315, table 4 (ResNet-50)",
+    984,
+    {t: dict(zip(_BOXED, row, strict=True)) for t, row in _WANG_ACCURACY.items()},
+    {t: dict(zip(_BOXED, row, strict=True)) for t, row in _WANG_FALSE_POSITIVES.items()},
+)
 NIH_TEST_IMAGES = 25_596
 """Images of the official test list."""
 NIH_IMAGES = 112_120

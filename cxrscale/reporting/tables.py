@@ -14,6 +14,8 @@ from cxrscale.evaluation import (
     CascadeTest,
     Comparison,
     Estimate,
+    ExplainReport,
+    Localization,
     ReaderComparison,
     TestMetrics,
     Thresholds,
@@ -106,7 +108,7 @@ def cascade_table(result: Cascade | CascadeTest) -> Table:
         ("false_masks", "negatives with a mask"),
     ):
         both = (number(getattr(side, field).value) for side in (found.cascade, found.segmenter))
-        table.add_row(words, *both, _signed(getattr(found.difference, field)))
+        table.add_row(words, *both, signed(getattr(found.difference, field)))
     return table
 
 
@@ -125,7 +127,7 @@ def comparison_table(comparison: Comparison) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
 
     def add(name: str, positives: str, row: artifacts.Difference, p_delong: str, p_holm: str, style: str = "") -> None:
-        cells = (number(row.a), number(row.b), _signed(row.difference), p_delong, p_holm, _p(row.p_bootstrap))
+        cells = (number(row.a), number(row.b), signed(row.difference), p_delong, p_holm, _p(row.p_bootstrap))
         table.add_row(name, positives, *cells, style=style)
 
     for name, row in comparison.findings.items():
@@ -160,9 +162,51 @@ def readers_table(comparison: ReaderComparison) -> Table:
     for name, row in comparison.findings.items():
         own = sorted(value.value for value in row.readers.values() if value.defined)
         span = f"{number(own[0])} to {number(own[-1])}" if own else "-"
-        table.add_row(
-            name, str(row.images), estimate(row.run), estimate(row.reader_mean), _signed(row.difference), span
-        )
+        table.add_row(name, str(row.images), estimate(row.run), estimate(row.reader_mean), signed(row.difference), span)
+    return table
+
+
+def print_localization(report: ExplainReport, title: str) -> None:
+    """Print what maps are worth against boxes: pointing game and IoBB beside the baselines; sanity and occlusion."""
+    terminal.show(localization_table(report, title), WIDTH)
+    if report.sanity is not None:
+        table = Table(title="rank correlation with the maps of random weights")
+        table.add_column("random from the output up to", no_wrap=True)
+        table.add_column("Spearman (95% interval)", justify="right", no_wrap=True)
+        for stage in report.sanity.stages:
+            table.add_row(stage.randomized, signed(stage.correlation))
+        terminal.show(table, WIDTH)
+    if report.occlusion is not None:
+        table = Table(title="fall of the probability")
+        table.add_column("finding", no_wrap=True)
+        for name in ("boxes occluded", "elsewhere", "difference (95% interval)"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for name, row in report.occlusion.items():
+            table.add_row(name, signed(row.box), signed(row.elsewhere), signed(row.difference))
+        terminal.show(table, WIDTH)
+
+
+def localization_table(report: ExplainReport, title: str) -> Table:
+    """One row per finding and the mean: pointing game, and boxes found with an IoBB above 0.1 and 0.5, each beside the
+    best of the baselines that do not see the image."""
+    images = f"{report.boxes} boxes in {report.images} {report.split} images of {report.patients} patients"
+    table = Table(title=f"{title}: {report.method} maps, {images}")
+    table.add_column("finding", no_wrap=True)
+    for name in ("boxes", "pointing (95% interval)", "blind", "IoBB>0.1", "blind", "IoBB>0.5", "blind"):
+        table.add_column(name, justify="right", no_wrap=True)
+
+    def cells(row: Localization) -> list[str]:
+        blind = [max(base.pointing.value for base in row.baselines.values() if base.pointing.defined)]
+        blind += [
+            max(base.iobb[t].value for base in row.baselines.values() if base.iobb[t].defined) for t in ("0.1", "0.5")
+        ]
+        own = [estimate(row.map.pointing), number(row.map.iobb["0.1"].value), number(row.map.iobb["0.5"].value)]
+        return [str(row.boxes), *(text for pair in zip(own, map(number, blind), strict=True) for text in pair)]
+
+    for name, row in report.findings.items():
+        table.add_row(name, *cells(row))
+    if len(report.findings) > 1:
+        table.add_row(f"mean of {len(report.findings)}", *cells(report.mean), style="bold")
     return table
 
 
@@ -213,7 +257,8 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def _signed(value: Estimate) -> str:
+def signed(value: Estimate) -> str:
+    """+0.041 (-0.003 to +0.082), for what may be negative."""
     if not value.defined:
         return value.reason or "undefined"
     interval = "" if math.isnan(value.low) else f" ({value.low:+.3f} to {value.high:+.3f})"

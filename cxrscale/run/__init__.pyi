@@ -1,9 +1,11 @@
+from . import explaining as explaining
 from .cascades import choose_cascade as choose_cascade
 from .cascades import evaluate_cascade as evaluate_cascade
 from .comparisons import compare_runs as compare_runs
 from .comparisons import compare_with_readers as compare_with_readers
 from .ensembles import ensemble as ensemble
 from .ensembles import ensemble_gains as ensemble_gains
+from .explaining import explain_split as explain_split
 from .making import no_watcher as no_watcher
 from .making import train as train
 from .making import tune as tune

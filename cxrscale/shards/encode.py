@@ -174,6 +174,7 @@ def _measure(
         "spacing_column_mm": spacing[1],
         "mask_pixels": None,
         "mask_rle": None,
+        "boxes": json.dumps(_box_rows(record)) if record.boxes else None,
         "tiny_mask": False,
         "dhash": fingerprint.dhash,
         "thumbnail": fingerprint.thumbnail,
@@ -198,5 +199,9 @@ def _sample_json(
         "age": record.age,
         "spacing_mm": list(record.spacing_mm) if record.spacing_mm else None,
         "original_size": [measured["height"], measured["width"]],
-        "boxes": [[box.finding, box.x, box.y, box.width, box.height] for box in record.boxes],
+        "boxes": _box_rows(record),
     }
+
+
+def _box_rows(record: ImageRecord) -> list[list[Any]]:
+    return [[box.finding, box.x, box.y, box.width, box.height] for box in record.boxes]

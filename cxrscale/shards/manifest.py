@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from cxrscale.io import parquet, rle_masks, storage
 from cxrscale.shards import contents, ids, manifest_schema
-from cxrscale.types import UserError
+from cxrscale.types import Box, UserError
 
 FORMAT = 1
 NAME = "manifest.parquet"
@@ -62,11 +62,14 @@ FIELDS: tuple[tuple[str, pa.DataType], ...] = (
     ("json_crc", pa.uint32()),
     ("mask_pixels", pa.int64()),
     ("mask_rle", pa.string()),
+    ("boxes", pa.string()),
 )
 """Columns before the labels. Lengths are in bytes, CRCs are the CRC-32 of a member's bytes, offsets count from the
 start of the tar. Mask columns are null for images without a mask; mask_pixels is the mask's area at the stored size.
 mask_rle is the mask at the image's own size (`width` x `height`), run-length encoded as in SIIM-ACR; null where it is
-empty. Datasets of versions before 0.3 lack that column."""
+empty. Datasets of versions before 0.3 lack that column. boxes is JSON, as in the sample's own: [finding, x, y, width,
+height] of each of the source's boxes, in pixels of the image at its own size, (x, y) the upper left corner; null
+without any. Datasets that were written before that column existed have their boxes in the samples' JSON alone."""
 
 
 def image_key(image_id: str) -> int:
@@ -133,6 +136,16 @@ class Manifest:
         shape = self.table["height"][row].as_py(), self.table["width"][row].as_py()
         encoding = self.table["mask_rle"][row].as_py()
         return rle_masks.union((encoding,) if encoding else (), shape)
+
+    @cached_property
+    def has_boxes(self) -> bool:
+        """Whether the manifest has the column of boxes; not in datasets of earlier versions."""
+        return "boxes" in self.table.column_names
+
+    def boxes(self, row: int) -> tuple[Box, ...]:
+        """The source's boxes of a row, in pixels of the image at its own size, for datasets with `has_boxes`."""
+        text = self.table["boxes"][row].as_py()
+        return () if text is None else tuple(Box(*box) for box in json.loads(text))
 
     def rows(self, *splits: str) -> npt.NDArray[np.int64]:
         """The rows of one or more splits, ascending.
@@ -265,7 +278,7 @@ def parse(data: bytes, root: str) -> tuple[pa.Table, dict[str, Any]]:
     metadata = manifest_schema.read_metadata(text, address, FORMAT)
     names = {name for name, _ in FIELDS}
     table = table.select([name for name in table.column_names if name in names or name.startswith(LABEL)])
-    manifest_schema.check_table(table, FIELDS, ("mask_rle",), metadata, address)
+    manifest_schema.check_table(table, FIELDS, ("mask_rle", "boxes"), metadata, address)
     first = table["source"][0].as_py()
     # What a dataset of another program may lack, and what is then not known.
     unknown = {

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from cxrscale.io import parquet
 from cxrscale.types import UserError, one_line
@@ -31,6 +31,11 @@ KINDS = ("image", "mask", "json")
 """Members of a tar that a row points to."""
 REMEDY = "shard it again"
 
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+_Extent = Annotated[float, Field(allow_inf_nan=False, ge=0)]
+_BOXES = TypeAdapter(
+    list[tuple[Annotated[str, Field(min_length=1, max_length=MAX_NAME)], _Finite, _Finite, _Extent, _Extent]]
+)
 _SHARD = re.compile(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]{0,250}\.tar")
 
 
@@ -153,7 +158,20 @@ def check_table(
     for name in ("spacing_row_mm", "spacing_column_mm"):
         ok_N = pc.and_(pc.is_finite(table[name]), pc.greater(table[name], 0))
         _refuse(pc.invert(ok_N), table, name, address, "no distance between pixels")
+    if "boxes" in table.column_names:
+        _check_boxes(table, address)
     _check_shards(table, metadata, address)
+
+
+def _check_boxes(table: pa.Table, address: str) -> None:
+    """Every box has a finding, a finite place and an extent that is not negative."""
+    wrong = []
+    for text in pc.unique(table["boxes"]).drop_null().to_pylist():
+        try:
+            _BOXES.validate_json(text, strict=True)
+        except ValidationError:
+            wrong.append(text)
+    _refuse(pc.is_in(table["boxes"], value_set=pa.array(wrong, pa.string())), table, "boxes", address, "no boxes")
 
 
 def _check_range(table: pa.Table, name: str, low: int, high: int | None, address: str) -> None:

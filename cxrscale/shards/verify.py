@@ -169,6 +169,8 @@ def _differing(row: Mapping[str, Any], content: bytes) -> Iterator[str]:
         known = sample["spacing_mm"] or [None, None]
         if not np.array_equal(np.array(stored, np.float32), np.array(known, np.float32), equal_nan=True):
             yield "spacing"
+    if "boxes" in sample and "boxes" in row and sample["boxes"] != json.loads(row["boxes"] or "[]"):
+        yield "boxes"
     if row["key"] != manifest.image_key(row["image_id"]):
         yield "key"
 

@@ -17,7 +17,7 @@ from cxrscale.io import storage
 from cxrscale.loader import evaluation_batches, sampler, training_batches, training_epoch_length, usable_rows
 from cxrscale.models import ClassWeights, build_model, forward, losses, train_mode
 from cxrscale.shards import Manifest, manifest, splits
-from cxrscale.training import checkpoint, optim, scoring
+from cxrscale.training import checkpoint, map_sheet, optim, scoring
 from cxrscale.training.checkpoint import CheckpointWriter
 from cxrscale.training.distributed import (
     CHECKPOINT,
@@ -137,6 +137,9 @@ def train(recipe: Recipe, run: str, worker: Worker) -> TrainResult:
                 saver.save_best(storage.join(run, checkpoint.BEST), metrics)
             if tracker:
                 tracker.log("val", progress.epoch * steps, {"epoch": progress.epoch, **metrics})
+                if recipe.tracking.map_images:
+                    sheet = map_sheet.draw(state.eval_model, data, recipe, dist.device)
+                    tracker.maps(progress.epoch, progress.epoch * steps, sheet)
             saver.save(progress.epoch * steps)
             if worker.reports_when_written:
                 writer.wait()

@@ -23,13 +23,15 @@ import numpy as np
 import numpy.typing as npt
 
 from cxrscale.config import Tracking
-from cxrscale.io import encode_png, scratch, storage
+from cxrscale.io import encode_color_png, encode_png, scratch, storage
 from cxrscale.types import UserError
 
 TRAIN_LOG = "train_log.jsonl"
 SAMPLES = "samples.png"
 WAIT = "wait"
 """Kind of the lines that say what the run has waited for; `read_log` leaves them out."""
+MAPS = "maps"
+"""Folder of the maps that tracking.map_images asks for."""
 CRC = "crc"
 """The last field of a line of the log."""
 REMOTE_SECONDS = 20.0
@@ -130,6 +132,13 @@ class Tracker:
         storage.write(storage.join(self.run, SAMPLES), encode_png(sheet))
         if self._wandb_images:
             self._to_wandb(lambda run: run.log({"samples": _wandb_image(sheet)}, step=0))
+
+    def maps(self, epoch: int, step: int, sheet_HW3: npt.NDArray[np.uint8]) -> None:
+        """Save the maps of an epoch, drawn over their images (BGR)."""
+        content = encode_color_png(sheet_HW3)
+        storage.write(storage.join(self.run, MAPS, f"epoch-{epoch:04}.png"), content)
+        if self._wandb_images:
+            self._to_wandb(lambda run: run.log({"maps": _wandb_image(sheet_HW3[..., ::-1])}, step=step))
 
     def close(self) -> None:
         """Close the file and finish the wandb run."""
@@ -244,10 +253,10 @@ def _finite(value: float | int | None) -> float | int | None:
     return None if value is None or not math.isfinite(value) else value
 
 
-def _wandb_image(image_HW: npt.NDArray[np.uint8]) -> Any:
+def _wandb_image(image: npt.NDArray[np.uint8]) -> Any:
     import wandb
 
-    return wandb.Image(image_HW)
+    return wandb.Image(image)
 
 
 def require_wandb_key(tracking: Tracking) -> None:

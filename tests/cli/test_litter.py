@@ -45,6 +45,8 @@ def test_commands_leave_nothing_in_the_temporary_folder(
         ["compare", run, run, "--resamples", "4", "--out", f"{out}/compare.json"],
         ["predict", image, "--run", run, "--out", f"{out}/predictions"],
         ["predict", "--split", "val", "--run", run],
+        ["explain", image, "--run", run, "--out", f"{out}/explanations"],
+        ["explain", "--split", "test", "--run", run, "--resamples", "4"],
         ["overfit", recipe, f"tracking.runs_dir={out}", "--images", "8", "--epochs", "1"],
         ["doctor"],
     ]

@@ -121,6 +121,8 @@ def test_faults_of_a_dataset_and_mistakes_are_shown(
         ["evaluate", str(broken), "--gate", str(broken)],
         ["ensemble", str(broken), str(tmp_path), "--name", "both"],
         ["ensemble", str(tmp_path), str(broken), "--name", ODD],
+        ["explain", "x.png", "--run", str(broken)],
+        ["explain", "--split", "test", "--run", str(broken)],
         ["tune", *words_of_a_recipe[:1], "--resume", ODD],
         ["submit", ODD],
         ["overfit", *words_of_a_recipe, f"tracking.name={ODD}"],

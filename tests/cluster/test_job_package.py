@@ -204,6 +204,8 @@ def test_a_recipe_that_git_ignores_is_shipped_when_it_is_named(tmp_path: Path, m
         (["preview", "jobs/mine.yaml", SHARDS], "--out is missing"),
         (["predict", "s3://raw/a.dcm", "--run", "s3://runs/a"], "--out is missing"),
         (["predict", "a.dcm", "--run", "s3://runs/a", "--out", "/o"], "INPUT a.dcm is not shipped"),
+        (["explain", "s3://raw/a.dcm", "--run", "s3://runs/a"], "--out is missing"),
+        (["explain", "--split", "test", "--run", "runs/a"], "--run runs/a is not shipped"),
         (["predict", "--split", "val", "--run", "runs/a"], "--run runs/a is not shipped"),
         (["shard", "nih", "s3://raw/nih"], "--out is missing"),
         (["shard", "nih", "s3://raw/nih", "--out", "shards"], "--out shards is relative"),
@@ -238,6 +240,8 @@ def test_a_path_that_the_job_cannot_use_is_one_line(
         (["demo", "--out=/shared/demo"], ["/shared/demo"]),
         (["verify", "/s"], []),
         (["predict", "--split", "train", "--run", "s3://cxr/runs/a"], ["s3://cxr/runs/a"]),
+        (["explain", "--split", "test", "--run", "s3://cxr/runs/a"], ["s3://cxr/runs/a"]),
+        (["explain", "s3://raw/a.dcm", "--run", "s3://runs/a", "--out", "s3://o/a"], ["s3://o/a"]),
         (["predict", "s3://raw/a.dcm", "--run", "s3://runs/a", "--out", "s3://o/a"], ["s3://o/a"]),
         (["evaluate", "/shared/runs/a"], ["/shared/runs/a"]),
         (["compare", "/r/a", "/r/b", "--out", "/o/compare.json"], ["/o/compare.json"]),
@@ -263,7 +267,7 @@ def test_results_that_outlive_the_job_are_named(
 
 def test_every_path_of_every_command_is_an_input_or_a_result() -> None:
     """A parameter that is added to a command has to be listed, or a job may lose what it writes."""
-    neither = {"recipe", "overrides", "source", "split", "kind", "resume", "address", "name", "mean", "tta"}
+    neither = {"recipe", "overrides", "source", "split", "kind", "resume", "address", "name", "mean", "tta", "finding"}
     commands: Any = typer.main.get_command(app.app)
     for name, command in commands.commands.items():
         for parameter, hint in get_type_hints(command.callback).items() if name != "submit" else ():

@@ -92,7 +92,8 @@ def test_a_page_needs_nothing_beside_it(kind: str, request: pytest.FixtureReques
     assert "@import" not in text
     assert "<script" not in text
     assert len(page.ids) == len(set(page.ids))
-    assert 0 < page.images <= 3 * CASES_PER_KIND
+    assert 0 < page.images <= 3 * CASES_PER_KIND * (2 if kind == "classifier" else 1)
+    assert ('class="heat"' in text) == (kind == "classifier")
     for clip in re.findall(r"url\(#([^)]+)\)", text):
         assert clip in page.ids
     assert "prefers-color-scheme: dark" in text
