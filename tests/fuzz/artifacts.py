@@ -136,6 +136,7 @@ def _write_cascade(world: World) -> None:
         segmenter=side,
         finding="Mass",
         threshold=0.5,
+        gate_thresholds="thresholds",
         mask_rule=MaskRule(0.6, 3, 0.4, own_size=True),
         images=9,
         patients=5,
@@ -252,7 +253,7 @@ def _cascade(run: str) -> None:
     from cxrscale.inference import predictor, read_cascade
 
     digest = _weights_digest(Path(run))
-    chosen = read_cascade(run, digest, digest)
+    chosen = read_cascade(run, digest, digest, "thresholds")
     if chosen is not None:
         score_HW = np.linspace(0.0, 1.0, 36, dtype=np.float32).reshape(6, 6)
         predictor.apply_mask_rule(score_HW, chosen.mask_rule, (9, 9))
