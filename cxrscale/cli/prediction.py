@@ -48,7 +48,8 @@ GateOfFiles = Annotated[
 IdMap = Annotated[
     str | None,
     typer.Option(
-        help="With --split of the run: the map of `shard --keep-map`; --out is then a CSV under the source's own ids."
+        help="With --split of the run: the map written by `shard --keep-map`; --out is then a CSV under the source's "
+        "own ids."
     ),
 ]
 Out = Annotated[str | None, typer.Option(help="The folder of predictions ('predictions'); with an id map, the CSV.")]

@@ -24,6 +24,10 @@ INPUT = ("size", "clahe", "clahe_clip", "clahe_tiles", "normalize", "mean", "std
 """Fields of the augment section that say what the model sees of an image that is not augmented."""
 
 
+SPARE_WEIGHTS = 50_000_000
+"""How many more weights than its file a model may have while it is built: encoders are made whole and then cut."""
+
+
 class Member(ArtifactPart):
     """One of the models of an ensemble."""
 
@@ -194,7 +198,7 @@ def _count(weights: Any) -> int:
 
 
 def _with_weights(recipe: Recipe, weights: Any, path: str) -> nn.Module:
-    model = build_model(recipe.model.without_weights(), recipe.data, _count(weights))
+    model = build_model(recipe.model.without_weights(), recipe.data, 2 * _count(weights) + SPARE_WEIGHTS)
     try:
         model.load_state_dict(weights)
     except Exception as error:  # torch raises whatever a value of another type or shape leads to
