@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -20,6 +20,9 @@ from cxrscale.evaluation import (
     artifacts,
 )
 from cxrscale.io import terminal
+
+if TYPE_CHECKING:
+    from cxrscale.inference import ExportInfo
 
 WIDTH = 110
 """Columns of a table where no terminal gives its width."""
@@ -163,6 +166,39 @@ def readers_table(comparison: ReaderComparison) -> Table:
         table.add_row(
             name, str(row.images), estimate(row.run), estimate(row.reader_mean), _signed(row.difference), span
         )
+    return table
+
+
+def print_export(info: ExportInfo) -> None:
+    """Print the forms of an exported model as a table, and below it what was tried."""
+    terminal.show(export_table(info), WIDTH)
+    for one in info.tried:
+        found = one.difference
+        print(
+            f"tried: {one.method}, {one.float_nodes} of {one.nodes} nodes in float: mean {found.mean:.2g}, largest "
+            f"{found.maximum:.2g}, flipped {found.flipped:.1%} of {found.images} images"
+        )
+
+
+def export_table(info: ExportInfo) -> Table:
+    """Size, milliseconds per image with the speed relative to torch, differences from the run's model, AUROC or Dice."""
+    batches = tuple(info.table[0].milliseconds)
+    table = Table(
+        title=f"{info.run}: {info.parity.images if info.parity else 0} validation images, {info.threads} threads",
+        caption="times are medians per image, measured in turns; in brackets how many times as fast as torch",
+    )
+    table.add_column("form", no_wrap=True)
+    headings = ["MB", *(f"ms at {batch}" for batch in batches), "largest diff.", "mean diff.", "flipped"]
+    for name in (*headings, "AUROC or Dice, change"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in info.table:
+        times = [f"{row.milliseconds[batch]:.1f} ({row.times_torch[batch]:.2f})" for batch in batches]
+        found = row.difference
+        apart = ["", "", ""]
+        if found is not None:
+            apart = [f"{found.maximum:.2g}", f"{found.mean:.2g}", f"{found.flipped:.1%}"]
+        quality = "" if row.quality is None else f"{number(row.quality.value)}, {_signed(row.quality.difference)}"
+        table.add_row(row.form, f"{row.bytes / 1e6:.1f}", *times, *apart, quality)
     return table
 
 

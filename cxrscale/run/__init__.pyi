@@ -4,6 +4,7 @@ from .comparisons import compare_runs as compare_runs
 from .comparisons import compare_with_readers as compare_with_readers
 from .ensembles import ensemble as ensemble
 from .ensembles import ensemble_gains as ensemble_gains
+from .exporting import export as export
 from .making import no_watcher as no_watcher
 from .making import train as train
 from .making import tune as tune

@@ -111,10 +111,10 @@ class _Pair:
     @cached_property
     def digests(self) -> tuple[str, str]:
         """Of the weights of segmenter and gate."""
-        from cxrscale.training import checkpoint
+        from cxrscale.training import run_files
 
         first, second = (
-            storage.digest(storage.read(run.artifact(checkpoint.BEST))) for run in (self.segmenter, self.gate)
+            storage.digest(storage.read(run_files.weights_file(run.path))) for run in (self.segmenter, self.gate)
         )
         return first, second
 

@@ -1,0 +1,66 @@
+"""Commands for models at work elsewhere: export."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cxrscale.cli import progress
+from cxrscale.cli.group import RunFolder, app
+from cxrscale.io import storage, terminal
+from cxrscale.types import UserError
+
+# Each command imports what it runs: torch, Ray and DALI take seconds that `--help` and a typing mistake need not.
+
+
+@app.command("export")
+def export_command(
+    run: RunFolder,
+    out: Annotated[str, typer.Option(help="A new folder for the export; it is a run itself, for --run.")],
+    kind: Annotated[
+        str, typer.Option("--format", help="onnx, which ONNX Runtime runs anywhere, or torch-export.")
+    ] = "onnx",
+    quantize: Annotated[
+        str, typer.Option(help="none, int8-dynamic, int8-static (calibrated on training images) or fp16.")
+    ] = "none",
+    max_flipped: Annotated[
+        float, typer.Option(help="Quantized: the largest share of calls that may differ.", min=0, max=1)
+    ] = 0.02,
+    max_mean: Annotated[
+        float, typer.Option(help="Quantized: the largest mean difference of probabilities.", min=0, max=1)
+    ] = 0.01,
+    max_difference: Annotated[
+        float, typer.Option(help="Quantized: the largest difference of any probability.", min=0, max=1)
+    ] = 0.25,
+) -> None:
+    """A run as a file for other programs: export RUN --out exports/NAME; for ONNX with a predict.py that needs no torch.
+
+    The exported model is held against the run's own on 256 validation images: float probabilities have to be equal to
+    1e-5, quantized ones within the three limits; else nothing is written. AUROC is no limit, since it can rise where
+    half of the calls are wrong. Thresholds come along; those of a quantized model are fitted anew on validation. The
+    table has size, time per image in turns, differences, and for a quantized model AUROC or Dice with interval.
+    """
+    from cxrscale.inference import FORMATS, QUANTIZATIONS, Form, Gate
+    from cxrscale.reporting import tables
+    from cxrscale.run import export, open_run
+
+    if kind not in FORMATS:
+        raise UserError(f"--format {kind}: give one of {', '.join(FORMATS)}")
+    if quantize not in QUANTIZATIONS:
+        raise UserError(f"--quantize {quantize}: give one of {', '.join(QUANTIZATIONS)}")
+    form = Form(next(one for one in FORMATS if one == kind), next(one for one in QUANTIZATIONS if one == quantize))
+    gate = Gate(maximum=max_difference, mean=max_mean, flipped=max_flipped)
+    with progress.bar("exporting", None, "images") as bar:
+        info = export(
+            open_run(run),
+            out,
+            form,
+            gate,
+            lambda stage: bar.update(bar.done, stage),
+            lambda count: bar.update(bar.done + count, "scoring validation"),
+        )
+    tables.print_export(info)
+    for note in info.notes:
+        print(terminal.printable(note))
+    print(storage.absolute(out))
