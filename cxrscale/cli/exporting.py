@@ -34,7 +34,7 @@ def export_command(
         float, typer.Option(help="Quantized: the largest difference of any probability.", min=0, max=1)
     ] = 0.25,
 ) -> None:
-    """A run as a file for other programs: export RUN --out exports/NAME; for ONNX with a predict.py that needs no torch.
+    """A run as a file for other programs: export RUN --out exports/NAME. An ONNX file has a predict.py without torch.
 
     The exported model is held against the run's own on 256 validation images: float probabilities have to be equal to
     1e-5, quantized ones within the three limits; else nothing is written. AUROC is no limit, since it can rise where

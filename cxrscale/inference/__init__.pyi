@@ -12,8 +12,8 @@ from .export.building import publish as publish
 from .export.building import read_exported as read_exported
 from .export.building import refresh_contract as refresh_contract
 from .export.building import write_draft as write_draft
-from .export.contract import FORMATS as FORMATS
 from .export.contract import EXPORT as EXPORT
+from .export.contract import FORMATS as FORMATS
 from .export.contract import QUANTIZATIONS as QUANTIZATIONS
 from .export.contract import ExportInfo as ExportInfo
 from .export.contract import FormRow as FormRow

@@ -181,7 +181,7 @@ def print_export(info: ExportInfo) -> None:
 
 
 def export_table(info: ExportInfo) -> Table:
-    """Size, milliseconds per image with the speed relative to torch, differences from the run's model, AUROC or Dice."""
+    """Size, time per image and speed relative to torch, differences from the run's model, AUROC or Dice."""
     batches = tuple(info.table[0].milliseconds)
     table = Table(
         title=f"{info.run}: {info.parity.images if info.parity else 0} validation images, {info.threads} threads",
