@@ -1,7 +1,8 @@
-"""Commands for models at work elsewhere: export."""
+"""Commands for other forms of a model: export, variants."""
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -9,7 +10,7 @@ import typer
 from cxrscale.cli import progress
 from cxrscale.cli.group import RunFolder, app
 from cxrscale.io import storage, terminal
-from cxrscale.types import UserError
+from cxrscale.types import UnreadInputsError, UserError
 
 # Each command imports what it runs: torch, Ray and DALI take seconds that `--help` and a typing mistake need not.
 
@@ -64,3 +65,55 @@ def export_command(
     for note in info.notes:
         print(terminal.printable(note))
     print(storage.absolute(out))
+
+
+@app.command("variants")
+def variants_command(
+    run: Annotated[list[str], typer.Option(help="A run; give the option several times for several.")],
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="INPUT", help="Files, folders, patterns or lists, as `cxrscale predict` takes them."),
+    ] = None,
+    gate: Annotated[
+        list[str] | None, typer.Option(help="A classifier before the segmenters --run; several times for several.")
+    ] = None,
+    quantized: Annotated[
+        list[str] | None, typer.Option(help="An export of one of these runs or gates; several times for several.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="val or test: also a table over that split.")] = None,
+    out: Annotated[str, typer.Option(help="The page; the same as JSON stands beside it.")] = "variants.html",
+) -> None:
+    """Side by side: each run behind each gate, in float and quantized; variants a.dcm --run U --gate C1 --gate C2.
+
+    The page shows each image with its masks, probabilities and calls under every variant, and says for how many images
+    they agree with the first one, how large each is and how long it takes.
+    """
+    from cxrscale.inference import find_inputs
+    from cxrscale.reporting import tables
+    from cxrscale.run import compare_variants, plan_variants
+
+    if not inputs and split is None:
+        raise UserError("variants takes inputs, --split val|test, or both")
+    if split not in (None, "val", "test"):
+        raise UserError(f"--split {split}: give val or test")
+    chosen = plan_variants(run, gate or [], quantized or [])
+    found = find_inputs(inputs, sys.stdin) if inputs else None
+    for line in found.left_out if found else ():
+        print(terminal.printable(line))
+    with progress.bar("variants", None, "images") as bar:
+        result = compare_variants(
+            chosen,
+            found.paths if found else [],
+            out,
+            split,
+            lambda count: bar.update(bar.done + count),
+            lambda stage: bar.update(bar.done, stage),
+        )
+    tables.print_variants(result)
+    for one in result.images:
+        if one.error:
+            print(terminal.printable(f"{one.path}: not read: {one.error}"))
+    print(storage.absolute(out.removesuffix(".html").removesuffix(".json") + ".html"))
+    unread = sum(bool(one.error) for one in result.images)
+    if unread:
+        raise UnreadInputsError(f"{unread} of {len(result.images)} inputs could not be read; the page says why")

@@ -17,6 +17,7 @@ from cxrscale.evaluation import (
     ReaderComparison,
     TestMetrics,
     Thresholds,
+    Variants,
     artifacts,
 )
 from cxrscale.io import terminal
@@ -199,6 +200,43 @@ def export_table(info: ExportInfo) -> Table:
             apart = [f"{found.maximum:.2g}", f"{found.mean:.2g}", f"{found.flipped:.1%}"]
         quality = "" if row.quality is None else f"{number(row.quality.value)}, {_signed(row.quality.difference)}"
         table.add_row(row.form, f"{row.bytes / 1e6:.1f}", *times, *apart, quality)
+    return table
+
+
+def print_variants(result: Variants) -> None:
+    """Print variants as a table, and one over the split where there is one."""
+    terminal.show(variants_table(result), WIDTH)
+    for table in [split_table(result)] if result.scores else []:
+        terminal.show(table, WIDTH)
+
+
+def variants_table(result: Variants) -> Table:
+    """Each variant's size and speed, and how far it agrees with the first one on the images."""
+    read = sum(not one.error for one in result.images)
+    table = Table(title=f"{len(result.variants)} variants, {read} images", caption="compared with the first variant")
+    table.add_column("variant")
+    for name in ("MB", "ms per image", "speed", "same calls", "mask Dice", "largest diff."):
+        table.add_column(name, justify="right", no_wrap=True)
+    for variant, row in zip(result.variants, result.rows, strict=True):
+        speed = "-" if math.isnan(row.times_first) else f"{row.times_first:.2f} x"
+        same = "-" if math.isnan(row.same_calls) else f"{row.same_calls:.1%}"
+        times = "-" if math.isnan(row.milliseconds) else f"{row.milliseconds:.1f}"
+        cells = (f"{row.bytes / 1e6:.1f}", times, speed, same, number(row.mask_dice), number(row.largest_difference))
+        table.add_row(terminal.printable(variant.name), *cells)
+    return table
+
+
+def split_table(result: Variants) -> Table:
+    """Each variant's metrics over a split, with intervals."""
+    table = Table(title=f"{result.split_images} {result.split} images")
+    table.add_column("variant")
+    names = list(dict.fromkeys(name for one in result.scores for name in one.metrics))
+    for name in (*names, "same calls"):
+        table.add_column(name.replace("_", " "), justify="right")
+    for variant, scores in zip(result.variants, result.scores, strict=True):
+        cells = [estimate(scores.metrics[name]) if name in scores.metrics else "" for name in names]
+        same = "-" if math.isnan(scores.same_calls) else f"{scores.same_calls:.1%}"
+        table.add_row(terminal.printable(variant.name), *cells, same)
     return table
 
 

@@ -10,3 +10,5 @@ from .making import train as train
 from .making import tune as tune
 from .trained_run import Run as Run
 from .trained_run import open_run as open_run
+from .variants import compare_variants as compare_variants
+from .variants import plan_variants as plan_variants

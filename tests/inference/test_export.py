@@ -228,8 +228,9 @@ def test_thresholds_chosen_anew_reach_predict_py(onnx_classifier: str, tmp_path:
     assert info_of(str(folder)).findings == finding_contracts(chosen.recipe.data.findings, chosen)
 
 
+@pytest.mark.usefixtures("once")
 def test_a_form_that_is_another_model_leaves_no_file(
-    classifier: Run, once: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    classifier: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = making._load
 
@@ -250,12 +251,13 @@ def test_a_form_that_is_another_model_leaves_no_file(
     assert not (out / "export.json").exists()
 
 
+@pytest.mark.usefixtures("once")
 @pytest.mark.parametrize(
     "kind",
     ["int8-static", *(pytest.param(one, marks=pytest.mark.slow) for one in ("int8-dynamic", "fp16"))],
 )
 def test_a_quantized_form_has_thresholds_of_its_own_scores(
-    classifier: Run, once: None, tmp_path: Path, kind: Any, monkeypatch: pytest.MonkeyPatch
+    classifier: Run, tmp_path: Path, kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(making, "CALIBRATION", 8)
     out = str(tmp_path / kind)
@@ -329,8 +331,9 @@ def test_nodes_stay_in_float_until_the_gate_is_passed(lossy: Any) -> None:
         making._static(judge, content, batches, Gate(mean=0, flipped=1), told.append)
 
 
+@pytest.mark.usefixtures("once")
 def test_a_broken_quantized_model_leaves_no_file_though_its_auroc_is_the_same(
-    classifier: Run, once: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    classifier: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def shifted(content: bytes) -> bytes:
         model = onnx.load_from_string(content)
@@ -404,9 +407,8 @@ def test_what_cannot_be_exported_is_one_line(classifier: Run, onnx_classifier: s
         build_ensemble([onnx_classifier, classifier.path], str(tmp_path / "both"), Averaging())
 
 
-def test_an_export_without_thresholds_makes_no_calls(
-    classifier: Run, once: None, tmp_path: Path, drawn: SyntheticPaths
-) -> None:
+@pytest.mark.usefixtures("once")
+def test_an_export_without_thresholds_makes_no_calls(classifier: Run, tmp_path: Path, drawn: SyntheticPaths) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(classifier.path, bare)
     (bare / "thresholds.json").unlink()
