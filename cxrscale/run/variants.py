@@ -138,7 +138,9 @@ def _files(
     predictors: Sequence[ImagePredictor], paths: Sequence[str], progress: Progress
 ) -> tuple[tuple[VariantImage, ...], list[list[Thumbnail]], list[list[float]]]:
     """What the variants say of the files, their pictures, and the seconds that each took."""
-    images, shown, seconds = [], [], []
+    images: list[VariantImage] = []
+    shown: list[list[Thumbnail]] = []
+    seconds: list[list[float]] = []
     for path in paths:
         try:
             image_HW = load_image(storage.read(path), name=path, strictness=Strictness.LENIENT).image_HW

@@ -102,7 +102,7 @@ def openvino(files: dict[str, bytes], folder: Path) -> dict[str, nn.Module]:
         def forward(self, image_BCHW: torch.Tensor) -> torch.Tensor:
             return torch.from_numpy(self._compiled(np.ascontiguousarray(image_BCHW.numpy()))[0])
 
-    result = {}
+    result: dict[str, nn.Module] = {}
     for name, content in files.items():
         path = folder / f"openvino-{name}.onnx"
         path.write_bytes(content)

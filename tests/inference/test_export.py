@@ -198,11 +198,12 @@ def test_predict_py_says_the_same_without_torch(
     onnx_classifier: str, onnx_segmenter: str, drawn: SyntheticPaths, tmp_path: Path
 ) -> None:
     paths = sorted(map(str, drawn.nih.rglob("*.png")))[:4] + sorted(map(str, drawn.siim.rglob("*.dcm")))[:4]
-    for name, tags in {
+    written: dict[str, dict[str, Any]] = {
         "plain.dcm": {},
         "inverted.dcm": {"PhotometricInterpretation": "MONOCHROME1", "WindowCenter": 900.0, "WindowWidth": 1200.0},
         "sixteen.dcm": {"BitsStored": 16, "RescaleSlope": 2.0, "RescaleIntercept": -1024.0},
-    }.items():
+    }
+    for name, tags in written.items():
         stored = gray_image(90, 70, dtype="u2", bits=12)
         (tmp_path / name).write_bytes(dicom_file(stored, **{"BitsStored": 12, **tags}))
         paths.append(str(tmp_path / name))
@@ -216,9 +217,9 @@ def test_predict_py_says_the_same_without_torch(
             assert one["probabilities"] == pytest.approx(dict(own.probabilities), abs=EXACT), one["path"]
             assert one["calls"] == dict(own.calls), one["path"]
             if own.mask_rle is not None and own.height and own.width:
-                mask_HW = cv2.imread(one["mask"], cv2.IMREAD_GRAYSCALE) > 0
+                mask_HW = np.asarray(cv2.imread(one["mask"], cv2.IMREAD_GRAYSCALE)) > 0
                 own_HW = rle_masks.union((own.mask_rle,), (own.height, own.width))
-                assert (mask_HW != own_HW).mean() <= 1e-3
+                assert np.mean(mask_HW != own_HW) <= 1e-3
 
 
 def test_thresholds_chosen_anew_reach_predict_py(onnx_classifier: str, tmp_path: Path) -> None:
@@ -283,13 +284,15 @@ def test_a_quantized_form_has_thresholds_of_its_own_scores(
 def lossy() -> tuple[torch.nn.Module, list[np.ndarray[Any, Any]]]:
     """Three convolutions; the channels that the second sees differ by a factor of 3,000, so it loses most."""
     torch.manual_seed(0)
-    layers = [torch.nn.Conv2d(1, 4, 3), torch.nn.Tanh(), torch.nn.Conv2d(4, 4, 3), torch.nn.Tanh()]
-    model = torch.nn.Sequential(*layers, torch.nn.Conv2d(4, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    first, second, last = torch.nn.Conv2d(1, 4, 3), torch.nn.Conv2d(4, 4, 3), torch.nn.Conv2d(4, 4, 3)
+    assert first.bias is not None
     with torch.no_grad():
-        layers[2].weight[:, 0] *= 3000  # type: ignore[union-attr, operator]
-        layers[2].weight[:, 1:] *= 3  # type: ignore[union-attr, operator]
-        layers[0].weight[0] *= 1e-3  # type: ignore[union-attr, operator]
-        layers[0].bias[0] = 0  # type: ignore[union-attr, operator, index]
+        first.weight[0] *= 1e-3
+        first.bias[0] = 0
+        second.weight[:, 0] *= 3000
+        second.weight[:, 1:] *= 3
+    pooled = torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
+    model = torch.nn.Sequential(first, torch.nn.Tanh(), second, torch.nn.Tanh(), last, *pooled)
     images = [np.random.default_rng(seed).normal(size=(1, 1, 24, 24)).astype(np.float32) for seed in range(6)]
     return model.eval(), images
 
@@ -369,12 +372,12 @@ def test_the_gate_sees_what_auroc_does_not() -> None:
 
 def test_weights_at_full_range_saturate_and_are_refused(tmp_path: Path) -> None:
     """On a CPU with 16-bit sums (AVX2) two products of 255 x 127 do not fit; with VNNI they do."""
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(8, 1, 3))
+    first, last = torch.nn.Conv2d(1, 8, 3, padding=1), torch.nn.Conv2d(8, 1, 3)
+    model = torch.nn.Sequential(first, torch.nn.ReLU(), last)
     with torch.no_grad():
-        model[2].weight.fill_(0.02)
-        model[2].weight[:, ::2] += 0.001
-        model[0].weight.fill_(0.3)
+        first.weight.fill_(0.3)
+        last.weight.fill_(0.02)
+        last.weight[:, ::2] += 0.001
     images = [np.random.default_rng(i).uniform(0, 1, (1, 1, 24, 24)).astype(np.float32) for i in range(6)]
     quantizer = quantize.StaticQuantizer(to_onnx.to_onnx(model, 24), images, tmp_path)
     own = model(torch.from_numpy(images[0])).detach().numpy()

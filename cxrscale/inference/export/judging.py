@@ -107,4 +107,5 @@ def sample(trained: TrainedModel, data: Manifest, splits: Sequence[str], count: 
 @torch.no_grad()
 def _logits(model: nn.Module, image_BCHW: torch.Tensor) -> npt.NDArray[np.float32]:
     """In float32: autocast is for training."""
-    return model(image_BCHW.float()).float().numpy()
+    logits: npt.NDArray[np.float32] = model(image_BCHW.float()).float().numpy()
+    return logits

@@ -60,7 +60,9 @@ class ProgramModule(nn.Module):
         super().__init__()
         program = torch.export.load(io.BytesIO(content))
         if device.type != "cpu":
-            program = torch.export.passes.move_to_device_pass(program, device)
+            from torch.export.passes import move_to_device_pass
+
+            program = move_to_device_pass(program, device)
         # Not a child: its module has no modes to switch between and refuses train() and eval().
         self._call = program.module().forward
 

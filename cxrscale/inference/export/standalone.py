@@ -78,7 +78,7 @@ def final(logit: float, rule: Any) -> float:
     own = 1 / (1 + np.exp(-float(logit)))
     value = 1 / (1 + np.exp(-(rule["slope"] * float(logit) + rule["offset"])))
     if rule["knots"]:
-        value = np.interp(own, *zip(*rule["knots"], strict=True))
+        value = np.interp(own, [knot[0] for knot in rule["knots"]], [knot[1] for knot in rule["knots"]])
     if rule["prior"]:
         odds = rule["prior"][1] / rule["prior"][0], (1 - rule["prior"][1]) / (1 - rule["prior"][0])
         value = value * odds[0] / (value * odds[0] + (1 - value) * odds[1])
