@@ -173,6 +173,9 @@ def readers_table(comparison: ReaderComparison) -> Table:
 def print_export(info: ExportInfo) -> None:
     """Print the forms of an exported model as a table, and below it what was tried."""
     terminal.show(export_table(info), WIDTH)
+    if (quality := info.table[-1].quality) is not None:
+        change = _signed(quality.difference)
+        print(f"{quality.metric} on validation: {number(quality.value)}, {change} against the run's own")
     for one in info.tried:
         found = one.difference
         print(
@@ -182,15 +185,14 @@ def print_export(info: ExportInfo) -> None:
 
 
 def export_table(info: ExportInfo) -> Table:
-    """Size, time per image and speed relative to torch, differences from the run's model, AUROC or Dice."""
+    """Size, time per image and speed relative to torch, and differences from the run's model."""
     batches = tuple(info.table[0].milliseconds)
     table = Table(
         title=f"{info.run}: {info.parity.images if info.parity else 0} validation images, {info.threads} threads",
         caption="times are medians per image, measured in turns; in brackets how many times as fast as torch",
     )
     table.add_column("form", no_wrap=True)
-    headings = ["MB", *(f"ms at {batch}" for batch in batches), "largest diff.", "mean diff.", "flipped"]
-    for name in (*headings, "AUROC or Dice, change"):
+    for name in ("MB", *(f"ms at {batch} (speed)" for batch in batches), "largest diff.", "mean diff.", "flipped"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in info.table:
         times = [f"{row.milliseconds[batch]:.1f} ({row.times_torch[batch]:.2f})" for batch in batches]
@@ -198,8 +200,7 @@ def export_table(info: ExportInfo) -> Table:
         apart = ["", "", ""]
         if found is not None:
             apart = [f"{found.maximum:.2g}", f"{found.mean:.2g}", f"{found.flipped:.1%}"]
-        quality = "" if row.quality is None else f"{number(row.quality.value)}, {_signed(row.quality.difference)}"
-        table.add_row(row.form, f"{row.bytes / 1e6:.1f}", *times, *apart, quality)
+        table.add_row(row.form, f"{row.bytes / 1e6:.1f}", *times, *apart)
     return table
 
 

@@ -153,6 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--run", help="a trained run")
+    parser.add_argument("--net", default="", help="a part of a net's name: that one alone")
     parser.add_argument("--no-nets", action="store_true", help="of --run alone")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
@@ -166,6 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{name} is not installed")
     earlier = json.loads(given.out.read_text()) if given.out and given.out.exists() else {}
     for name, overrides in NETS.items() if not given.no_nets else ():
+        if given.net not in name:
+            continue
         result[name] = measure_net(overrides, given.rounds)
         print(name)
         for form, row in result[name].items():

@@ -32,7 +32,9 @@ def read(path: str) -> Any:
         raise ValueError("a DICOM file with tables, padding, frames or colors")
     if ds.file_meta.TransferSyntaxUID == pydicom.uid.JPEGBaseline8Bit:
         frame = np.frombuffer(next(pydicom.encaps.generate_frames(ds.PixelData, number_of_frames=1)), np.uint8)
-        stored = cv2.imdecode(frame, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION)
+        stored: Any = cv2.imdecode(frame, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION)
+        if stored is None:
+            raise ValueError("a DICOM file whose JPEG is damaged")
     else:
         stored = ds.pixel_array
     slope, offset, signed = float(ds.get("RescaleSlope", 1)), float(ds.get("RescaleIntercept", 0)), stored.min() < 0
