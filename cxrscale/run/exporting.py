@@ -42,8 +42,8 @@ def export(
         progress: called with the number of validation images that were scored since the last call.
 
     Raises:
-        UserError: the run is an export or an ensemble's member of it cannot be exported; the form is not the same model
-            any more; the datasets are missing or have changed; something is in `out` already.
+        UserError: the run is an export; the form is not the same model any more; the datasets are missing or have
+            changed; something is in `out` already.
     """
     from cxrscale import inference
 

@@ -159,6 +159,7 @@ def test_a_batch_may_have_any_size(classifier: Run, onnx_classifier: str) -> Non
             torch.testing.assert_close(exported(image_BCHW), own(image_BCHW), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_segmenter_keeps_its_masks_and_stands_behind_a_gate(
     segmenter: Run, onnx_segmenter: str, drawn: SyntheticPaths
 ) -> None:
@@ -194,9 +195,11 @@ def standalone(folder: str, paths: list[str], cwd: Path) -> list[dict[str, Any]]
     return [json.loads(line) for line in ran.stdout.splitlines()]
 
 
+@pytest.mark.parametrize("which", ["onnx_classifier", pytest.param("onnx_segmenter", marks=pytest.mark.slow)])
 def test_predict_py_says_the_same_without_torch(
-    onnx_classifier: str, onnx_segmenter: str, drawn: SyntheticPaths, tmp_path: Path
+    which: str, request: pytest.FixtureRequest, drawn: SyntheticPaths, tmp_path: Path
 ) -> None:
+    folder = str(request.getfixturevalue(which))
     paths = sorted(map(str, drawn.nih.rglob("*.png")))[:4] + sorted(map(str, drawn.siim.rglob("*.dcm")))[:4]
     written: dict[str, dict[str, Any]] = {
         "plain.dcm": {},
@@ -208,18 +211,16 @@ def test_predict_py_says_the_same_without_torch(
         (tmp_path / name).write_bytes(dicom_file(stored, **{"BitsStored": 12, **tags}))
         paths.append(str(tmp_path / name))
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
-    for folder in (onnx_classifier, onnx_segmenter):
-        *found, broken = standalone(folder, [*paths, str(tmp_path / "broken.png")], tmp_path)
-        assert "8 bits" in broken["error"]
-        expected = Predictor(folder, "cpu").predict(paths)
-        for one, own in zip(found, expected, strict=True):
-            assert not own.error
-            assert one["probabilities"] == pytest.approx(dict(own.probabilities), abs=EXACT), one["path"]
-            assert one["calls"] == dict(own.calls), one["path"]
-            if own.mask_rle is not None and own.height and own.width:
-                mask_HW = np.asarray(cv2.imread(one["mask"], cv2.IMREAD_GRAYSCALE)) > 0
-                own_HW = rle_masks.union((own.mask_rle,), (own.height, own.width))
-                assert np.mean(mask_HW != own_HW) <= 1e-3
+    *found, broken = standalone(folder, [*paths, str(tmp_path / "broken.png")], tmp_path)
+    assert "8 bits" in broken["error"]
+    for one, own in zip(found, Predictor(folder, "cpu").predict(paths), strict=True):
+        assert not own.error
+        assert one["probabilities"] == pytest.approx(dict(own.probabilities), abs=EXACT), one["path"]
+        assert one["calls"] == dict(own.calls), one["path"]
+        if own.mask_rle is not None and own.height and own.width:
+            mask_HW = np.asarray(cv2.imread(one["mask"], cv2.IMREAD_GRAYSCALE)) > 0
+            own_HW = rle_masks.union((own.mask_rle,), (own.height, own.width))
+            assert np.mean(mask_HW != own_HW) <= 1e-3
 
 
 def test_thresholds_chosen_anew_reach_predict_py(onnx_classifier: str, tmp_path: Path) -> None:
@@ -314,6 +315,7 @@ def test_the_node_that_loses_most_is_found_and_keeping_it_in_float_helps(lossy: 
     assert first < last
 
 
+@pytest.mark.slow
 def test_nodes_stay_in_float_until_the_gate_is_passed(lossy: Any) -> None:
     model, images = lossy
     recipe = config.parse(Recipe, {"data": {"findings": ["A", "B", "C", "D"]}}, where="test")
@@ -370,6 +372,7 @@ def test_the_gate_sees_what_auroc_does_not() -> None:
     assert masks.flipped == 1
 
 
+@pytest.mark.slow
 def test_weights_at_full_range_saturate_and_are_refused(tmp_path: Path) -> None:
     """On a CPU with 16-bit sums (AVX2) two products of 255 x 127 do not fit; with VNNI they do."""
     first, last = torch.nn.Conv2d(1, 8, 3, padding=1), torch.nn.Conv2d(8, 1, 3)

@@ -70,6 +70,9 @@ def make_form(
     Raises:
         UserError: it cannot be exported, or is not the same model any more.
     """
+    # Of an ensemble whose members see an image at several sizes.
+    if getattr(trained, "also", ()):
+        raise UserError("the ensemble's members see an image differently; export each of them")
     splits, size = trained.recipe.data, trained.recipe.augment.size
     told(f"scoring up to {SAMPLE} validation images")
     judge = Judge(trained, sample(trained, data, splits.val_split, SAMPLE), chosen)
