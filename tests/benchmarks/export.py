@@ -1,6 +1,7 @@
 """Exported forms of a model beside torch: milliseconds per image, size, and how far their probabilities are apart.
 
     python -m tests.benchmarks.export --out tests/benchmarks/results/export.json
+    python -m tests.benchmarks.export --cpu --threads 1    # CPU time, on a machine that other work keeps busy
     python -m tests.benchmarks.export --run runs/NAME    # also: what each form costs in calls and AUROC
 
 The nets are DenseNet-121 at 224 pixels and a UNet with a ResNet-34 encoder at 256. Their weights are random and their
@@ -16,6 +17,7 @@ import argparse
 import json
 import platform
 import tempfile
+import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -41,7 +43,7 @@ NETS = {
         *("augment.size=256", "train.monitor=dice"),
     ),
 }
-IMAGES = 16
+IMAGES = 8
 """That ranges are calibrated on, and differences measured on others."""
 
 
@@ -110,12 +112,20 @@ def openvino(files: dict[str, bytes], folder: Path) -> dict[str, nn.Module]:
     return result
 
 
-def measure_net(overrides: Sequence[str], rounds: int) -> dict[str, dict[str, Any]]:
-    """Form -> its row."""
+def measure_net(overrides: Sequence[str], rounds: int, wanted: str, *, cpu: bool) -> dict[str, dict[str, Any]]:
+    """Form -> its row.
+
+    Args:
+        wanted: names of forms, between commas; empty: all.
+        cpu: CPU time of all threads instead of wall time.
+    """
     model, size = net(overrides)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         modules, sizes = forms(model, size, Path(folder))
-        times = latency.measure(modules, size, rounds=rounds)
+        names = ["torch", *wanted.split(",")] if wanted else list(modules)
+        modules = {name: module for name, module in modules.items() if name in names}
+        clock = time.process_time if cpu else time.perf_counter
+        times = latency.measure(modules, size, rounds=rounds, clock=clock)
         seen = images(size, 3)[:8]
         own = model(seen).sigmoid().numpy()
         rows = {}
@@ -154,12 +164,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--run", help="a trained run")
     parser.add_argument("--net", default="", help="a part of a net's name: that one alone")
+    parser.add_argument("--forms", default="", help="names of forms between commas: those alone, beside torch")
+    parser.add_argument("--cpu", action="store_true", help="CPU time of all threads instead of wall time")
     parser.add_argument("--no-nets", action="store_true", help="of --run alone")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
     vnni = "vnni" in Path("/proc/cpuinfo").read_text()
-    result: dict[str, Any] = {"threads": given.threads, "machine": platform.machine(), "vnni": vnni, "versions": {}}
+    result: dict[str, Any] = {"machine": platform.machine(), "vnni": vnni, "versions": {}}
     for name in ("torch", "onnxruntime", "onnx", "openvino"):
         try:
             result["versions"][name] = version(name)
@@ -169,9 +181,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, overrides in NETS.items() if not given.no_nets else ():
         if given.net not in name:
             continue
-        result[name] = measure_net(overrides, given.rounds)
-        print(name)
-        for form, row in result[name].items():
+        clock = "CPU" if given.cpu else "wall"
+        key = f"{name}, {clock} time, {given.threads} threads"
+        result[key] = measure_net(overrides, given.rounds, given.forms, cpu=given.cpu)
+        print(key)
+        for form, row in result[key].items():
             times = "  ".join(f"{row['milliseconds'][b]:7.1f} ms ({row['times_torch'][b]:.2f} x)" for b in (1, 8))
             size = f"{row['bytes'] / 1e6:6.1f} MB" if row["bytes"] else " " * 9
             print(f"  {form:24}{size}  {times}  max {row['max_difference']:.2g}", flush=True)

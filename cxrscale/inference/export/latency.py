@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,11 @@ class Latency:
 
 
 def measure(
-    forms: Mapping[str, nn.Module], size: int, batches: tuple[int, ...] = BATCHES, rounds: int = ROUNDS
+    forms: Mapping[str, nn.Module],
+    size: int,
+    batches: tuple[int, ...] = BATCHES,
+    rounds: int | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[int, Latency]]:
     """Form -> batch size -> its latency on the CPU, with torch's number of threads.
 
@@ -35,7 +39,10 @@ def measure(
 
     Args:
         forms: the first is what the others are compared with; each takes (B, 1, size, size) in channels_last.
+        rounds: after one that warms up; None: `ROUNDS`.
+        clock: seconds; `time.process_time` counts those of all threads, whatever else the machine does.
     """
+    rounds = ROUNDS if rounds is None else rounds
     result: dict[str, dict[int, Latency]] = {name: {} for name in forms}
     for batch in batches:
         image_BCHW = torch.rand(batch, 1, size, size).contiguous(memory_format=torch.channels_last)
@@ -45,11 +52,11 @@ def measure(
             if number > 3 and time.perf_counter() - began > SECONDS:
                 break
             for name, model in forms.items():
-                start = time.perf_counter()
+                start = clock()
                 with torch.no_grad():
                     model(image_BCHW)
                 if number:  # the first round warms up
-                    times[name].append((time.perf_counter() - start) * 1000 / batch)
+                    times[name].append((clock() - start) * 1000 / batch)
         first = times[next(iter(forms))]
         for name, values in times.items():
             ratios = [base / own for base, own in zip(first, values, strict=True)]
