@@ -31,6 +31,8 @@ DOORS = {
     "nvidia": {"loader/dali", "cluster/probe"},
     "wandb": {"training/tracking"},
     "highdicom": {"inference/dicom_objects"},
+    "onnx": {"inference/export"},
+    "onnxruntime": {"inference/export"},
     "torch": {"types", "cluster/probe", "loader", "models", "training", "inference"},
 }
 """Library -> the rooms or modules that may import it."""

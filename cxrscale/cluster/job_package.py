@@ -40,7 +40,20 @@ RUN_COMMANDS = ("train", "tune", "overfit")
 """Commands with a recipe that write to its tracking.runs_dir."""
 OUTPUTS = ("out", "keep_map")
 """Parameters that say where a command writes."""
-INPUTS = ("root", "shards", "patients_from", "run", "runs", "run_a", "run_b", "gate", "inputs", "readers", "id_map")
+INPUTS = (
+    "root",
+    "shards",
+    "patients_from",
+    "run",
+    "runs",
+    "run_a",
+    "run_b",
+    "gate",
+    "quantized",
+    "inputs",
+    "readers",
+    "id_map",
+)
 """Parameters that are files, datasets or runs; another counts where it names a file here."""
 OF_FILES_OR_SPLIT = ("predict", "explain")
 """Commands that write a folder of files' results, or with --split into the run."""

@@ -10,6 +10,7 @@ from . import ood as ood
 from . import reader_comparison as reader_comparison
 from . import summary as summary
 from . import thresholds as thresholds
+from . import variants as variants
 from .artifacts import Comparison as Comparison
 from .artifacts import ReaderComparison as ReaderComparison
 from .artifacts import TestMetrics as TestMetrics
@@ -35,3 +36,8 @@ from .metrics import Estimate as Estimate
 from .ood import OodReference as OodReference
 from .thresholds import DEFAULT_MASK_RULE as DEFAULT_MASK_RULE
 from .thresholds import MaskRule as MaskRule
+from .variants import Outcome as Outcome
+from .variants import Variant as Variant
+from .variants import VariantImage as VariantImage
+from .variants import Variants as Variants
+from .variants import VariantScores as VariantScores

@@ -110,6 +110,12 @@ def search_cascade(maps: ScoreHistograms, gate_N: npt.ArrayLike, steps: int = ST
     return found
 
 
+def has_predicted_mask(maps: ScoreHistograms, rule: MaskRule) -> npt.NDArray[np.bool_]:
+    """(N,) whether the rule gives an image a mask that is not empty."""
+    top = pixels_above(maps, bin_of(rule.top, maps.all_NT.shape[1]))
+    return np.asarray(top >= max(1, rule.min_area))
+
+
 def _midway(ranked_N: Floats, last: int) -> float:
     """The threshold that the image at `last` and all before it pass."""
     if last + 1 == len(ranked_N):
@@ -121,8 +127,7 @@ def _midway(ranked_N: Floats, last: int) -> float:
 def _per_image(maps: ScoreHistograms, rule: MaskRule, passed_N: npt.NDArray[np.bool_]) -> dict[str, Floats]:
     """(N,) of each metric's values, NaN where it does not count an image."""
     positive_N = has_mask(maps)
-    top = pixels_above(maps, bin_of(rule.top, maps.all_NT.shape[1]))
-    masked_N = passed_N & (top >= max(1, rule.min_area))
+    masked_N = passed_N & has_predicted_mask(maps, rule)
     dice_N = np.where(passed_N, map_dice(maps, rule.top, rule.min_area, rule.bottom), (~positive_N).astype(np.float64))
     return {
         "dice_all": dice_N,

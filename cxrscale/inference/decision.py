@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from cxrscale.evaluation import TestMetrics, Thresholds, artifacts, calibration, calls
 from cxrscale.io import read_artifact, storage
-from cxrscale.training import checkpoint
+from cxrscale.training import run_files
 from cxrscale.types import UserError
 
 
@@ -36,16 +36,16 @@ def stored_thresholds(run: str, digest: str | None = None) -> Thresholds:
     """The run's thresholds.json.
 
     Args:
-        digest: of the run's best.pt, where the caller knows it.
+        digest: of the run's file of weights, where the caller knows it.
 
     Raises:
         UserError: there is none, it is damaged or of another version, or the run's weights have changed since.
     """
     path, remedy = storage.join(run, artifacts.THRESHOLDS), f"run `cxrscale threshold {run}`"
     stored = read_artifact(Thresholds, path, remedy)
-    digest = digest or storage.digest(storage.read(storage.join(run, checkpoint.BEST)))
-    if stored.checkpoint != digest:
-        raise UserError(f"{path} belongs to other weights than best.pt; {remedy} again")
+    weights = run_files.weights_file(run)
+    if stored.checkpoint != (digest or storage.digest(storage.read(weights))):
+        raise UserError(f"{path} belongs to other weights than {weights.rpartition('/')[2]}; {remedy} again")
     return stored
 
 

@@ -9,7 +9,7 @@ from cxrscale import config
 from cxrscale.evaluation import Comparison
 from cxrscale.inference.trained import Averaging, Member, TrainedModel, average, ensemble_state, load_model
 from cxrscale.io import Artifact, read_artifact, storage, write_artifact, write_sealed_yaml
-from cxrscale.training import LocalWorker, RunInfo, checkpoint, read_run_info, resume, run_info
+from cxrscale.training import LocalWorker, RunInfo, checkpoint, read_run_info, resume, run_files, run_info
 from cxrscale.types import UserError
 
 NAME = "ensemble.json"
@@ -37,6 +37,9 @@ def build_ensemble(runs: Sequence[str | Path], folder: str, averaging: Averaging
         raise UserError(f"an ensemble of {', '.join(addresses) or 'no run'}: give two runs or more, or --tta hflip")
     if twice := {run for run in addresses if addresses.count(run) > 1}:
         raise UserError(f"{', '.join(sorted(twice))} is given twice; name each member once")
+    for run in addresses:
+        if run_files.weights_file(run) != storage.join(run, checkpoint.BEST):
+            raise UserError(f"{run} is an export; make an ensemble of the runs that were exported, and export that")
     device = LocalWorker().dist.device
     loaded = [load_model(run, device) for run in addresses]
     ensemble = average(addresses, loaded, averaging)

@@ -13,9 +13,10 @@ from torch import nn
 
 from cxrscale import config
 from cxrscale.config import Augment, Pack, Recipe
-from cxrscale.io import ArtifactPart, storage
+from cxrscale.inference.export import contract, runtime
+from cxrscale.io import ArtifactPart, read_sealed_yaml, storage
 from cxrscale.models import Averaged, Mean, build_model
-from cxrscale.training import checkpoint
+from cxrscale.training import checkpoint, resume, run_files
 from cxrscale.types import UserError, one_line
 
 PIXELS = ("codec", "size", "quality")
@@ -68,12 +69,14 @@ class TrainedModel:
 
 
 def load_model(run: str | Path, device: torch.device) -> TrainedModel:
-    """The best checkpoint of a run, in evaluation mode.
+    """The best checkpoint of a run, in evaluation mode; of an export, the model that runs it.
 
     Raises:
-        UserError: the folder is not a run, or nothing has been trained in it yet.
+        UserError: the folder is not a run, or nothing has been trained in it yet; what runs an export is not installed.
     """
-    path = storage.join(run, checkpoint.BEST)
+    path = run_files.weights_file(run)
+    if not path.endswith(checkpoint.BEST):
+        return _exported(str(run), path, device)
     if not storage.exists(path):
         raise UserError(f"{path} does not exist; give the folder that `cxrscale train` printed, after its first epoch")
     content = storage.read(path)
@@ -95,6 +98,15 @@ def load_model(run: str | Path, device: torch.device) -> TrainedModel:
     models, augments, members, averaging = _members(state, path)
     averaged, also = _averaged(models, augments, averaging)
     return TrainedModel(averaged.to(device), recipe, state["manifest"], digest, stored, members, averaging, also)
+
+
+def load_cpu_model(run: str | Path) -> TrainedModel:
+    """`load_model` on the CPU, also where there is a GPU.
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    return load_model(run, torch.device("cpu"))
 
 
 def load_models(runs: Sequence[str | Path], device: torch.device, averaging: Averaging | None = None) -> TrainedModel:
@@ -159,6 +171,17 @@ def ensemble_state(loaded: Sequence[TrainedModel], ensemble: TrainedModel) -> di
         "members": members,
         "averaging": ensemble.averaging.model_dump(),
     }
+
+
+def _exported(run: str, path: str, device: torch.device) -> TrainedModel:
+    """The model of an export's folder."""
+    info = contract.read_export(run)
+    recipe_path = storage.join(run, resume.RECIPE)
+    recipe = config.parse(Recipe, read_sealed_yaml(recipe_path), where=recipe_path)
+    content = storage.read(path)
+    # On a GPU a run computes in bf16 unless its recipe says fp32; an engine of it may take fp16.
+    model = runtime.exported_module(content, path, device, half=recipe.train.precision != "fp32")
+    return TrainedModel(model, recipe, info.manifest, storage.digest(content), info.input.stored())
 
 
 def _averaged(

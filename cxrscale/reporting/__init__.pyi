@@ -6,6 +6,9 @@ from . import plots as plots
 from . import run_report as run_report
 from . import tables as tables
 from . import tuning_page as tuning_page
+from . import variants_page as variants_page
+from .overlay import Thumbnail as Thumbnail
+from .overlay import thumbnail as thumbnail
 from .style import SPLIT_COLORS as SPLIT_COLORS
 from .style import STYLE as STYLE
 from .style import png as png

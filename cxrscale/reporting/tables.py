@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -19,9 +19,13 @@ from cxrscale.evaluation import (
     ReaderComparison,
     TestMetrics,
     Thresholds,
+    Variants,
     artifacts,
 )
 from cxrscale.io import terminal
+
+if TYPE_CHECKING:
+    from cxrscale.inference import ExportInfo
 
 WIDTH = 110
 """Columns of a table where no terminal gives its width."""
@@ -207,6 +211,77 @@ def localization_table(report: ExplainReport, title: str) -> Table:
         table.add_row(name, *cells(row))
     if len(report.findings) > 1:
         table.add_row(f"mean of {len(report.findings)}", *cells(report.mean), style="bold")
+    return table
+
+
+def print_export(info: ExportInfo) -> None:
+    """Print the forms of an exported model as a table, and below it what was tried."""
+    terminal.show(export_table(info), WIDTH)
+    if (quality := info.table[-1].quality) is not None:
+        change = _signed(quality.difference)
+        print(f"{quality.metric} on validation: {number(quality.value)}, {change} against the run's own")
+    for one in info.tried:
+        found = one.difference
+        print(
+            f"tried: {one.method}, {one.float_nodes} of {one.nodes} nodes in float: mean {found.mean:.2g}, largest "
+            f"{found.maximum:.2g}, flipped {found.flipped:.1%} of {found.images} images"
+        )
+
+
+def export_table(info: ExportInfo) -> Table:
+    """Size, time per image and speed relative to torch, and differences from the run's model."""
+    batches = tuple(info.table[0].milliseconds)
+    table = Table(
+        title=f"{info.run}: {info.parity.images if info.parity else 0} validation images, {info.threads} threads",
+        caption="times are medians per image, measured in turns; in brackets how many times as fast as torch",
+    )
+    table.add_column("form", no_wrap=True)
+    for name in ("MB", *(f"ms at {batch} (speed)" for batch in batches), "largest diff.", "mean diff.", "flipped"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in info.table:
+        times = [f"{row.milliseconds[batch]:.1f} ({row.times_torch[batch]:.2f})" for batch in batches]
+        found = row.difference
+        apart = ["", "", ""]
+        if found is not None:
+            apart = [f"{found.maximum:.2g}", f"{found.mean:.2g}", f"{found.flipped:.1%}"]
+        table.add_row(row.form, f"{row.bytes / 1e6:.1f}", *times, *apart)
+    return table
+
+
+def print_variants(result: Variants) -> None:
+    """Print variants as a table, and one over the split where there is one."""
+    terminal.show(variants_table(result), WIDTH)
+    for table in [split_table(result)] if result.scores else []:
+        terminal.show(table, WIDTH)
+
+
+def variants_table(result: Variants) -> Table:
+    """Each variant's size and speed, and how far it agrees with the first one on the images."""
+    read = sum(not one.error for one in result.images)
+    table = Table(title=f"{len(result.variants)} variants, {read} images", caption="compared with the first variant")
+    table.add_column("variant")
+    for name in ("MB", "ms per image", "speed", "same calls", "mask Dice", "largest diff."):
+        table.add_column(name, justify="right", no_wrap=True)
+    for variant, row in zip(result.variants, result.rows, strict=True):
+        speed = "-" if math.isnan(row.times_first) else f"{row.times_first:.2f} x"
+        same = "-" if math.isnan(row.same_calls) else f"{row.same_calls:.1%}"
+        times = "-" if math.isnan(row.milliseconds) else f"{row.milliseconds:.1f}"
+        cells = (f"{row.bytes / 1e6:.1f}", times, speed, same, number(row.mask_dice), number(row.largest_difference))
+        table.add_row(terminal.printable(variant.name), *cells)
+    return table
+
+
+def split_table(result: Variants) -> Table:
+    """Each variant's metrics over a split, with intervals."""
+    table = Table(title=f"{result.split_images} {result.split} images")
+    table.add_column("variant")
+    names = list(dict.fromkeys(name for one in result.scores for name in one.metrics))
+    for name in (*names, "same calls"):
+        table.add_column(name.replace("_", " "), justify="right")
+    for variant, scores in zip(result.variants, result.scores, strict=True):
+        cells = [estimate(scores.metrics[name]) if name in scores.metrics else "" for name in names]
+        same = "-" if math.isnan(scores.same_calls) else f"{scores.same_calls:.1%}"
+        table.add_row(terminal.printable(variant.name), *cells, same)
     return table
 
 

@@ -6,8 +6,11 @@ from .comparisons import compare_with_readers as compare_with_readers
 from .ensembles import ensemble as ensemble
 from .ensembles import ensemble_gains as ensemble_gains
 from .explaining import explain_split as explain_split
+from .exporting import export as export
 from .making import no_watcher as no_watcher
 from .making import train as train
 from .making import tune as tune
 from .trained_run import Run as Run
 from .trained_run import open_run as open_run
+from .variants import compare_variants as compare_variants
+from .variants import plan_variants as plan_variants

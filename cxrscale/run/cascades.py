@@ -42,7 +42,7 @@ def choose_cascade(
     Raises:
         UserError: the runs do not fit, or are not of the same images; the gate has no thresholds.
     """
-    pair = _Pair(segmenter, gate)
+    pair = Pair(segmenter, gate)
     scores, gate_N, maps = pair.split("val", progress)
     threshold, rule = cascade.search_cascade(maps, gate_N)
     weights_RN = metrics.bootstrap_weights(scores.patient, resamples, seed=0)
@@ -71,7 +71,7 @@ def evaluate_cascade(
     """
     from cxrscale.inference import read_cascade
 
-    pair = _Pair(segmenter, gate)
+    pair = Pair(segmenter, gate)
     scores, gate_N, maps = pair.split("test", progress)
     chosen = read_cascade(pair.segmenter.path, *pair.digests, pair.gate_thresholds)
     alone = pair.segmenter_rule()
@@ -91,7 +91,7 @@ def evaluate_cascade(
     return test
 
 
-class _Pair:
+class Pair:
     """A segmenter and its gate."""
 
     def __init__(self, segmenter: Run | str | Path, gate: Run | str | Path) -> None:
@@ -112,10 +112,10 @@ class _Pair:
     @cached_property
     def digests(self) -> tuple[str, str]:
         """Of the weights of segmenter and gate."""
-        from cxrscale.training import checkpoint
+        from cxrscale.training import run_files
 
         first, second = (
-            storage.digest(storage.read(run.artifact(checkpoint.BEST))) for run in (self.segmenter, self.gate)
+            storage.digest(storage.read(run_files.weights_file(run.path))) for run in (self.segmenter, self.gate)
         )
         return first, second
 
@@ -139,10 +139,28 @@ class _Pair:
             "mask_rule": mask_rule,
         }
 
+    def decision(self) -> tuple[float, MaskRule]:
+        """The gate's threshold and the mask rule behind it: chosen together for these weights, or each run's own.
+
+        Raises:
+            UserError: nothing was chosen together, and the gate has no threshold.
+        """
+        from cxrscale.inference import read_cascade
+
+        chosen = read_cascade(self.segmenter.path, *self.digests)
+        return (
+            (self.gate_threshold(), self.segmenter_rule()) if chosen is None else (chosen.threshold, chosen.mask_rule)
+        )
+
     def segmenter_rule(self) -> MaskRule:
         """The mask rule of the segmenter alone."""
-        stored = storage.exists(self.segmenter.artifact(artifacts.THRESHOLDS))
-        return (self.segmenter.thresholds().mask_rule if stored else None) or DEFAULT_MASK_RULE
+        return self.rule_of(self.segmenter)
+
+    @staticmethod
+    def rule_of(segmenter: Run) -> MaskRule:
+        """A segmenter's own mask rule; 0.5 where it has none."""
+        stored = storage.exists(segmenter.artifact(artifacts.THRESHOLDS))
+        return (segmenter.thresholds().mask_rule if stored else None) or DEFAULT_MASK_RULE
 
     def gate_threshold(self) -> float:
         """The gate's own threshold.

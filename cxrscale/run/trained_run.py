@@ -116,10 +116,11 @@ class Run:
             UserError: an override of another section, a prior of an unknown finding, fewer than two patients, a NaN
                 score.
         """
+        from cxrscale.inference import refresh_contract
         from cxrscale.reporting import run_report
 
         scores = self._scores("val", progress)
-        provenance = self._provenance("val")
+        provenance = self.provenance("val")
         rule = _rule(provenance.recipe, overrides, scores.findings)
         weights_RN = metrics.bootstrap_weights(scores.patient, resamples, seed=0)
         thresholds = Thresholds(
@@ -131,6 +132,7 @@ class Run:
         )
         run_report.write_plots(self.path, run_report.threshold_plots(scores, thresholds))
         write_artifact(self.artifact(artifacts.THRESHOLDS), thresholds)
+        refresh_contract(self.path, thresholds)
         return thresholds
 
     def evaluate(self, resamples: int = RESAMPLES, progress: Progress | None = None) -> TestMetrics:
@@ -147,7 +149,7 @@ class Run:
 
         thresholds = self.thresholds()
         scores = self._scores("test", progress)
-        provenance = self._provenance("test")
+        provenance = self.provenance("test")
         joined = leakage.join_datasets(*provenance.recipe.data.shards)
         weights_RN = metrics.bootstrap_weights(scores.patient, resamples, seed=0)
         split_metrics = summary.evaluate_scores(
@@ -200,8 +202,12 @@ class Run:
         metrics.require(scores, predictions.predictions_path(self.path, split))
         return scores
 
-    def _provenance(self, split: str) -> artifacts.ScoresProvenance:
-        """Of the stored scores of a split."""
+    def provenance(self, split: str) -> artifacts.ScoresProvenance:
+        """Of the stored scores of a split.
+
+        Raises:
+            UserError: there are none.
+        """
         from cxrscale.inference import predictions
 
         info = predictions.read_info(predictions.predictions_path(self.path, split))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from cxrscale.io import lease, png_damage, seal, storage, walk
 from cxrscale.training import checkpoint, resume, run_info, tracking
@@ -11,6 +12,8 @@ from cxrscale.types import UserError
 
 OTHERS = ("wandb", "ray")
 """Folders of Weights & Biases and of Ray, whose files carry no digest of ours."""
+WEIGHTS = (checkpoint.BEST, "model.onnx", "model.pt2")
+"""What a run's file of weights is called: as trained, or exported to ONNX or with torch.export."""
 _PASSING = {lease.NAME, run_info.STOP_FILE, run_info.ERROR_FILE}
 """Files that are there only while a command runs."""
 
@@ -27,6 +30,12 @@ class RunFiles:
     """Files without a digest: of an earlier version, or not ours."""
     others: int
     """Files of Weights & Biases and Ray, which were not looked at."""
+
+
+def weights_file(run: str | Path) -> str:
+    """The path or address of the file that holds a run's weights; that of a best.pt where there is none yet."""
+    paths = [storage.join(run, name) for name in WEIGHTS]
+    return next((path for path in paths if storage.exists(path)), paths[0])
 
 
 def verify(run: str, on_file: Callable[[], None] | None = None) -> RunFiles:
@@ -80,7 +89,8 @@ def _missing(run: str, names: set[str]) -> list[str]:
         needed = [resume.RECIPE, *([tracking.TRAIN_LOG] if info.finished and info.sessions else [])]
         # An ensemble has weights without a session of training.
         whole = info.finished and (info.best is not None or not info.sessions)
-        needed += [checkpoint.BEST] if whole else []
+        here = [one for one in WEIGHTS if f"{folder}/{one}".removeprefix("/") in names]
+        needed += (here or [checkpoint.BEST])[:1] if whole else []
         wanted |= {f"{folder}/{one}".removeprefix("/") for one in needed}
     return sorted(wanted - names)
 

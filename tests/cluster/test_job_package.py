@@ -247,6 +247,7 @@ def test_a_path_that_the_job_cannot_use_is_one_line(
         (["compare", "/r/a", "/r/b", "--out", "/o/compare.json"], ["/o/compare.json"]),
         (["ensemble", "s3://cxr/runs/a", "s3://cxr/runs/b", "--name", "both"], ["s3://cxr/runs/both"]),
         (["evaluate", "/shared/runs/a", "--gate", "/shared/runs/b"], ["/shared/runs/a"]),
+        (["export", "/shared/runs/a", "--out", "s3://cxr/exports/a"], ["s3://cxr/exports/a"]),
         (["doctor"], []),
         (["doctor", "--json", "/shared/doctor.json"], ["/shared/doctor.json"]),
         (["config", "jobs/mine.yaml"], []),
@@ -267,7 +268,8 @@ def test_results_that_outlive_the_job_are_named(
 
 def test_every_path_of_every_command_is_an_input_or_a_result() -> None:
     """A parameter that is added to a command has to be listed, or a job may lose what it writes."""
-    neither = {"recipe", "overrides", "source", "split", "kind", "resume", "address", "name", "mean", "tta", "finding"}
+    neither = {"recipe", "overrides", "source", "split", "kind", "resume", "address", "name", "mean", "tta"}
+    neither |= {"finding", "quantize"}
     commands: Any = typer.main.get_command(app.app)
     for name, command in commands.commands.items():
         for parameter, hint in get_type_hints(command.callback).items() if name != "submit" else ():
