@@ -41,9 +41,9 @@ def export_command(
     """A run as a file for other programs: export RUN --out exports/NAME. An ONNX file has a predict.py without torch.
 
     The exported model is held against the run's own on 256 validation images: float probabilities have to be equal to
-    --max-float, quantized ones within the three limits; else nothing is written. AUROC is no limit, since it can rise where
-    half of the calls are wrong. Thresholds come along; those of a quantized model are fitted anew on validation. The
-    table has size, time per image in turns, differences, and for a quantized model AUROC or Dice with interval.
+    --max-float, quantized ones within the three limits; else nothing is written. AUROC is no limit, since it can rise
+    where half of the calls are wrong. Thresholds come along; those of a quantized model are fitted anew on validation.
+    The table has size, time per image in turns, differences, and for a quantized model AUROC or Dice with interval.
     """
     from cxrscale.inference import FORMATS, QUANTIZATIONS, Form, Gate
     from cxrscale.reporting import tables
