@@ -25,6 +25,9 @@ def export_command(
     quantize: Annotated[
         str, typer.Option(help="none, int8-dynamic, int8-static (calibrated on training images) or fp16.")
     ] = "none",
+    max_float: Annotated[
+        float, typer.Option(help="Float: the largest difference of any probability; deep UNets round more.", min=0)
+    ] = 1e-5,
     max_flipped: Annotated[
         float, typer.Option(help="Quantized: the largest share of calls that may differ.", min=0, max=1)
     ] = 0.02,
@@ -38,9 +41,9 @@ def export_command(
     """A run as a file for other programs: export RUN --out exports/NAME. An ONNX file has a predict.py without torch.
 
     The exported model is held against the run's own on 256 validation images: float probabilities have to be equal to
-    1e-5, quantized ones within the three limits; else nothing is written. AUROC is no limit, since it can rise where
-    half of the calls are wrong. Thresholds come along; those of a quantized model are fitted anew on validation. The
-    table has size, time per image in turns, differences, and for a quantized model AUROC or Dice with interval.
+    --max-float, quantized ones within the three limits; else nothing is written. AUROC is no limit, since it can rise
+    where half of the calls are wrong. Thresholds come along; those of a quantized model are fitted anew on validation.
+    The table has size, time per image in turns, differences, and for a quantized model AUROC or Dice with interval.
     """
     from cxrscale.inference import FORMATS, QUANTIZATIONS, Form, Gate
     from cxrscale.reporting import tables
@@ -51,7 +54,7 @@ def export_command(
     if quantize not in QUANTIZATIONS:
         raise UserError(f"--quantize {quantize}: give one of {', '.join(QUANTIZATIONS)}")
     form = Form(next(one for one in FORMATS if one == kind), next(one for one in QUANTIZATIONS if one == quantize))
-    gate = Gate(maximum=max_difference, mean=max_mean, flipped=max_flipped)
+    gate = Gate(exact=max_float, maximum=max_difference, mean=max_mean, flipped=max_flipped)
     with progress.bar("exporting", None, "images") as bar:
         info = export(
             open_run(run),

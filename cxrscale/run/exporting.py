@@ -37,7 +37,7 @@ def export(
     Args:
         out: a new folder or address.
         form: None: ONNX in float32.
-        gate: what a quantized form may change; None: the default.
+        gate: what the form may change; None: the default.
         told: called with what is done next.
         progress: called with the number of validation images that were scored since the last call.
 

@@ -251,6 +251,9 @@ def test_a_form_that_is_another_model_leaves_no_file(
         export(classifier, str(out))
     assert not list(tmp_path.rglob("model.onnx"))
     assert not (out / "export.json").exists()
+    info = export(classifier, str(out), gate=Gate(exact=1e-3))
+    assert info.parity is not None
+    assert 1e-4 < info.parity.maximum < 1e-3
 
 
 @pytest.mark.usefixtures("once")

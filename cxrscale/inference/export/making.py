@@ -15,7 +15,7 @@ from cxrscale.evaluation import Thresholds
 from cxrscale.inference.export import contract, latency, quantize, to_onnx
 from cxrscale.inference.export.contract import Candidate, Difference, FormRow
 from cxrscale.inference.export.judging import CALIBRATION, SAMPLE, Judge, sample
-from cxrscale.inference.export.parity import EXACT, Gate
+from cxrscale.inference.export.parity import Gate
 from cxrscale.inference.export.runtime import exported_module
 from cxrscale.inference.trained import TrainedModel
 from cxrscale.io import scratch, storage
@@ -65,7 +65,7 @@ def make_form(
         trained: the run's model, on the CPU.
         data: the run's datasets.
         chosen: the run's thresholds, where it has some.
-        gate: what a quantized form may change.
+        gate: what the form may change.
 
     Raises:
         UserError: it cannot be exported, or is not the same model any more.
@@ -79,7 +79,7 @@ def make_form(
     told(f"exporting to {form.format}")
     export = to_onnx.to_onnx if form.format == "onnx" else to_onnx.to_program
     content = export(trained.model, size)
-    exact = _hold_equal(judge, content, form.format)
+    exact = _hold_equal(judge, content, form.format, gate.exact)
     if form.quantization == "none":
         return Made(content, content, exact)
     if form.quantization == "int8-static":
@@ -149,15 +149,15 @@ def slower(table: tuple[FormRow, ...]) -> tuple[str, ...]:
     )
 
 
-def _hold_equal(judge: Judge, content: bytes, form: contract.Format) -> Difference:
+def _hold_equal(judge: Judge, content: bytes, form: contract.Format, limit: float) -> Difference:
     """Refuse a float form that is another model."""
     model = _load(content, form)
     for found in (judge.check_batches(model), judge.difference(model)):
         # A NaN passes no comparison.
-        if not found.maximum <= EXACT:
+        if not found.maximum <= limit:
             raise UserError(
                 f"the {form} form differs from the run's own model by {found.maximum:.3g} in probability on "
-                f"{found.images} validation images, more than {EXACT:g}; nothing was written"
+                f"{found.images} validation images, more than --max-float {limit:g}; nothing was written"
             )
     return found
 
