@@ -13,6 +13,10 @@ from .decision import stored_thresholds as stored_thresholds
 from .ensemble import EnsembleInfo as EnsembleInfo
 from .ensemble import build_ensemble as build_ensemble
 from .ensemble import read_ensemble as read_ensemble
+from .explain import Explainer as Explainer
+from .explain import MappedRow as MappedRow
+from .explain import explain_files as explain_files
+from .explain import maps_of_rows as maps_of_rows
 from .export.building import check_target as check_target
 from .export.building import publish as publish
 from .export.building import read_exported as read_exported
@@ -30,10 +34,6 @@ from .export.making import export_info as export_info
 from .export.making import make_form as make_form
 from .export.making import time_forms as time_forms
 from .export.parity import Gate as Gate
-from .explain import Explainer as Explainer
-from .explain import MappedRow as MappedRow
-from .explain import explain_files as explain_files
-from .explain import maps_of_rows as maps_of_rows
 from .files import FilePredictions as FilePredictions
 from .files import predict_files as predict_files
 from .formats import check_format as check_format

@@ -218,7 +218,7 @@ def print_export(info: ExportInfo) -> None:
     """Print the forms of an exported model as a table, and below it what was tried."""
     terminal.show(export_table(info), WIDTH)
     if (quality := info.table[-1].quality) is not None:
-        change = _signed(quality.difference)
+        change = signed(quality.difference)
         print(f"{quality.metric} on validation: {number(quality.value)}, {change} against the run's own")
     for one in info.tried:
         found = one.difference

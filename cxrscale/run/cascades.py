@@ -147,7 +147,7 @@ class Pair:
         """
         from cxrscale.inference import read_cascade
 
-        chosen = read_cascade(self.segmenter.path, *self.digests)
+        chosen = read_cascade(self.segmenter.path, *self.digests, self.gate_thresholds)
         return (
             (self.gate_threshold(), self.segmenter_rule()) if chosen is None else (chosen.threshold, chosen.mask_rule)
         )
