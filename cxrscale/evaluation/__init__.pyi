@@ -3,6 +3,7 @@ from . import calibration as calibration
 from . import calls as calls
 from . import cascade as cascade
 from . import comparison as comparison
+from . import drift as drift
 from . import metrics as metrics
 from . import ood as ood
 from . import reader_comparison as reader_comparison

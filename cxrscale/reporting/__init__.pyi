@@ -3,6 +3,7 @@ from . import batch_preview as batch_preview
 from . import html as html
 from . import plots as plots
 from . import run_report as run_report
+from . import serve_page as serve_page
 from . import tables as tables
 from . import tuning_page as tuning_page
 from .style import SPLIT_COLORS as SPLIT_COLORS
