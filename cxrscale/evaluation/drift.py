@@ -19,7 +19,7 @@ BINS = 10
 PER_BIN = 20
 """Values that a bin holds at least, of the reference and on average of what is compared with it: with fewer, chance
 alone leaves bins almost empty, whose logarithms are large."""
-FEWEST = 3 * PER_BIN
+FEWEST = 2 * PER_BIN
 """Values of a reference below which nothing is fitted."""
 MATTERS = 0.2
 """The index from which a shift matters in practice."""

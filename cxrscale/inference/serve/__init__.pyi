@@ -1,3 +1,4 @@
+from . import decoding as decoding
 from .app import build_app as build_app
 from .served_model import ModelInfo as ModelInfo
 from .served_model import ServedModel as ServedModel

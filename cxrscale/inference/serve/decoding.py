@@ -29,7 +29,7 @@ class Decoder:
         workers: processes.
         seconds: for each file, from the moment when a process takes it.
         """
-        self._seconds, self._workers = seconds, workers
+        self.seconds, self._workers = seconds, workers
         # Not forked: this process has threads of torch and DALI.
         context = multiprocessing.get_context("spawn")
         self._pool = ProcessPool(max_workers=workers, initializer=_limit_memory, context=context)
@@ -47,11 +47,11 @@ class Decoder:
         Raises:
             UnreadableImageError: with the reason.
         """
-        future = self._pool.schedule(_decode, args=[data, name], timeout=self._seconds)
+        future = self._pool.schedule(_decode, args=[data, name], timeout=self.seconds)
         try:
             found: LoadedImage | str = await asyncio.wrap_future(future)
         except (TimeoutError, FutureTimeoutError):
-            raise UnreadableImageError(f"decoding took more than {self._seconds:g} s") from None
+            raise UnreadableImageError(f"decoding took more than {self.seconds:g} s") from None
         except (ProcessExpired, MemoryError):
             raise UnreadableImageError("the decoder broke: a damaged or hostile file") from None
         if isinstance(found, str):

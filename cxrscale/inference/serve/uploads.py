@@ -50,10 +50,14 @@ async def read_uploads(request: Request, settings: Serve) -> list[Upload]:
         raise ProblemError(422, "the form cannot be read") from None
     except KeyError:
         raise ProblemError(422, "the form has no boundary") from None
-    files = [value for _, value in form.multi_items() if not isinstance(value, str)]
-    if not files:
+    try:
+        files = [value for _, value in form.multi_items() if not isinstance(value, str)]
+        uploads = [Upload((file.filename or "")[:255], await file.read()) for file in files]
+    finally:
+        await form.close()
+    if not uploads:
         raise ProblemError(422, "the form holds no file")
-    return [Upload((file.filename or "")[:255], await file.read()) for file in files]
+    return uploads
 
 
 def file_name(disposition: str) -> str:
