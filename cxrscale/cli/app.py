@@ -12,13 +12,13 @@ from typing import Annotated
 import typer
 
 from cxrscale import __version__
-from cxrscale.cli import basics, datasets, evaluation, explanation, exporting, machines, prediction, training
+from cxrscale.cli import basics, datasets, evaluation, explanation, exporting, machines, prediction, serving, training
 from cxrscale.cli.group import app
 from cxrscale.io import scratch
 
 __all__ = ["COMMANDS", "app", "main"]
 
-COMMANDS = (basics, datasets, training, evaluation, prediction, explanation, exporting, machines)
+COMMANDS = (basics, datasets, training, evaluation, prediction, explanation, exporting, serving, machines)
 """The modules whose commands make up the application, in the order of the data's way."""
 
 

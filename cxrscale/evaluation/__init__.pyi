@@ -3,6 +3,7 @@ from . import calibration as calibration
 from . import calls as calls
 from . import cascade as cascade
 from . import comparison as comparison
+from . import drift as drift
 from . import localization as localization
 from . import map_checks as map_checks
 from . import metrics as metrics

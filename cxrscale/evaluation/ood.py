@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import model_validator
 
+from cxrscale.evaluation.drift import Reference
+from cxrscale.evaluation.drift import fit_reference as fit_statistic
 from cxrscale.evaluation.metrics import Floats
 from cxrscale.io import Artifact, Number
 
@@ -47,6 +49,10 @@ class OodReference(Artifact):
     """(K,) standard deviation along each."""
     residual: Number
     """Median squared length of what the components leave."""
+    brightness: Reference | None = None
+    """Of the means of the thumbnails, before they are standardized; None in files of earlier versions."""
+    contrast: Reference | None = None
+    """Of their standard deviations."""
 
     @model_validator(mode="after")
     def _check_shapes(self) -> OodReference:
@@ -100,7 +106,19 @@ def fit_reference(thumbnail_ND: npt.ArrayLike, manifest: str) -> OodReference | 
         components=tuple(_rounded(row_D) for row_D in component_KD[:kept]),
         scale=_rounded(scale_K),
         residual=residual,
+        brightness=fit_statistic(brightness(thumbnail_ND)),
+        contrast=fit_statistic(contrast(thumbnail_ND)),
     )
+
+
+def brightness(thumbnail_ND: npt.ArrayLike) -> Floats:
+    """(N,) mean gray value of each image, as the model sees it."""
+    return np.asarray(np.asarray(thumbnail_ND, dtype=np.float64).mean(axis=1))
+
+
+def contrast(thumbnail_ND: npt.ArrayLike) -> Floats:
+    """(N,) standard deviation of the gray values of each thumbnail."""
+    return np.asarray(np.asarray(thumbnail_ND, dtype=np.float64).std(axis=1))
 
 
 def choose_limit(distance_N: npt.ArrayLike) -> float:

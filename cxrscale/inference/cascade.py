@@ -86,7 +86,7 @@ class GatedPredictor(ImagePredictor):
     def _decided(self, known: Prediction, judged: Prediction) -> Prediction:
         """What is known of an image after the classifier: where it is negative, that is all."""
         probability = judged.probabilities[self._about.finding]
-        known = replace(known, warnings=judged.warnings, ood_distance=judged.ood_distance)
+        known = replace(known, warnings=judged.warnings, ood_distance=judged.ood_distance, gray=judged.gray)
         known = replace(known, gate={self._about.finding: probability}, gate_call=probability >= self._about.threshold)
         if known.gate_call:
             return known

@@ -157,7 +157,7 @@ def _job(provenance: Provenance) -> Job:
 
 def row(prediction: Prediction) -> dict[str, Any]:
     """What is known of an image; fields without a value are left out."""
-    known = asdict(replace(prediction, maps={}))
+    known = asdict(replace(prediction, maps={}, gray=None))
     if not prediction.unreachable:
         del known["unreachable"]
     return {name: value for name, value in known.items() if value is not None and value not in ("", {}, ())}

@@ -53,6 +53,8 @@ class Prediction:
     maps: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """Where it was asked for: finding -> float32 (h, w) map over the whole image. Of a classifier the class activation
     map, in logits, whose mean is the finding's logit; of a segmenter the probabilities. Kept in no file."""
+    gray: tuple[float, float] | None = field(default=None, compare=False)
+    """Mean and standard deviation of the gray values of the thumbnail that the model sees. Kept in no file."""
     ood_distance: float | None = None
     """How unlike the training images the image is, 1 being usual (see `evaluation.ood`); above the run's limit there is
     a warning. None where the run has no reference."""

@@ -43,6 +43,8 @@ class _Output:
     """For segmentation: the map's probabilities."""
     map_Fhw: npt.NDArray[np.float32] | None = None
     """For classification, where it was asked for: class activation maps."""
+    gray: tuple[float, float] | None = None
+    """Mean and standard deviation of the thumbnail."""
     ood_distance: float | None = None
 
 
@@ -140,7 +142,7 @@ class Predictor(ImagePredictor):
 
     def _prediction(self, known: Prediction, output: _Output) -> Prediction:
         logit_F = output.logit_F
-        known = replace(known, logits=dict(zip(self.findings, logit_F.tolist(), strict=True)))
+        known = replace(known, logits=dict(zip(self.findings, logit_F.tolist(), strict=True)), gray=output.gray)
         if output.score_HW is not None and known.height is not None and known.width is not None:
             mask_HW = apply_mask_rule(output.score_HW, self.mask_rule, (known.height, known.width))
             area = int(mask_HW.sum())
@@ -186,14 +188,19 @@ class Predictor(ImagePredictor):
             # No padding: a single image must not cost a forward pass of a full batch.
             batch = self._loader.batch(images)
             logits, map_BFhw = self._forward(batch)
-            distance_B = None if self._reference is None else self._reference.distance(thumbnails(batch))
+            thumbnail_BD = thumbnails(batch)
+            distance_B = None if self._reference is None else self._reference.distance(thumbnail_BD)
+        gray_B2 = np.stack([ood.brightness(thumbnail_BD), ood.contrast(thumbnail_BD)], axis=1)
         maps = probabilities(logits)[:, 0].cpu().numpy() if logits.ndim == 4 else None
         logit_BF = logits.flatten(2).amax(dim=2).cpu().numpy() if logits.ndim == 4 else logits.cpu().numpy()
         for index in np.flatnonzero(batch.valid_B.cpu().numpy()):
-            score_HW = None if maps is None else maps[index]
-            map_Fhw = None if map_BFhw is None else map_BFhw[index]
+            mean, spread = gray_B2[index].tolist()
             outputs[index] = _Output(
-                logit_BF[index], score_HW, map_Fhw, None if distance_B is None else float(distance_B[index])
+                logit_BF[index],
+                None if maps is None else maps[index],
+                None if map_BFhw is None else map_BFhw[index],
+                (mean, spread),
+                None if distance_B is None else float(distance_B[index]),
             )
         return outputs
 

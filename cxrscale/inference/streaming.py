@@ -84,6 +84,16 @@ class ImagePredictor(GroupPredictor):
         """
         return list(self.stream(items, batch_size))
 
+    def prepare(self, image: LoadedImage, path: str = "") -> Prepared:
+        """An image that has been loaded, as `predict_prepared` takes it."""
+        height, width = image.image_HW.shape
+        known = Prediction(path, height=height, width=width, spacing_mm=image.spacing_mm, warnings=image.warnings)
+        return Prepared(known, tuple(encode_as_stored(image.image_HW, pixels) for pixels in self.stores))
+
+    def predict_prepared(self, batch: Sequence[Prepared]) -> list[Prediction]:
+        """The predictions of images that could be read, in one forward pass."""
+        return self._predict_batch(batch)
+
     def groups(self, paths: Sequence[str]) -> Iterator[Sequence[Prediction]]:
         """The predictions batch by batch, in order."""
         stream = self.stream(paths)
@@ -126,9 +136,7 @@ class ImagePredictor(GroupPredictor):
             image = _load(source)
         except (UnreadableImageError, UserError) as error:
             return Prepared(Prediction(path, error=str(error), unreachable=isinstance(error, AccessError)))
-        height, width = image.image_HW.shape
-        known = Prediction(path, height=height, width=width, spacing_mm=image.spacing_mm, warnings=image.warnings)
-        return Prepared(known, tuple(encode_as_stored(image.image_HW, pixels) for pixels in self.stores))
+        return self.prepare(image, path)
 
     def _prepare_stored(self, path: str, image: StoredImage) -> Prepared:
         warnings = dict.fromkeys(warning for pixels in self.stores for warning in image.warnings(pixels))

@@ -4,6 +4,7 @@ from . import explain_page as explain_page
 from . import html as html
 from . import plots as plots
 from . import run_report as run_report
+from . import serve_page as serve_page
 from . import tables as tables
 from . import tuning_page as tuning_page
 from . import variants_page as variants_page

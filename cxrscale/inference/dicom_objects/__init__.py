@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from cxrscale.inference.objects import Drafter
-from cxrscale.inference.prediction import Provenance
+from cxrscale.inference.prediction import Prediction, Provenance
 from cxrscale.types import UserError
 
 SEG, SR, SC = "dicom-seg", "dicom-sr", "dicom-sc"
@@ -39,3 +39,10 @@ def drafter(kind: str, provenance: Provenance) -> Drafter:
     from cxrscale.inference.dicom_objects.drafts import object_drafter
 
     return object_drafter(kind, provenance)
+
+
+def encode_object(kind: str, provenance: Provenance, prediction: Prediction, data: bytes) -> bytes:
+    """The object of an image that is in memory; see `drafts.encode_object`."""
+    from cxrscale.inference.dicom_objects import drafts
+
+    return drafts.encode_object(kind, provenance, prediction, data)

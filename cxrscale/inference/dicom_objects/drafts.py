@@ -24,22 +24,42 @@ _SUFFIX = {SEG: ".seg.dcm", SR: EMPTY_MASK_SUFFIX, SC: ".sc.dcm"}
 
 def object_drafter(kind: str, provenance: Provenance) -> Drafter:
     """What makes the objects of a kind; see `dicom_objects.drafter`."""
-    # Segmenters have one; a prediction may name others beside it, such as a gate's.
-    origin, finding = origin_of(provenance), provenance.recipe.data.findings[0]
+    origin = origin_of(provenance)
 
     def draft(prediction: Prediction) -> Draft:
         data = read_input(prediction.path)
-        source = read_source(data)
-        if (source.Rows, source.Columns) != (prediction.height, prediction.width):
-            raise UnreadableImageError("the file has another size than when it was predicted")
-        mask_HW = _mask(prediction)
-        # A segmentation of an empty mask says less than a report of what was not found, and viewers refuse it.
-        made = SR if kind == SEG and (mask_HW is None or not mask_HW.any()) else kind
-        image = _Predicted(source, origin, prediction, finding, mask_HW, data)
+        made, image = _chosen(kind, provenance, prediction, data)
         identity = (origin.checkpoint, origin.thresholds, storage.digest(data))
         return Draft(_SUFFIX[made], identity, lambda: image.encode(made))
 
     return draft
+
+
+def encode_object(kind: str, provenance: Provenance, prediction: Prediction, data: bytes) -> bytes:
+    """The object of an image that is in memory; of an empty mask a report instead of a segmentation.
+
+    Args:
+        kind: see `dicom_objects.KINDS`.
+        data: the image's file.
+
+    Raises:
+        UnreadableImageError: the file is no DICOM, or its header lacks what an object must name.
+    """
+    made, image = _chosen(kind, provenance, prediction, data)
+    return image.encode(made)
+
+
+def _chosen(kind: str, provenance: Provenance, prediction: Prediction, data: bytes) -> tuple[str, _Predicted]:
+    """What is made of an image, and of what."""
+    source = read_source(data)
+    if (source.Rows, source.Columns) != (prediction.height, prediction.width):
+        raise UnreadableImageError("the file has another size than when it was predicted")
+    mask_HW = _mask(prediction)
+    # A segmentation of an empty mask says less than a report of what was not found, and viewers refuse it.
+    made = SR if kind == SEG and (mask_HW is None or not mask_HW.any()) else kind
+    # Segmenters have one; a prediction may name others beside it, such as a gate's.
+    finding = provenance.recipe.data.findings[0]
+    return made, _Predicted(source, origin_of(provenance), prediction, finding, mask_HW, data)
 
 
 @dataclass(frozen=True, slots=True)

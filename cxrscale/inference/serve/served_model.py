@@ -1,0 +1,153 @@
+"""A model of the service: what it is called, what is said of it, and its predictor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cxrscale.evaluation import TestMetrics, artifacts, drift
+from cxrscale.evaluation.metrics import Estimate
+from cxrscale.inference.decision import stored_thresholds
+from cxrscale.inference.on_cluster import PredictorSpec
+from cxrscale.inference.ood import read_reference
+from cxrscale.inference.predictions import predictions_path, read_predictions
+from cxrscale.inference.streaming import ImagePredictor
+from cxrscale.io import ArtifactPart, Number, read_artifact, storage
+from cxrscale.types import UserError
+
+BRIGHTNESS, CONTRAST, DISTANCE = "brightness", "contrast", "unlike training"
+"""Statistics of the images, beside one of the score of each finding."""
+
+
+class FindingInfo(ArtifactPart):
+    """What is said of a finding beside its probability."""
+
+    threshold: Number
+    """NaN where there is none: no call is made."""
+    low: Number
+    """The threshold's 95% interval."""
+    high: Number
+    sensitivity: Number
+    """At the threshold, on validation."""
+    specificity: Number
+    precision: Number
+    """Positive predictive value on validation, at its prevalence."""
+    auroc: Number
+    """On the test split; NaN before the run was evaluated."""
+    auroc_low: Number
+    auroc_high: Number
+
+
+class ModelInfo(ArtifactPart):
+    """What a client learns of a model."""
+
+    name: str
+    task: str
+    findings: Mapping[str, FindingInfo]
+    input_size: int
+    """Side of what the model sees, in pixels."""
+    checkpoint: str
+    """Digest of the weights."""
+    thresholds: str
+    """Digest of thresholds.json; empty where the run has none."""
+    gate: str
+    """Digest of the weights of the classifier before it; empty without one."""
+    trained_on: tuple[str, ...]
+    """Names of the datasets."""
+    score: str
+    """How good it is, in a line; empty before the run was evaluated."""
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """One model of the service."""
+
+    info: ModelInfo
+    predictor: ImagePredictor
+    references: Mapping[str, drift.Reference]
+    """Statistic -> its distribution when the model was made."""
+
+
+def load_served(name: str, spec: PredictorSpec, device: str | None = None) -> ServedModel:
+    """Load a run for the service.
+
+    Raises:
+        UserError: as `PredictorSpec.load`.
+    """
+    predictor = spec.load(device)
+    run, about = spec.runs[0], predictor.provenance
+    single = len(spec.runs) == 1 and spec.averaging is None
+    test = _test_metrics(run) if single else None
+    data = about.recipe.data
+    info = ModelInfo(
+        name=name,
+        task=data.task,
+        findings={
+            finding: _finding(finding, run if single else None, about.checkpoint, test) for finding in data.findings
+        },
+        input_size=about.recipe.augment.size,
+        checkpoint=about.checkpoint,
+        thresholds=about.thresholds,
+        gate=about.gate.checkpoint if about.gate is not None else "",
+        trained_on=tuple(storage.absolute(root).rstrip("/").rpartition("/")[2] for root in data.shards),
+        score=_score(test),
+        notes=about.notes,
+    )
+    return ServedModel(info, predictor, _references(run, data.findings) if single else {})
+
+
+def _test_metrics(run: str) -> TestMetrics | None:
+    address = storage.join(run, artifacts.TEST_METRICS)
+    return read_artifact(TestMetrics, address, f"run `cxrscale evaluate {run}`") if storage.exists(address) else None
+
+
+def _finding(name: str, run: str | None, checkpoint: str, test: TestMetrics | None) -> FindingInfo:
+    nan = float("nan")
+    chosen = None
+    if run is not None and storage.exists(storage.join(run, artifacts.THRESHOLDS)):
+        chosen = stored_thresholds(run, checkpoint).thresholds.get(name)
+    at = None if chosen is None else chosen.on_validation
+    auroc = test.findings[name].auroc if test is not None and name in test.findings else Estimate(nan)
+    threshold = chosen.threshold if chosen is not None else Estimate(nan)
+    return FindingInfo(
+        threshold=threshold.value,
+        low=threshold.low,
+        high=threshold.high,
+        sensitivity=at.recall.value if at is not None else nan,
+        specificity=at.specificity.value if at is not None else nan,
+        precision=at.precision.value if at is not None else nan,
+        auroc=auroc.value,
+        auroc_low=auroc.low,
+        auroc_high=auroc.high,
+    )
+
+
+def _score(test: TestMetrics | None) -> str:
+    if test is None:
+        return ""
+    metric, value = ("Dice", test.dice.all) if test.dice is not None else ("AUROC", test.mean_auroc)
+    if not math.isfinite(value.value):
+        return ""
+    return f"{metric} {value.value:.3f} ({value.low:.3f} to {value.high:.3f}), test split of {test.images} images"
+
+
+def _references(run: str, findings: tuple[str, ...]) -> dict[str, drift.Reference]:
+    """Of the scores on validation, and of the training images."""
+    found: dict[str, drift.Reference | None] = {}
+    reference = read_reference(run)
+    if reference is not None:
+        found |= {BRIGHTNESS: reference.brightness, CONTRAST: reference.contrast}
+    path = predictions_path(run, "val")
+    if storage.exists(path):
+        try:
+            scores = read_predictions(path)
+        except UserError:  # of an earlier version: no drift is measured, and predictions do not need it
+            scores = None
+        if scores is not None:
+            for number, name in enumerate(findings):
+                found[name] = drift.fit_reference(scores.logit_NF[:, number])
+            if scores.ood_distance_N is not None:
+                found[DISTANCE] = drift.fit_reference(scores.ood_distance_N)
+    return {name: one for name, one in found.items() if one is not None}

@@ -1,0 +1,69 @@
+"""The files of a request: one as its body, or several as a form; in memory alone."""
+
+from __future__ import annotations
+
+from email.message import Message
+from typing import TYPE_CHECKING
+
+from python_multipart.multipart import MultipartParseError
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from cxrscale.config import Serve
+from cxrscale.inference.serve.problems import ProblemError
+from cxrscale.inference.serve.service import Upload
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+FORM = "multipart/form-data"
+RAW = frozenset({"", "application/octet-stream", "application/dicom", "image/png", "image/jpeg"})
+"""Types of a body that is one file; what it is, its first bytes say."""
+
+
+class _InMemory(MultiPartParser):
+    """Starlette's parser, which otherwise puts files of more than 1 MB on the disk."""
+
+    spool_max_size = 1 << 62
+
+
+async def read_uploads(request: Request, settings: Serve) -> list[Upload]:
+    """The files of a request.
+
+    Raises:
+        ProblemError: there is none, there are too many, or the request is neither a file nor a form.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind in RAW:
+        data = await request.body()
+        if not data:
+            raise ProblemError(422, "the request holds no file")
+        return [Upload(file_name(request.headers.get("content-disposition", "")), data)]
+    if kind != FORM:
+        raise ProblemError(415, f"{kind!r} is no file; send DICOM, PNG or JPEG, raw or as {FORM}")
+    try:
+        parser = _InMemory(request.headers, request.stream(), max_files=settings.max_files, max_fields=20)
+        form = await parser.parse()
+    except (MultiPartException, MultipartParseError) as error:
+        message = str(getattr(error, "message", error))
+        if "Too many files" in message:
+            raise ProblemError(413, f"more than {settings.max_files} files; send fewer at once") from None
+        raise ProblemError(422, "the form cannot be read") from None
+    except KeyError:
+        raise ProblemError(422, "the form has no boundary") from None
+    try:
+        files = [value for _, value in form.multi_items() if not isinstance(value, str)]
+        uploads = [Upload((file.filename or "")[:255], await file.read()) for file in files]
+    finally:
+        await form.close()
+    if not uploads:
+        raise ProblemError(422, "the form holds no file")
+    return uploads
+
+
+def file_name(disposition: str) -> str:
+    """The file's name in a Content-Disposition header; empty without one."""
+    if not disposition:
+        return ""
+    message = Message()
+    message["content-disposition"] = disposition
+    return (message.get_filename() or "")[:255]
