@@ -15,6 +15,9 @@ from cxrscale.types import UserError
 if TYPE_CHECKING:
     from cxrscale.cluster import jobs
 
+NO_JOBS = frozenset({"submit", "serve"})
+"""Commands that are none for a job: a service must be where its clients reach it."""
+
 # Each command imports what it runs: torch, Ray and DALI take seconds that `--help` and a typing mistake need not.
 
 
@@ -89,9 +92,9 @@ def command_parameters(words: list[str]) -> list[jobs.Parameter]:
     if not words:
         return []
     commands: Any = typer.main.get_command(app)
-    command = None if words[0] == "submit" else commands.commands.get(words[0])
+    command = None if words[0] in NO_JOBS else commands.commands.get(words[0])
     if command is None:
-        names = ", ".join(sorted(set(commands.commands) - {"submit"}))
+        names = ", ".join(sorted(set(commands.commands) - NO_JOBS))
         raise UserError(f"there is no command {words[0]!r} to submit; give one of {names}")
     context = command.make_context(words[0], list(words[1:]))
     return [
