@@ -15,7 +15,7 @@ from cxrscale.cli.group import app
 from cxrscale.types import UserError
 
 if TYPE_CHECKING:
-    from cxrscale.inference.serve import ServedModel
+    from cxrscale.inference import serve
 
 KEY_VARIABLE = "CXRSCALE_API_KEY"
 
@@ -64,12 +64,12 @@ def _serve(runs: list[str], gate: str | None, listen: _Listen, overrides: list[s
     except ImportError:
         raise UserError("serve needs FastAPI and uvicorn: pip install 'cxrscale[serve]'") from None
     from cxrscale import config
-    from cxrscale.inference.serve import Service, build_app
+    from cxrscale.inference import serve
     from cxrscale.reporting import serve_page
 
     settings = config.parse(config.Serve, config.override({}, overrides), where="--set")
     models = _models(runs, gate, listen.device)
-    application = build_app(Service(models, settings), serve_page.page_files(), listen.key)
+    application = serve.build_app(serve.Service(models, settings), serve_page.page_files(), listen.key)
     # Its own log would name what clients asked for.
     server = uvicorn.Server(
         uvicorn.Config(
@@ -90,12 +90,11 @@ def _serve(runs: list[str], gate: str | None, listen: _Listen, overrides: list[s
     server.run(sockets=sockets)
 
 
-def _models(runs: list[str], gate: str | None, device: str | None) -> dict[str, ServedModel]:
-    from cxrscale.inference import PredictorSpec
-    from cxrscale.inference.serve import load_served
+def _models(runs: list[str], gate: str | None, device: str | None) -> dict[str, serve.ServedModel]:
+    from cxrscale.inference import PredictorSpec, serve
     from cxrscale.run import open_run
 
-    models: dict[str, ServedModel] = {}
+    models: dict[str, serve.ServedModel] = {}
     for word in runs:
         name, found, path = word.partition("=")
         path = path if found else word
@@ -103,7 +102,7 @@ def _models(runs: list[str], gate: str | None, device: str | None) -> dict[str, 
         if name in models:
             raise UserError(f"two models are called {name}; name them: a={path} b=...")
         before = gate if gate is not None and open_run(path).recipe.data.task == "segment" else None
-        models[name] = load_served(name, PredictorSpec((path,), before, maps=True), device)
+        models[name] = serve.load_served(name, PredictorSpec((path,), before, maps=True), device)
         for note in models[name].info.notes:
             logging.getLogger("cxrscale").warning("%s: %s", name, note)
     if gate is not None and not any(model.info.gate for model in models.values()):

@@ -3,6 +3,7 @@ from . import map_tests as map_tests
 from . import objects as objects
 from . import parts as parts
 from . import predictions as predictions
+from . import serve as serve
 from . import stored_images as stored_images
 from .boxed_rows import BoxedRows as BoxedRows
 from .boxed_rows import boxed_rows as boxed_rows

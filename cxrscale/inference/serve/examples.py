@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 
 from cxrscale.io import encode_png
-from cxrscale.sources.synthetic import anatomy, lesions
+from cxrscale.sources import synthetic
 
 EXAMPLES = {
     "normal.png": frozenset[str](),
@@ -26,6 +26,6 @@ def example(name: str) -> bytes:
         KeyError: there is none of that name.
     """
     rng = np.random.default_rng(7)
-    drawn = lesions.draw(anatomy.sample_anatomy(rng), SIZE, EXAMPLES[name], "PA", rng)
+    drawn = synthetic.draw(synthetic.sample_anatomy(rng), SIZE, EXAMPLES[name], "PA", rng)
     content = encode_png(drawn.image)
     return content[: len(content) // 2] if name.startswith("unreadable") else content
