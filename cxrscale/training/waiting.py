@@ -30,7 +30,7 @@ SAY_SECONDS = 10.0
 AGAIN_SECONDS = 60.0
 SILENT_SECONDS = 5.0
 """Without a sign for so long, the workers are taken for gone; rank 0 gives one every half second."""
-GONE_SECONDS = 30.0
+GONE_SECONDS = 60.0
 """Without a sign for so long, a run that was asked to stop ends without them."""
 SLOWER = 3.0
 """A step is no wait until it has taken so many times as long as usual: the median of those before it."""

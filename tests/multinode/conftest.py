@@ -30,6 +30,8 @@ SKEW_S = 900
 BOOTS = 5
 PATIENCE_S = 300.0
 """What anything here may take on a machine that has much else to do."""
+LONG_S = 900.0
+"""The same for the end of a disturbed run."""
 
 STEPS = 40
 """Steps per epoch of `RECIPE`, which has two."""
@@ -179,7 +181,7 @@ class Cluster:
     def run(self, *words: str) -> str:
         """The output of a job that must succeed."""
         job = self.start(*words)
-        out, _ = job.communicate(timeout=PATIENCE_S)
+        out, _ = job.communicate(timeout=LONG_S)
         assert job.returncode == 0, out
         return out
 

@@ -10,14 +10,12 @@ import pytest
 
 from cxrscale.io import storage
 from cxrscale.training import run_info, tracking
-from tests.multinode.conftest import HEAD, STEPS, WORKERS, Cluster, Store, newest, saved, tell_waits, training
+from tests.multinode.conftest import HEAD, LONG_S, STEPS, WORKERS, Cluster, Store, newest, saved, tell_waits, training
 from tests.multinode.namespaces import BUCKET
 from tests.training.test_survival import assert_equal
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-LONG_S = 900.0
-"""What a disturbed run may take on a machine that has much else to do."""
 AWAY_S = 60.0
 BUSY = 5
 """The exit code of a command whose run another process still holds, as far as anybody knows."""

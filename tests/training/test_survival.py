@@ -100,12 +100,14 @@ def test_a_worker_that_hangs_costs_only_the_steps_since_the_last_checkpoint(
     run = launch.launch(recipe, "tiny", lambda *_: nullcontext())
     thread.join()
     assert stopped
-    assert time.monotonic() - began < 150
+    # Ray alone would take ten minutes to see it.
+    assert time.monotonic() - began < 280
     assert_equal(run, two_worker_run)
     # The hang and the restart are one wait, which is in the log soon after the run has gone on.
     wait = tracking.read_waits(run)[-1]
     assert wait["what"].startswith("all workers to do a step")
-    assert wait["limit"] == "scaling.start_seconds=1800"
+    # That of what was said last of the restart: the new workers to start, or to load, which may be too fast to be said.
+    assert wait["limit"] in ("scaling.start_seconds=1800", "scaling.hang_seconds=10")
     assert 36 <= wait["step"] <= 60
     assert wait["seconds"] >= 10
     assert run_info.read_run_info(run).finished
