@@ -78,9 +78,9 @@ def run_trials(study: Study, space: Space, max_trials: int | None, show_bar: Sho
 
 @contextmanager
 def ray_locks_in_own_folder() -> Iterator[None]:
-    """Inside, Ray's lock files are in a folder that goes with this process, or after a kill with the next command."""
-    before = os.environ.get("RAY_TMPDIR")
-    os.environ["RAY_TMPDIR"] = str(scratch.shared())
+    """Inside, Ray's lock files are in a folder of ours, which after a kill goes with the next command."""
+    before, folder = os.environ.get("RAY_TMPDIR"), scratch.make()
+    os.environ["RAY_TMPDIR"] = str(folder)
     try:
         yield
     finally:
@@ -88,6 +88,7 @@ def ray_locks_in_own_folder() -> Iterator[None]:
             del os.environ["RAY_TMPDIR"]
         else:
             os.environ["RAY_TMPDIR"] = before
+        scratch.remove(folder)
 
 
 @contextmanager

@@ -23,7 +23,12 @@ def test_a_name_that_is_not_given_is_an_error() -> None:
         html.render("audit.html.jinja")
 
 
-@pytest.mark.parametrize("name", sorted(set(PAGES) - {"macros.html.jinja"}))
+SHARED = ("colors.css.jinja",)
+SERVICE = ("serve_page.html.jinja", "serve_page.css.jinja", "serve_page.js.jinja")
+"""The page of the service: it is an application, not a report."""
+
+
+@pytest.mark.parametrize("name", sorted(set(PAGES) - {"macros.html.jinja", *SHARED, *SERVICE}))
 def test_every_page_extends_the_base(name: str) -> None:
     source = resources.files("cxrscale.reporting").joinpath("templates").joinpath(name).read_text("utf-8")
     assert source.startswith('{% extends "base.html.jinja" %}')

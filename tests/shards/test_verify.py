@@ -82,15 +82,18 @@ def test_a_damaged_page_of_an_older_dataset_is_one_line_too(copy: Path) -> None:
     (copy / contents.NAME).unlink()
     whole = (copy / manifest.NAME).read_bytes()
     footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
-    seen, positions = 0, range(4, footer, footer // 25)
+    seen, positions, table = 0, range(4, footer, footer // 25), manifest.load(str(copy)).table
     for position in positions:
         flip(copy / manifest.NAME, position)
         try:
-            seen += bool(verify(str(copy)))
+            if verify(str(copy)):
+                seen += 1
+            else:  # in the header of a page, which has no checksum
+                assert manifest.load(str(copy)).table.equals(table)
         except UserError:
             seen += 1
         (copy / manifest.NAME).write_bytes(whole)
-    assert seen == len(positions), "its pages have checksums, but for their headers"
+    assert seen > 0.8 * len(positions), "its pages have checksums"
 
 
 @pytest.mark.parametrize(
