@@ -261,6 +261,7 @@ def test_a_trial_of_several_workers_without_room_ends_at_its_limit(
     assert {group.id for group in groups.find_all()} <= before
 
 
+@pytest.mark.slow
 def test_a_search_without_room_says_what_it_waits_for_and_ends_at_its_limit(
     nih_shards: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, full_cluster: Callable[[], None]
 ) -> None:
