@@ -1,6 +1,6 @@
 """Every crash point of a command: killed at its n-th effect and run again, it leaves what it leaves undisturbed.
 
-    python -m tests.crash.campaign FOLDER [SCENARIO...] [--s3] [--every N] [--first N]
+    python -m tests.crash.campaign FOLDER [SCENARIO...] [--s3] [--every N] [--first N] [--points N...]
 
 FOLDER is empty and gets a small dataset and a run; with --s3 both are in a bucket. Prints one line per scenario; ends
 with 1 where a point failed. `tune` is tried only where it is named: each attempt starts trials on Ray.
@@ -14,7 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,14 +67,20 @@ def scenarios(source: str, work: str, root: str) -> list[Scenario]:
     ]
 
 
-def check(scenario: Scenario, world: World, log: Path, every: int, first: int) -> tuple[int, int, list[str]]:
-    """Try its crash points: (effects, points tried, failures)."""
+def check(
+    scenario: Scenario, world: World, log: Path, choose: Callable[[int], Sequence[int]]
+) -> tuple[int, int, list[str]]:
+    """Try its crash points: (effects, points tried, failures).
+
+    Args:
+        choose: the points to try of so many effects.
+    """
     before, roots = world.state(), [str(world.work), *(["s3://"] if world.bucket else [])]
     code, effects = harness.run(scenario.words, roots, None, log)
     if code:
         return 0, 0, [f"undisturbed: exit code {code}\n{log.read_text()}"]
     after, failures = world.state(), []
-    points = range(first, effects, every)
+    points = choose(effects)
     for at in points:
         world.restore(before)
         code, _ = harness.run(scenario.words, roots, at, log)
@@ -104,6 +110,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--every", type=int, default=1, help="try each N-th point only")
     parser.add_argument("--first", type=int, default=0, help="begin with this point")
+    parser.add_argument("--points", type=int, nargs="+", help="try these points only")
     parser.add_argument("--s3", action="store_true", help="shards and runs are in a bucket")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -150,8 +157,13 @@ def _campaign(chosen: Sequence[Scenario], world: World, given: argparse.Namespac
         if scenario.name == "tune" and "tune" not in given.names:
             continue
         wanted = not given.names or scenario.name in given.names
-        every = given.every if wanted else 10**9
-        effects, tried, failures = check(scenario, world, world.work.parent / "log.txt", every, given.first)
+
+        def choose(effects: int, wanted: bool = wanted) -> Sequence[int]:
+            if not wanted:
+                return []
+            return given.points or range(given.first, effects, given.every)
+
+        effects, tried, failures = check(scenario, world, world.work.parent / "log.txt", choose)
         failed += len(failures)
         for line in failures:
             print(line, flush=True)
