@@ -20,7 +20,7 @@ from cxrscale.cluster import ray_session
 from cxrscale.config import Recipe
 from cxrscale.io import lease, read_sealed_yaml, storage, write_sealed_yaml
 from cxrscale.shards import manifest
-from cxrscale.training import RunInputs, checkpoint, launch, preflight, resume, run_info, waiting
+from cxrscale.training import RunInputs, launch, preflight, resume, run_info, waiting
 from cxrscale.tuning import results, trial
 from cxrscale.tuning.results import TrialRow
 from cxrscale.tuning.room import PENDING, RUNNING, RoomWatch
@@ -90,7 +90,6 @@ def _search(study: Study, space: Space, show_bar: ShowBar, write_page: WritePage
             if finished and recipe.tune.retry_failed:
                 finished = retry_failed(study, space, total, max_trials, show_bar)
         if finished:
-            _remove_unfinished_files(study, total)
             rows = results.read_trials(study, space, _score_at_own_thresholds(study, total, show_bar))
             verdict = results.write_results(rows, recipe, space, run)
             if write_page is not None:
@@ -212,13 +211,6 @@ def _max_concurrent_trials(recipe: Recipe, use_gpu: bool) -> int | None:
 
 
 # After it
-
-
-def _remove_unfinished_files(study: Study, trials: int) -> None:
-    """Those of trials whose process Ray ended while it wrote, as it does where a trial is stopped early."""
-    for number in range(trials):
-        for folder in (study.folder(number), storage.join(study.folder(number), checkpoint.FOLDER)):
-            storage.remove_temporary_files(folder)
 
 
 def _score_at_own_thresholds(study: Study, trials: int, show_bar: ShowBar) -> dict[str, float]:
