@@ -36,7 +36,7 @@ def page(browser: Any, served: Served) -> Iterator[Any]:
     shown.on("pageerror", lambda error: errors.append(str(error)))
     shown.on("request", lambda request: elsewhere.append(request.url) if is_elsewhere(request.url, served) else None)
     shown.goto(served.address)
-    shown.wait_for_function("document.getElementById('model').options.length > 0")
+    sync_api.expect(shown.locator("#model option").first).to_be_attached()
     yield shown
     shown.close()
     # A file that cannot be read is answered with 422, which Chromium itself writes into the console.
@@ -62,7 +62,7 @@ def test_a_dicom_shows_its_mask_and_another_model_its_calls(page: Any, drawn: Sy
     page.select_option("#model", "segmenter")
     page.wait_for_selector("text=Mask:")
     page.select_option("#second", "classifier")
-    page.wait_for_function("document.querySelectorAll('#views canvas').length === 2")
+    sync_api.expect(page.locator("#views canvas")).to_have_count(2)
     with page.expect_download() as download:
         page.click("text=SR")
     assert download.value.suggested_filename.endswith(".sr.dcm")
@@ -73,7 +73,7 @@ def test_a_batch_with_a_damaged_file_names_it_and_goes_on(page: Any, drawn: Synt
     bad = tmp_path / "bad.png"
     bad.write_bytes(good[0].read_bytes()[:300])
     page.set_input_files("#input", [str(path) for path in (*good, bad)])
-    page.wait_for_function("document.getElementById('progress').textContent.startsWith('4 of 4')")
+    sync_api.expect(page.locator("#progress")).to_have_text("4 of 4", timeout=20_000)
     assert page.locator("#list .error").count() == 1
     page.click("#list li:has(.error)")
     assert "bad.png: PNG" in page.inner_text("#reason")
@@ -87,7 +87,7 @@ def test_a_batch_with_a_damaged_file_names_it_and_goes_on(page: Any, drawn: Synt
 def test_keys_and_drags_change_the_view(page: Any) -> None:
     page.click("text=normal")
     page.wait_for_selector(".finding")
-    page.wait_for_function("document.getElementById('window').textContent.includes('W 255')")
+    sync_api.expect(page.locator("#window")).to_contain_text("W 255")
     page.keyboard.press("i")
     assert page.get_attribute("#invert", "aria-pressed") == "true"
     page.keyboard.press("1")
@@ -100,9 +100,9 @@ def test_keys_and_drags_change_the_view(page: Any) -> None:
     page.mouse.move(box["x"] + 260, box["y"] + 180)
     page.mouse.up()
     page.keyboard.up("Shift")
-    page.wait_for_function("!document.getElementById('window').textContent.includes('W 255')")
+    sync_api.expect(page.locator("#window")).not_to_contain_text("W 255")
     page.keyboard.press("0")
-    page.wait_for_function("document.getElementById('window').textContent.includes('W 255')")
+    sync_api.expect(page.locator("#window")).to_contain_text("W 255")
 
 
 def test_it_can_be_used_on_a_phone(browser: Any, served: Served) -> None:
