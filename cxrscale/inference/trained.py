@@ -95,7 +95,7 @@ def load_model(run: str | Path, device: torch.device) -> TrainedModel:
     if "members" not in state:
         model = _with_weights(recipe, state["model"], path).to(device).eval()
         return TrainedModel(model, recipe, state["manifest"], digest, stored)
-    models, augments, members, averaging = _members(state, path)
+    models, augments, members, averaging = _members(state, recipe, path)
     averaged, also = _averaged(models, augments, averaging)
     return TrainedModel(averaged.to(device), recipe, state["manifest"], digest, stored, members, averaging, also)
 
@@ -196,9 +196,13 @@ def _averaged(
 
 
 def _members(
-    state: Mapping[str, Any], path: str
+    state: Mapping[str, Any], whole: Recipe, path: str
 ) -> tuple[list[nn.Module], list[Augment], tuple[Member, ...], Averaging]:
-    """The models of an ensemble's best.pt, what they see, and what they are."""
+    """The models of an ensemble's best.pt, what they see, and what they are.
+
+    Args:
+        whole: the ensemble's own recipe.
+    """
     try:
         given = TypeAdapter(list[dict[str, Any]]).validate_python(state["members"], strict=True)
         averaging = Averaging.model_validate(state.get("averaging"))
@@ -209,6 +213,9 @@ def _members(
     if not parts:
         raise UserError(f"{path} is an ensemble without members; make it again")
     recipes = [config.parse(Recipe, recipe, where=path) for recipe, _ in parts]
+    outputs = {(recipe.data.task, recipe.data.findings) for recipe in (*recipes, whole)}
+    if len(outputs) > 1:
+        raise UserError(f"{path}: its members have other findings than it has itself; make it again")
     models = [_with_weights(recipe, weights, path) for recipe, (_, weights) in zip(recipes, parts, strict=True)]
     return models, [recipe.augment for recipe in recipes], members, averaging
 
