@@ -100,6 +100,7 @@ def large(nih_shards: str, paths: list[str], tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_same_command_goes_on_after_its_process_is_killed(
     classifier_run: str, large: list[str], tmp_path: Path, ray_cluster: Any
 ) -> None:
@@ -113,7 +114,7 @@ def test_the_same_command_goes_on_after_its_process_is_killed(
     assert process.returncode == -signal.SIGKILL
     kept = len(list((out / "parts").glob("*.parquet")))
     here = command(classifier_run, tmp_path / "here", *words)
-    ended = [subprocess.run(one, env=environment, capture_output=True, text=True, timeout=300) for one in (here, there)]
+    ended = [subprocess.run(one, env=environment, capture_output=True, text=True, timeout=500) for one in (here, there)]
     assert [one.returncode for one in ended] == [3, 3], ended
     (told,) = re.findall(r"(\d+) of \d+ were predicted before", ended[1].stdout)
     assert int(told) >= 8 * (kept - 1)
@@ -122,6 +123,7 @@ def test_the_same_command_goes_on_after_its_process_is_killed(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_machine_that_is_lost_costs_no_row(
     classifier_run: str, large: list[str], tmp_path: Path, ray_cluster: Any
 ) -> None:
