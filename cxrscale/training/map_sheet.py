@@ -19,6 +19,8 @@ from cxrscale.shards import Manifest
 from cxrscale.types import Batch, DistContext
 
 LOG = logging.getLogger("cxrscale")
+SIDE = 224
+"""Pixels of a tile's side, at least: a smaller input is enlarged, so that its text can be read."""
 NAME = "the images of the map sheet"
 
 
@@ -80,6 +82,8 @@ def _tile(
 ) -> npt.NDArray[np.uint8]:
     low, high = float(image_HW.min()), float(image_HW.max())
     gray_HW = (255 * (image_HW - low) / max(high - low, 1e-6)).round().astype(np.uint8)
+    side = max(SIDE, len(gray_HW))
+    gray_HW = np.asarray(cv2.resize(gray_HW, (side, side), interpolation=cv2.INTER_LINEAR), dtype=np.uint8)
     color_HW3 = draw_heat(gray_HW, np.zeros((1, 1)) if map_hw is None else map_hw)
     plain, scale = "".join(char if " " <= char <= "~" else "?" for char in text), len(gray_HW) / 400
     origin = (round(8 * scale), len(gray_HW) - round(10 * scale))

@@ -32,7 +32,7 @@ def test_each_image_is_drawn_under_its_map(task: str, nih_shards: str, siim_shar
     torch.manual_seed(0)
     model = build_model(recipe.model, recipe.data).train()
     sheet = map_sheet.draw(model, manifest.load(shards), recipe, torch.device("cpu"))
-    side = recipe.augment.size
+    side = map_sheet.SIDE
     assert sheet.shape == (2 * side, 2 * side, 3)
     assert not sheet[side:, side:].any()  # three of four places
     assert sheet.std(axis=2).max() > 0  # colors
@@ -50,6 +50,6 @@ def test_a_run_keeps_a_sheet_per_epoch_on_request_and_none_else(
     assert sorted(path.name for path in (run / "maps").iterdir()) == ["epoch-0001.png", "epoch-0002.png"]
     sheet = cv2.imread(str(run / "maps" / "epoch-0002.png"))
     assert sheet is not None
-    assert sheet.shape == (48, 96, 3)
+    assert sheet.shape == (map_sheet.SIDE, 2 * map_sheet.SIDE, 3)
     assert np.asarray(sheet).std() > 0
     assert not (Path(classifier_run) / "maps").exists()
