@@ -6,6 +6,7 @@ import ipaddress
 import logging
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -51,11 +52,14 @@ def serve_command(
     _serve(runs, gate, _Listen(host, port, key, device), overrides or [])
 
 
+@dataclass(frozen=True, slots=True)
 class _Listen:
-    """Where to listen, and for whom."""
+    """Where to listen, for whom, and what computes."""
 
-    def __init__(self, host: str, port: int, key: str | None, device: str | None) -> None:
-        self.host, self.port, self.key, self.device = host, port, key, device
+    host: str
+    port: int
+    key: str | None
+    device: str | None
 
 
 def _serve(runs: list[str], gate: str | None, listen: _Listen, overrides: list[str]) -> None:

@@ -69,7 +69,7 @@ class GatedPredictor(ImagePredictor):
         """Those of the gate and of the segmenter."""
         return *self._gate.stores, *self._segmenter.stores
 
-    def _predict_batch(self, batch: Sequence[Prepared]) -> list[Prediction]:
+    def predict_prepared(self, batch: Sequence[Prepared]) -> list[Prediction]:
         judged = self._gate.predict_stored([one.prediction for one in batch], [one.stored[0] for one in batch])
         named = [
             one if one.error else self._decided(before.prediction, one)

@@ -49,6 +49,16 @@ def stored_thresholds(run: str, digest: str | None = None) -> Thresholds:
     return stored
 
 
+def read_test_metrics(run: str) -> TestMetrics | None:
+    """The run's test_metrics.json; None before it was evaluated.
+
+    Raises:
+        UserError: it is damaged or of another version.
+    """
+    address, remedy = storage.join(run, artifacts.TEST_METRICS), f"run `cxrscale evaluate {run}`"
+    return read_artifact(TestMetrics, address, remedy) if storage.exists(address) else None
+
+
 def read_decision(run: str, checkpoint_digest: str) -> Decision:
     """The stored thresholds of a run, and what its evaluation estimated.
 
@@ -62,8 +72,7 @@ def read_decision(run: str, checkpoint_digest: str) -> Decision:
     chosen, digest = stored_thresholds(run, checkpoint_digest), storage.digest(storage.read(path))
     if chosen.rule.prior_shift != "em":
         return Decision(chosen, digest)
-    address = storage.join(run, artifacts.TEST_METRICS)
-    test = read_artifact(TestMetrics, address, again) if storage.exists(address) else None
+    test = read_test_metrics(run)
     if test is None or test.thresholds != digest:
         note = f"not corrected for the prevalence that threshold.prior_shift=em estimates on the test split; {again}"
         return Decision(chosen, digest, notes=(note,))

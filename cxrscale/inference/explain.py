@@ -123,11 +123,11 @@ class Explainer(Predictor):
         map_BFhw[:, self._chosen] = map_BChw
         return logit_BF, map_BFhw
 
-    def _predict_batch(self, batch: Sequence[Prepared]) -> list[Prediction]:
+    def predict_prepared(self, batch: Sequence[Prepared]) -> list[Prediction]:
         """Predictions with the maps of the chosen findings alone."""
         return [
             replace(one, maps={name: one.maps[name] for name in self.explained if name in one.maps})
-            for one in super()._predict_batch(batch)
+            for one in super().predict_prepared(batch)
         ]
 
 

@@ -93,16 +93,7 @@ def predict_files(
         # Else the parts are kept, so that the same call tries only what could not be reached.
         if not counted.unreachable:
             journal.remove()
-    return FilePredictions(
-        address,
-        counted.read,
-        counted.not_read,
-        counted.unreachable,
-        len(paths) - len(todo),
-        counted.objects,
-        counted.empty_masks,
-        counted.without_object,
-    )
+    return counted.result(address, resumed=len(paths) - len(todo))
 
 
 def _with_objects(out: str, prediction: Prediction, drafters: Mapping[str, Drafter]) -> Prediction:
@@ -119,6 +110,19 @@ class _Counted:
         self._rows, self._kinds = rows, kinds
         self.read, self.not_read, self.unreachable = 0, 0, 0
         self.objects, self.empty_masks, self.without_object = 0, 0, 0
+
+    def result(self, address: str, resumed: int) -> FilePredictions:
+        """The counts, once all have passed."""
+        return FilePredictions(
+            address,
+            self.read,
+            self.not_read,
+            self.unreachable,
+            resumed,
+            self.objects,
+            self.empty_masks,
+            self.without_object,
+        )
 
     def __iter__(self) -> Iterator[Prediction]:
         for one in self._rows:

@@ -137,7 +137,7 @@ class Predictor(ImagePredictor):
             for one, output in zip(known, self._outputs(stored), strict=True)
         ]
 
-    def _predict_batch(self, batch: Sequence[Prepared]) -> list[Prediction]:
+    def predict_prepared(self, batch: Sequence[Prepared]) -> list[Prediction]:
         return self.predict_stored([one.prediction for one in batch], [one.stored[0] for one in batch])
 
     def _prediction(self, known: Prediction, output: _Output) -> Prediction:

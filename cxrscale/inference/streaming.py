@@ -65,7 +65,7 @@ class ImagePredictor(GroupPredictor):
         """How the training images of each model are stored: an image goes the same way to the model."""
 
     @abstractmethod
-    def _predict_batch(self, batch: Sequence[Prepared]) -> list[Prediction]:
+    def predict_prepared(self, batch: Sequence[Prepared]) -> list[Prediction]:
         """The predictions of images that could be read."""
 
     def __call__(self, source: Source) -> Prediction:
@@ -89,10 +89,6 @@ class ImagePredictor(GroupPredictor):
         height, width = image.image_HW.shape
         known = Prediction(path, height=height, width=width, spacing_mm=image.spacing_mm, warnings=image.warnings)
         return Prepared(known, tuple(encode_as_stored(image.image_HW, pixels) for pixels in self.stores))
-
-    def predict_prepared(self, batch: Sequence[Prepared]) -> list[Prediction]:
-        """The predictions of images that could be read, in one forward pass."""
-        return self._predict_batch(batch)
 
     def groups(self, paths: Sequence[str]) -> Iterator[Sequence[Prediction]]:
         """The predictions batch by batch, in order."""
@@ -122,7 +118,7 @@ class ImagePredictor(GroupPredictor):
                 if not ahead:
                     return
                 batch = [ahead.popleft().result() for _ in range(min(size, len(ahead)))]
-                done = iter(self._predict_batch([one for one in batch if one.stored]))
+                done = iter(self.predict_prepared([one for one in batch if one.stored]))
                 yield from [next(done) if one.stored else one.prediction for one in batch]
         finally:
             pool.shutdown(cancel_futures=True)

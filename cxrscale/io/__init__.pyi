@@ -17,6 +17,7 @@ from .artifact import read_artifact as read_artifact
 from .artifact import write_artifact as write_artifact
 from .heat import draw_heat as draw_heat
 from .heat import encode_color_png as encode_color_png
+from .heat import positive_share as positive_share
 from .images import LoadedImage as LoadedImage
 from .images import decode_mask as decode_mask
 from .images import encode_jpeg as encode_jpeg

@@ -79,13 +79,8 @@ def explain_split(
     by_finding, mean = localization.score(detections, found.boxed, weights_RN)
     assert mean is not None
     report = ExplainReport(
-        run=storage.absolute(trained.path),
-        split=split,
-        checkpoint=explainer.provenance.checkpoint,
-        manifest=explainer.provenance.manifest,
+        **_about(trained.path, split, explainer),
         unreadable=len(boxed.rows) - len(found.rows),
-        recipe=explainer.recipe,
-        method=explainer.method,
         map_size=(maps[0].shape[0], maps[0].shape[1]),
         images=len(found.rows),
         patients=mean.patients,
@@ -103,14 +98,23 @@ def explain_split(
         falls: Mapping[str, Occlusion] = map_tests.occlusion(explainer, data, found, weights_RN, tell)
         report = report.model_copy(update={"occlusion": falls})
     write_artifact(report_path(trained.path, split), report)
-    examples = [
-        explain_page.Example(int(row), boxed_finding, map_hw, detection, float(probability))
-        for row, boxed_finding, map_hw, detection, probability in zip(
-            found.row_N, found.boxed, maps, detections, probability_N, strict=True
-        )
-    ]
+    shown = zip(found.row_N.tolist(), found.boxed, maps, detections, probability_N.tolist(), strict=True)
+    examples = [explain_page.Example(*one) for one in shown]
     explain_page.write(page_path(trained.path, split), report, examples, data)
     return report
+
+
+def _about(run: str, split: str, explainer: Explainer) -> dict[str, object]:
+    """Whose maps these are, and of what, as fields of the report."""
+    about = explainer.provenance
+    return {
+        "run": storage.absolute(run),
+        "split": split,
+        "checkpoint": about.checkpoint,
+        "manifest": about.manifest,
+        "recipe": explainer.recipe,
+        "method": explainer.method,
+    }
 
 
 def _open(run: str, explainer: Explainer) -> tuple[Manifest, npt.NDArray[np.object_]]:

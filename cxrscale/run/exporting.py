@@ -22,7 +22,7 @@ def export(
     out: str,
     form: Form | None = None,
     gate: Gate | None = None,
-    told: Callable[[str], None] | None = None,
+    on_step: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> ExportInfo:
     """Export a run's best checkpoint into a folder, which is a run itself: `open_run(out)`.
@@ -38,7 +38,7 @@ def export(
         out: a new folder or address.
         form: None: ONNX in float32.
         gate: what the form may change; None: the default.
-        told: called with what is done next.
+        on_step: called with what is done next.
         progress: called with the number of validation images that were scored since the last call.
 
     Raises:
@@ -54,7 +54,7 @@ def export(
     data = _datasets(source, trained)
     stored = storage.exists(source.artifact(artifacts.THRESHOLDS))
     chosen = source.thresholds() if stored else None
-    say = told or (lambda _: None)
+    say = on_step or (lambda _: None)
     made = inference.make_form(trained, data, form, chosen, gate, say)
     say("timing")
     table = inference.time_forms(trained, form, made)

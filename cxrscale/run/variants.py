@@ -81,7 +81,7 @@ def compare_variants(
     out: str,
     split: str | None = None,
     progress: Progress | None = None,
-    told: Callable[[str], None] | None = None,
+    on_step: Callable[[str], None] | None = None,
 ) -> Variants:
     """Predict images by every variant; writes a page and, beside it, the same as JSON.
 
@@ -91,7 +91,7 @@ def compare_variants(
         out: path or address of the page, with or without .html.
         split: val or test: also a table over that split of the runs' datasets.
         progress: called with the number of images that were done since the last call.
-        told: called with what is done next.
+        on_step: called with what is done next.
 
     Raises:
         UserError: there are fewer than two variants, a run cannot be loaded, a gate has no threshold, or the runs do
@@ -101,7 +101,7 @@ def compare_variants(
 
     if len(chosen) < 2:
         raise UserError("one variant has nothing beside it; give --run or --gate again, or --quantized EXPORT")
-    say, count = told or (lambda _: None), progress or (lambda _: None)
+    say, count = on_step or (lambda _: None), progress or (lambda _: None)
     say("loading")
     predictors = _load(chosen)
     images, shown, seconds = _files(predictors, paths, count)

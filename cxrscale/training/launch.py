@@ -187,32 +187,7 @@ def fit(
     """
     import ray.train
 
-    from cxrscale.training.process_group import GroupConfig, HeldTrainer
-
-    fewest, most = recipe.scaling.workers
-    # How long Ray waits for a worker's answer before it restarts all of them; it reads it where this process runs.
-    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(recipe.scaling.hang_seconds)
-    logging.getLogger("ray.train").setLevel(logging.ERROR)
-    trainer = HeldTrainer(
-        _ray_loop,
-        train_loop_config={"recipe": recipe.model_dump(mode="json"), "run": run, "owner": owner},
-        torch_config=GroupConfig(timeout_s=math.ceil(recipe.scaling.hang_seconds)),
-        scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]
-            num_workers=fewest if fewest == most else (fewest, most),  # type: ignore[arg-type]
-            elastic_resize_monitor_interval_s=recipe.scaling.elastic_check_seconds,
-            use_gpu=use_gpu,
-            resources_per_worker={"CPU": recipe.scaling.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
-        ),
-        run_config=ray.train.RunConfig(  # type: ignore[call-arg]
-            # A run resumes from our own checkpoints, so each launch is a new run to Ray: under a name that Ray has
-            # finished it would train nothing and return the old metrics.
-            name=f"{run.rsplit('/', 1)[-1]}-{time.time_ns()}",
-            storage_path=_ray_folder(run),
-            failure_config=ray.train.FailureConfig(max_failures=recipe.scaling.max_failures),
-            callbacks=list(callbacks),
-            worker_runtime_env={} if use_gpu else {"env_vars": MALLOC_ENV},
-        ),
-    )
+    trainer = _trainer(recipe, run, use_gpu, callbacks, owner)
     watch = waiting.Watch(run, recipe.scaling, say)
     trainer.hold = watch.hold
 
@@ -232,6 +207,38 @@ def fit(
     if (written := _worker_error(run)) is not None:
         raise written
     return received
+
+
+def _trainer(recipe: Recipe, run: str, use_gpu: bool, callbacks: Sequence[Any], owner: str | None) -> Any:
+    """The trainer of `fit`, whose wait for workers can be watched."""
+    import ray.train
+
+    from cxrscale.training.process_group import GroupConfig, HeldTrainer
+
+    fewest, most = recipe.scaling.workers
+    # How long Ray waits for a worker's answer before it restarts all of them; it reads it where this process runs.
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(recipe.scaling.hang_seconds)
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    return HeldTrainer(
+        _ray_loop,
+        train_loop_config={"recipe": recipe.model_dump(mode="json"), "run": run, "owner": owner},
+        torch_config=GroupConfig(timeout_s=math.ceil(recipe.scaling.hang_seconds)),
+        scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]
+            num_workers=fewest if fewest == most else (fewest, most),  # type: ignore[arg-type]
+            elastic_resize_monitor_interval_s=recipe.scaling.elastic_check_seconds,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": recipe.scaling.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
+        ),
+        run_config=ray.train.RunConfig(  # type: ignore[call-arg]
+            # A run resumes from our own checkpoints, so each launch is a new run to Ray: under a name that Ray has
+            # finished it would train nothing and return the old metrics.
+            name=f"{run.rsplit('/', 1)[-1]}-{time.time_ns()}",
+            storage_path=_ray_folder(run),
+            failure_config=ray.train.FailureConfig(max_failures=recipe.scaling.max_failures),
+            callbacks=list(callbacks),
+            worker_runtime_env={} if use_gpu else {"env_vars": MALLOC_ENV},
+        ),
+    )
 
 
 def _worker_error(run: str) -> UserError | None:

@@ -325,18 +325,18 @@ def test_nodes_stay_in_float_until_the_gate_is_passed(lossy: Any) -> None:
     trained = TrainedModel(model, recipe, "", "", {})
     batches = [torch.from_numpy(np.concatenate(images))]
     judge, content = judging.Judge(trained, batches, None), to_onnx.to_onnx(model, 24)
-    told: list[str] = []
-    loose = making._static(judge, content, batches, Gate(maximum=1, mean=1, flipped=1), told.append)
+    messages: list[str] = []
+    loose = making._static(judge, content, batches, Gate(maximum=1, mean=1, flipped=1), messages.append)
     assert [(one.method, one.float_nodes) for one in loose.tried] == [("minmax", 0), ("percentile", 0)]
     assert loose.float_nodes == ()
     best = min(one.difference.mean for one in loose.tried)
     tighter = Gate(maximum=1, mean=0.8 * best, flipped=1)
-    kept = making._static(judge, content, batches, tighter, told.append)
+    kept = making._static(judge, content, batches, tighter, messages.append)
     assert len(kept.float_nodes) >= 1
     assert kept.tried[-1].difference.mean <= 0.8 * best
-    assert "nodes in float" in told[-1]
+    assert "nodes in float" in messages[-1]
     with pytest.raises(UserError, match=r"of 3 nodes in float: mean difference.*nothing was written"):
-        making._static(judge, content, batches, Gate(mean=0, flipped=1), told.append)
+        making._static(judge, content, batches, Gate(mean=0, flipped=1), messages.append)
 
 
 @pytest.mark.usefixtures("once")

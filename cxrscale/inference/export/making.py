@@ -26,7 +26,7 @@ SEARCH_SAMPLE = 128
 """Validation images that ways to quantize are compared on; the chosen one is judged on all of the sample."""
 KEPT = (0, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 """Shares of the nodes with weights, those that lose most first, that are kept in float until the gate is passed."""
-Told = Callable[[str], None]
+OnStep = Callable[[str], None]
 """Called with what is done next."""
 
 
@@ -57,7 +57,7 @@ class Made:
 
 
 def make_form(
-    trained: TrainedModel, data: Manifest, form: Form, chosen: Thresholds | None, gate: Gate, told: Told
+    trained: TrainedModel, data: Manifest, form: Form, chosen: Thresholds | None, gate: Gate, on_step: OnStep
 ) -> Made:
     """The model in that form.
 
@@ -74,9 +74,9 @@ def make_form(
     if getattr(trained, "also", ()):
         raise UserError("the ensemble's members see an image differently; export each of them")
     splits, size = trained.recipe.data, trained.recipe.augment.size
-    told(f"scoring up to {SAMPLE} validation images")
+    on_step(f"scoring up to {SAMPLE} validation images")
     judge = Judge(trained, sample(trained, data, splits.val_split, SAMPLE), chosen)
-    told(f"exporting to {form.format}")
+    on_step(f"exporting to {form.format}")
     export = to_onnx.to_onnx if form.format == "onnx" else to_onnx.to_program
     content = export(trained.model, size)
     exact = _hold_equal(judge, content, form.format, gate.exact)
@@ -84,8 +84,8 @@ def make_form(
         return Made(content, content, exact)
     if form.quantization == "int8-static":
         images = sample(trained, data, splits.train_split, CALIBRATION)
-        return _static(judge, content, images, gate, told)
-    told(f"quantizing ({form.quantization})")
+        return _static(judge, content, images, gate, on_step)
+    on_step(f"quantizing ({form.quantization})")
     quantized = quantize.dynamic(content) if form.quantization == "int8-dynamic" else quantize.half(content)
     return Made(quantized, content, _pass(judge, quantized, gate, form.quantization))
 
@@ -172,7 +172,7 @@ def _pass(judge: Judge, content: bytes, gate: Gate, name: str) -> Difference:
     return found
 
 
-def _static(judge: Judge, content: bytes, images: list[torch.Tensor], gate: Gate, told: Told) -> Made:
+def _static(judge: Judge, content: bytes, images: list[torch.Tensor], gate: Gate, on_step: OnStep) -> Made:
     """Static quantization: the way to calibrate, and the nodes that stay in float, by what they do on validation."""
     singles = [image[None].numpy() for batch in images for image in batch]
     tried: list[Candidate] = []
@@ -180,7 +180,7 @@ def _static(judge: Judge, content: bytes, images: list[torch.Tensor], gate: Gate
         quantizer = quantize.StaticQuantizer(content, singles, folder)
         found: dict[quantize.Method, bytes] = {}
         for method in quantize.METHODS:
-            told(f"quantizing, {method} of {len(singles)} training images")
+            on_step(f"quantizing, {method} of {len(singles)} training images")
             found[method] = quantizer.quantized(method)
             tried.append(_candidate(judge, found[method], method, 0, 0))
         best = min(tried, key=lambda one: one.difference.mean).method
@@ -193,7 +193,7 @@ def _static(judge: Judge, content: bytes, images: list[torch.Tensor], gate: Gate
             if passed:
                 break
             kept = max(1, round(share * len(order)))
-            told(f"quantizing, {kept} of {len(order)} nodes in float")
+            on_step(f"quantizing, {kept} of {len(order)} nodes in float")
             result = quantizer.quantized(method, order[:kept])
             tried.append(_candidate(judge, result, method, kept, len(order)))
             passed = not gate.refusal(tried[-1].difference)

@@ -13,25 +13,25 @@ from cxrscale.inference.journal import row
 from cxrscale.inference.prediction import Prediction
 from cxrscale.inference.serve.served_model import ServedModel
 from cxrscale.inference.serve.service import Answer
-from cxrscale.io import encode_png, rle_masks
+from cxrscale.io import encode_png, positive_share, rle_masks
 
 
-def predictions_json(model: ServedModel, answers: Sequence[Answer], *, pictures: bool) -> dict[str, Any]:
+def predictions_json(model: ServedModel, answers: Sequence[Answer], *, drawn: bool) -> dict[str, Any]:
     """The answer to a request.
 
     Args:
-        pictures: also each image's maps and mask, as a page draws them.
+        drawn: also each image's maps and mask, as a page draws them.
     """
     info = model.info
     about = {"name": info.name, "checkpoint": info.checkpoint, "thresholds": info.thresholds, "gate": info.gate}
-    return {"model": about, "predictions": [_one(answer.prediction, pictures) for answer in answers]}
+    return {"model": about, "predictions": [_one(answer.prediction, drawn) for answer in answers]}
 
 
-def _one(prediction: Prediction, pictures: bool) -> dict[str, Any]:
+def _one(prediction: Prediction, drawn: bool) -> dict[str, Any]:
     known = row(prediction)
     known.pop("path", None)
     known["name"] = prediction.path
-    if pictures and not prediction.error:
+    if drawn and not prediction.error:
         known["maps"] = {name: _map(map_hw) for name, map_hw in prediction.maps.items()}
         if prediction.mask_rle is not None and prediction.height is not None and prediction.width is not None:
             mask_HW = rle_masks.decode(prediction.mask_rle, (prediction.height, prediction.width))
@@ -41,5 +41,5 @@ def _one(prediction: Prediction, pictures: bool) -> dict[str, Any]:
 
 def _map(map_hw: npt.NDArray[np.float32]) -> str:
     """The positive part of a map, 255 at its highest value, as a small PNG in base64."""
-    positive_hw = np.maximum(map_hw, 0) / max(float(map_hw.max()), 1e-6)
-    return base64.b64encode(encode_png((positive_hw * 255).astype(np.uint8))).decode()
+    share_hw = positive_share(map_hw, float(np.nanmax(map_hw)))
+    return base64.b64encode(encode_png((share_hw * 255).astype(np.uint8))).decode()

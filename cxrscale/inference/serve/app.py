@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 
 from cxrscale import __version__
@@ -19,11 +20,10 @@ from cxrscale.inference.serve.guard import Guard
 from cxrscale.inference.serve.problems import ProblemError, problem
 from cxrscale.inference.serve.results import OVERLAY, result_file
 from cxrscale.inference.serve.service import BusyError, Service
-from cxrscale.inference.serve.uploads import read_uploads
+from cxrscale.inference.serve.uploads import ModelName, chosen_model, read_uploads
 from cxrscale.io import encode_png
 from cxrscale.types import UnreadableImageError
 
-ModelName = Annotated[str | None, Query(description="One of /v1/models; without it the first.")]
 BUSY = "too many images wait already; come again in a moment"
 
 
@@ -65,11 +65,11 @@ def _add_predictions(app: FastAPI, service: Service) -> None:
         A file that cannot be read has its `error`; where that is the only file, the answer is 422. `pictures=true`
         adds heat maps, and the mask as a PNG.
         """
-        served = service.models[chosen(service, model)]
+        served = chosen_model(service, model)
         answers = await service.predict(served.info.name, await read_uploads(request, service.settings))
         if len(answers) == 1 and answers[0].prediction.error:
             raise ProblemError(422, answers[0].prediction.error)
-        return JSONResponse(predictions_json(served, answers, pictures=pictures))
+        return JSONResponse(predictions_json(served, answers, drawn=pictures))
 
     @app.post("/v1/predict/{kind}", tags=["predictions"])
     async def predict_file(request: Request, kind: str, model: ModelName = None) -> Response:
@@ -82,7 +82,7 @@ def _add_predictions(app: FastAPI, service: Service) -> None:
             raise ProblemError(
                 404, f"there is no result {kind!r:.40}; there are {OVERLAY}, {', '.join(dicom_objects.KINDS)}"
             )
-        served = service.models[chosen(service, model)]
+        served = chosen_model(service, model)
         uploads = await read_uploads(request, service.settings)
         if len(uploads) > 1:
             raise ProblemError(422, "one file at a time gives one result")
@@ -119,7 +119,7 @@ def _add_status(app: FastAPI, service: Service) -> None:
         found = {
             model: {
                 name: {
-                    "index": None if one.index != one.index else round(one.index, 4),
+                    "index": None if math.isnan(one.index) else round(one.index, 4),
                     "limit": round(one.limit, 4),
                     "images": one.count,
                     "alarm": one.alarm,
@@ -155,17 +155,6 @@ def _add_status(app: FastAPI, service: Service) -> None:
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
         return HTMLResponse(_documentation(app.openapi()))
-
-
-def chosen(service: Service, model: str | None) -> str:
-    """The model that a request names, or the default.
-
-    Raises:
-        ProblemError: there is none of that name.
-    """
-    if model is not None and model not in service.models:
-        raise ProblemError(404, f"there is no model {model!r:.80}; there are {', '.join(service.models)}")
-    return model or service.default
 
 
 def _add_static(app: FastAPI, path: str, kind: str, content: bytes) -> None:

@@ -20,6 +20,7 @@ from cxrscale.inference import dicom_objects
 from cxrscale.inference.serve.problems import ProblemError
 from cxrscale.inference.serve.results import DICOM, result_file
 from cxrscale.inference.serve.service import Answer, Service, Upload
+from cxrscale.inference.serve.uploads import ModelName, chosen_model
 from cxrscale.io import dicom
 from cxrscale.types import UnreadableImageError
 
@@ -33,19 +34,16 @@ def router(service: Service) -> APIRouter:
 
     async def store(
         request: Request,
-        model: Annotated[str | None, Query(description="One of /v1/models; without it the first.")] = None,
+        model: ModelName = None,
         kind: Annotated[str | None, Query(description="dicom-seg, dicom-sr or dicom-sc.")] = None,
     ) -> Response:
         """Instances in, SEG or SR objects in their studies out."""
-        name = model or service.default
-        if name not in service.models:
-            raise ProblemError(404, "there is no such model; see /v1/models")
-        served = service.models[name]
+        served = chosen_model(service, model)
         wanted = kind or (dicom_objects.SEG if served.info.task == "segment" else dicom_objects.SR)
         if wanted not in dicom_objects.KINDS:
             raise ProblemError(404, f"there is no such result; there are {', '.join(dicom_objects.KINDS)}")
         uploads = await read_instances(request, service.settings)
-        answers = await service.predict(name, uploads)
+        answers = await service.predict(served.info.name, uploads)
         results: list[bytes] = []
         failed: list[Answer] = []
         for answer in answers:

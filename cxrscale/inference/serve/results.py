@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
-import cv2
-
 from cxrscale.inference import dicom_objects
 from cxrscale.inference.overlay import draw_overlay
 from cxrscale.inference.serve.problems import ProblemError
 from cxrscale.inference.serve.served_model import ServedModel
 from cxrscale.inference.serve.service import Answer
+from cxrscale.io import encode_color_png
 from cxrscale.types import UserError
 
 OVERLAY = "overlay"
@@ -34,9 +33,7 @@ def _result(model: ServedModel, answer: Answer, kind: str) -> tuple[str, bytes]:
     about = model.predictor.provenance
     if kind == OVERLAY:
         assert answer.image is not None
-        done, encoded = cv2.imencode(".png", draw_overlay(answer.image.image_HW, answer.prediction, about.threshold))
-        assert done
-        return PNG, encoded.tobytes()
+        return PNG, encode_color_png(draw_overlay(answer.image.image_HW, answer.prediction, about.threshold))
     try:
         dicom_objects.check_kind(kind, about)
     except UserError:

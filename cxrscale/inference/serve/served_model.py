@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from cxrscale.evaluation import TestMetrics, artifacts, drift
 from cxrscale.evaluation.metrics import Estimate
-from cxrscale.inference.decision import stored_thresholds
+from cxrscale.inference.decision import read_test_metrics, stored_thresholds
 from cxrscale.inference.on_cluster import PredictorSpec
 from cxrscale.inference.ood import read_reference
 from cxrscale.inference.predictions import predictions_path, read_predictions
 from cxrscale.inference.streaming import ImagePredictor
-from cxrscale.io import ArtifactPart, Number, read_artifact, storage
+from cxrscale.io import ArtifactPart, Number, storage
 from cxrscale.types import UserError
 
 BRIGHTNESS, CONTRAST, DISTANCE = "brightness", "contrast", "unlike training"
@@ -79,7 +79,7 @@ def load_served(name: str, spec: PredictorSpec, device: str | None = None) -> Se
     predictor = spec.load(device)
     run, about = spec.runs[0], predictor.provenance
     single = len(spec.runs) == 1 and spec.averaging is None
-    test = _test_metrics(run) if single else None
+    test = read_test_metrics(run) if single else None
     data = about.recipe.data
     info = ModelInfo(
         name=name,
@@ -96,11 +96,6 @@ def load_served(name: str, spec: PredictorSpec, device: str | None = None) -> Se
         notes=about.notes,
     )
     return ServedModel(info, predictor, _references(run, data.findings) if single else {})
-
-
-def _test_metrics(run: str) -> TestMetrics | None:
-    address = storage.join(run, artifacts.TEST_METRICS)
-    return read_artifact(TestMetrics, address, f"run `cxrscale evaluate {run}`") if storage.exists(address) else None
 
 
 def _finding(name: str, run: str | None, checkpoint: str, test: TestMetrics | None) -> FindingInfo:

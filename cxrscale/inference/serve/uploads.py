@@ -1,16 +1,18 @@
-"""The files of a request: one as its body, or several as a form; in memory alone."""
+"""What a request holds: the model that it names, and its files, one as body or several as a form; in memory alone."""
 
 from __future__ import annotations
 
 from email.message import Message
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+from fastapi import Query
 from python_multipart.exceptions import MultipartParseError
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from cxrscale.config import Serve
 from cxrscale.inference.serve.problems import ProblemError
-from cxrscale.inference.serve.service import Upload
+from cxrscale.inference.serve.served_model import ServedModel
+from cxrscale.inference.serve.service import Service, Upload
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
 FORM = "multipart/form-data"
 RAW = frozenset({"", "application/octet-stream", "application/dicom", "image/png", "image/jpeg"})
 """Types of a body that is one file; what it is, its first bytes say."""
+
+
+ModelName = Annotated[str | None, Query(description="One of /v1/models; without it the first.")]
 
 
 class _InMemory(MultiPartParser):
@@ -58,6 +63,17 @@ async def read_uploads(request: Request, settings: Serve) -> list[Upload]:
     if not uploads:
         raise ProblemError(422, "the form holds no file")
     return uploads
+
+
+def chosen_model(service: Service, name: str | None) -> ServedModel:
+    """The model that a request names, or the default.
+
+    Raises:
+        ProblemError: there is none of that name.
+    """
+    if name is not None and name not in service.models:
+        raise ProblemError(404, f"there is no model {name!r:.80}; there are {', '.join(service.models)}")
+    return service.models[name or service.default]
 
 
 def file_name(disposition: str) -> str:
