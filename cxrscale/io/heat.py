@@ -16,8 +16,9 @@ def draw_heat(image_HW: npt.NDArray[np.uint8], map_hw: npt.ArrayLike) -> npt.NDA
 
     A map without a positive part leaves the image as it is: nothing speaks for the finding.
     """
-    map_HW = cv2.resize(np.asarray(map_hw, np.float32), image_HW.shape[::-1], interpolation=cv2.INTER_LINEAR)
-    share_HW = positive_share(map_HW, float(np.nanmax(map_hw)))
+    values_hw = np.asarray(map_hw, np.float32)
+    map_HW = cv2.resize(values_hw, image_HW.shape[::-1], interpolation=cv2.INTER_LINEAR)
+    share_HW = positive_share(map_HW, float(np.nanmax(values_hw)))
     heat_HW3 = cv2.applyColorMap((share_HW * 255).astype(np.uint8), cv2.COLORMAP_INFERNO)
     opacity_HW1 = OPACITY * share_HW[..., None]
     color_HW3 = cv2.cvtColor(image_HW, cv2.COLOR_GRAY2BGR)
