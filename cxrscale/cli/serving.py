@@ -5,10 +5,11 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,7 +17,7 @@ from cxrscale.cli.group import app
 from cxrscale.types import UserError
 
 if TYPE_CHECKING:
-    from cxrscale.inference import serve
+    from cxrscale.config import Serve
 
 KEY_VARIABLE = "CXRSCALE_API_KEY"
 
@@ -38,18 +39,33 @@ def serve_command(
         typer.Option(help=f"A file with the key that every request must bring; else {KEY_VARIABLE}.", metavar="FILE"),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; else the GPU where there is one.")] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="Serve from a Ray cluster, by Ray Serve.")] = False,
+    replicas: Annotated[
+        str, typer.Option(help="With --ray: processes that serve; 1-4 scales with the load.", metavar="N or MIN-MAX")
+    ] = "1",
 ) -> None:
     """A page to drop X-rays on, and an API, on this machine: serve runs/chexnet14.
 
     Nobody else can reach it: it listens on 127.0.0.1. With --host it listens elsewhere, and then wants a key: put one
     into a file (`openssl rand -hex 32 >key; chmod 600 key`) and give --api-key-file key.
 
+    --ray serves the same from replicas on the Ray cluster of RAY_ADDRESS, or on one that it starts here; on Kubernetes
+    see cluster/kuberay-rayservice.yaml. It is for several machines: on one it starts later and answers more slowly.
+
     Images stay in memory and are not kept. /docs lists the requests, /metrics is for Prometheus. Ctrl-C ends what has
     begun and stops. Not a medical device.
     """
     key = _api_key(api_key_file)
-    _check_host(host, key)
-    _serve(runs, gate, _Listen(host, port, key, device), overrides or [])
+    listen = _Listen(host, port, key, device)
+    if key is None and not listen.loopback:
+        raise UserError(
+            f"--host {host} is open to others: give --api-key-file FILE (openssl rand -hex 32 >FILE; chmod 600 FILE)"
+        )
+    settings = _settings(overrides or [])
+    if ray:
+        _serve_on_ray(_named(runs), gate, listen, settings, replicas)
+    else:
+        _serve(_named(runs), gate, listen, settings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,18 +77,42 @@ class _Listen:
     key: str | None
     device: str | None
 
+    @property
+    def loopback(self) -> bool:
+        """Whether nobody but this machine can reach it."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
 
-def _serve(runs: list[str], gate: str | None, listen: _Listen, overrides: list[str]) -> None:
+    def announce(self, port: int) -> None:
+        """Print where the service is, once it answers there."""
+        shown = f"[{self.host}]" if ":" in self.host else self.host
+        print(f"http://{shown}:{port}", flush=True)
+        print("Not a medical device. Ctrl-C stops.", file=sys.stderr)
+
+
+def _settings(overrides: list[str]) -> Serve:
     try:
-        import uvicorn
+        import fastapi  # noqa: F401
+        import uvicorn  # noqa: F401
     except ImportError:
         raise UserError("serve needs FastAPI and uvicorn: pip install 'cxrscale[serve]'") from None
     from cxrscale import config
+
+    return config.parse(config.Serve, config.override({}, overrides), where="--set")
+
+
+def _serve(runs: dict[str, str], gate: str | None, listen: _Listen, settings: Serve) -> None:
+    import uvicorn
+
     from cxrscale.inference import serve
     from cxrscale.reporting import serve_page
 
-    settings = config.parse(config.Serve, config.override({}, overrides), where="--set")
-    models = _models(runs, gate, listen.device)
+    models = serve.load_models(runs, gate, listen.device)
+    for name, model in models.items():
+        for note in model.info.notes:
+            logging.getLogger("cxrscale").warning("%s: %s", name, note)
     application = serve.build_app(serve.Service(models, settings), serve_page.page_files(), listen.key)
     # Its own log would name what clients asked for.
     server = uvicorn.Server(
@@ -88,30 +128,62 @@ def _serve(runs: list[str], gate: str | None, listen: _Listen, overrides: list[s
         )
     )
     sockets = [server.config.bind_socket()]
-    shown = f"[{listen.host}]" if ":" in listen.host else listen.host
-    print(f"http://{shown}:{sockets[0].getsockname()[1]}", flush=True)
-    print("Not a medical device. Ctrl-C stops.", file=sys.stderr)
+    listen.announce(sockets[0].getsockname()[1])
     server.run(sockets=sockets)
 
 
-def _models(runs: list[str], gate: str | None, device: str | None) -> dict[str, serve.ServedModel]:
-    from cxrscale.inference import PredictorSpec, serve
-    from cxrscale.run import open_run
+def _serve_on_ray(runs: dict[str, str], gate: str | None, listen: _Listen, settings: Serve, replicas: str) -> None:
+    from pydantic import SecretStr
+    from ray import serve as ray_serve
 
-    models: dict[str, serve.ServedModel] = {}
+    from cxrscale.cluster import ray_session
+    from cxrscale.config import ServeApplication
+    from cxrscale.io import storage
+    from cxrscale.run import serving
+
+    if listen.port == 0:
+        raise UserError("--port 0: with --ray name a port")
+    given = ServeApplication(
+        models={name: storage.absolute(run) for name, run in runs.items()},
+        gate=gate and storage.absolute(gate),
+        device=listen.device,
+        limits=settings,
+        api_key=None if listen.key is None else SecretStr(listen.key),
+        loopback=listen.loopback,
+    )
+    options = _scaling(replicas)
+    ray_session.connect()
+    ray_serve.start(http_options={"host": listen.host, "port": listen.port})
+    try:
+        ray_serve.run(serving.deployment(given, **options), name=serving.NAME)
+        listen.announce(listen.port)
+        signal.sigwait({signal.SIGINT, signal.SIGTERM})
+    finally:
+        ray_serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def _scaling(replicas: str) -> dict[str, Any]:
+    """Ray Serve's options for a number of replicas, or a range of them."""
+    least, found, most = replicas.partition("-")
+    if not least.isdigit() or int(least) < 1 or (found and (not most.isdigit() or int(most) < int(least))):
+        raise UserError(f"--replicas {replicas}: give a number, or a range such as 1-4")
+    if not found:
+        return {"num_replicas": int(least)}
+    scaling = {"min_replicas": int(least), "max_replicas": int(most), "target_ongoing_requests": 8}
+    return {"autoscaling_config": scaling}
+
+
+def _named(runs: list[str]) -> dict[str, str]:
+    """Name -> run."""
+    named: dict[str, str] = {}
     for word in runs:
         name, found, path = word.partition("=")
         path = path if found else word
         name = name if found else path.rstrip("/").rpartition("/")[2]
-        if name in models:
+        if name in named:
             raise UserError(f"two models are called {name}; name them: a={path} b=...")
-        before = gate if gate is not None and open_run(path).recipe.data.task == "segment" else None
-        models[name] = serve.load_served(name, PredictorSpec((path,), before, maps=True), device)
-        for note in models[name].info.notes:
-            logging.getLogger("cxrscale").warning("%s: %s", name, note)
-    if gate is not None and not any(model.info.gate for model in models.values()):
-        raise UserError(f"--gate {gate}: none of the runs is a segmenter's")
-    return models
+        named[name] = path
+    return named
 
 
 def _api_key(file: str | None) -> str | None:
@@ -124,15 +196,3 @@ def _api_key(file: str | None) -> str | None:
     if len(key) < 16:
         raise UserError(f"--api-key-file {file} holds {len(key)} characters; make a key: openssl rand -hex 32")
     return key
-
-
-def _check_host(host: str, key: str | None) -> None:
-    """Refuse an address that others can reach where no key keeps them out."""
-    try:
-        local = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = host == "localhost"
-    if not local and key is None:
-        raise UserError(
-            f"--host {host} is open to others: give --api-key-file FILE (openssl rand -hex 32 >FILE; chmod 600 FILE)"
-        )

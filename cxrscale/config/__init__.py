@@ -34,7 +34,7 @@ from cxrscale.config.recipe import Recipe, fields, learned_fields, load_recipe, 
 from cxrscale.config.reference import PublishedFigure, Reference
 from cxrscale.config.runtime import Scaling, Threshold, Tracking, Tune
 from cxrscale.config.section import Names, Section
-from cxrscale.config.serving import Serve
+from cxrscale.config.serving import Serve, ServeApplication
 from cxrscale.config.training import LOSS_WEIGHTS, LOWER_IS_BETTER, METRICS, Loss, Model, Optim, Train
 from cxrscale.config.unused import unused, unused_settings
 from cxrscale.config.yaml_text import read_yaml, write_yaml
@@ -72,6 +72,7 @@ __all__ = [
     "Scaling",
     "Section",
     "Serve",
+    "ServeApplication",
     "Threshold",
     "Tracking",
     "Train",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 
 from cxrscale.config.section import Section
 
@@ -35,3 +35,27 @@ class Serve(Section):
     """From one address; more get 429. 0: no limit."""
     drift_window: Annotated[int, Field(ge=50)] = 500
     """The newest images whose statistics are compared with those of training."""
+
+
+class ServeApplication(Section):
+    """What a replica of Ray Serve answers for: the `args` of its configuration file."""
+
+    learned: ClassVar[bool] = False
+
+    models: Annotated[dict[str, str], Field(min_length=1)]
+    """Name -> run, where every node finds it: on shared storage or in a bucket. The first is the default."""
+    gate: str | None = None
+    """A classifier's run before every segmenter."""
+    device: str | None = None
+    """cpu or cuda; None: the GPU that the replica has, else the CPU."""
+    limits: Serve = Serve()
+    """Of each replica."""
+    models_per_replica: Count | None = None
+    """In memory at once; None: all. With fewer than there are, requests should name theirs in the header
+    `serve_multiplexed_model_id`, by which Ray Serve finds a replica that has it."""
+    page: bool = True
+    """Whether there is a page beside the API."""
+    api_key: SecretStr | None = None
+    """That every request must bring; None: CXRSCALE_API_KEY of the replicas' environment."""
+    loopback: bool = False
+    """Whether Ray Serve listens on 127.0.0.1 alone; elsewhere nothing starts without a key."""

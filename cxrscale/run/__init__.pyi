@@ -1,4 +1,5 @@
 from . import explaining as explaining
+from . import serving as serving
 from .cascades import choose_cascade as choose_cascade
 from .cascades import evaluate_cascade as evaluate_cascade
 from .comparisons import compare_runs as compare_runs

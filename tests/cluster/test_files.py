@@ -1,5 +1,6 @@
 """The files in cluster/: validated with the tools that read them, and with our own rules where no tool exists."""
 
+import importlib
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import pytest
 import yaml
 
 from cxrscale import __version__, config
+from cxrscale.run.serving import KEY_VARIABLE
 from tests.conftest import REAL
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +35,13 @@ TAG = f"{__version__}-ray{PIN}"
 """The image's tag: the version of cxrscale, and the Ray version, which all nodes of a cluster must share."""
 DIGEST = "@sha256:" + 64 * "0"
 """The place of an image's digest: no image has this one, so nothing starts before the right one is written there."""
-KUBERAY = {"kuberay-raycluster.yaml": "ray.io_rayclusters.yaml", "kuberay-rayjob.yaml": "ray.io_rayjobs.yaml"}
+TRAINING = ("kuberay-raycluster.yaml", "kuberay-rayjob.yaml")
+SERVICE = "kuberay-rayservice.yaml"
+KUBERAY = {
+    "kuberay-raycluster.yaml": "ray.io_rayclusters.yaml",
+    "kuberay-rayjob.yaml": "ray.io_rayjobs.yaml",
+    SERVICE: "ray.io_rayservices.yaml",
+}
 """Our file -> the KubeRay CRD of its kind."""
 SECRET = re.compile(r"(key|token|password|secret)$", re.IGNORECASE)
 
@@ -249,9 +257,16 @@ def kube(request: pytest.FixtureRequest) -> dict[str, Any]:
     return document
 
 
+@pytest.fixture(params=TRAINING)
+def kube_training(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """One of those for training."""
+    document: dict[str, Any] = load(request.param)
+    return document
+
+
 def cluster_of(document: dict[str, Any]) -> dict[str, Any]:
     spec = document["spec"]
-    cluster: dict[str, Any] = spec.get("rayClusterSpec", spec)
+    cluster: dict[str, Any] = spec.get("rayClusterSpec", spec.get("rayClusterConfig", spec))
     return cluster
 
 
@@ -282,12 +297,16 @@ def test_kube_requests_are_equal_to_limits(kube: dict[str, Any]) -> None:
     for group in groups(kube):
         resources = container(group)["resources"]
         assert resources["requests"] == resources["limits"]
-    gpus = {g.get("groupName", "head"): container(g)["resources"]["limits"].get("nvidia.com/gpu") for g in groups(kube)}
-    assert gpus == {"head": None, "driver": None, "gpu": 1}
 
 
-def test_kube_tasks_run_on_gpu_workers_only(kube: dict[str, Any]) -> None:
-    for group in groups(kube):
+def test_kube_tasks_run_on_gpu_workers_only(kube_training: dict[str, Any]) -> None:
+    limits = {g.get("groupName", "head"): container(g)["resources"]["limits"] for g in groups(kube_training)}
+    assert {name: limit.get("nvidia.com/gpu") for name, limit in limits.items()} == {
+        "head": None,
+        "driver": None,
+        "gpu": 1,
+    }
+    for group in groups(kube_training):
         cpus = group["rayStartParams"].get("num-cpus")
         assert cpus == (None if group.get("groupName") == "gpu" else "0")
 
@@ -302,8 +321,8 @@ def test_kube_shared_memory_holds_the_object_store_and_fits_the_container(kube: 
         assert store < gib(shm["sizeLimit"]) < gib(container(group)["resources"]["limits"]["memory"])
 
 
-def test_kube_dataset_cache_is_smaller_than_its_volume(kube: dict[str, Any]) -> None:
-    (group,) = [g for g in groups(kube) if g.get("groupName") == "gpu"]
+def test_kube_dataset_cache_is_smaller_than_its_volume(kube_training: dict[str, Any]) -> None:
+    (group,) = [g for g in groups(kube_training) if g.get("groupName") == "gpu"]
     env = {item["name"]: item.get("value") for item in container(group)["env"]}
     mounted = {mount["mountPath"]: mount["name"] for mount in container(group)["volumeMounts"]}
     volumes = {v["name"]: v["emptyDir"] for v in group["template"]["spec"]["volumes"]}
@@ -312,8 +331,11 @@ def test_kube_dataset_cache_is_smaller_than_its_volume(kube: dict[str, Any]) -> 
     assert limit < gib(container(group)["resources"]["limits"]["ephemeral-storage"])
 
 
-def test_kube_names_its_queue_and_survives_its_head(kube: dict[str, Any]) -> None:
-    assert set(kube["metadata"]["labels"]) & {"volcano.sh/queue-name", "kueue.x-k8s.io/queue-name"}
+def test_kube_names_its_queue(kube_training: dict[str, Any]) -> None:
+    assert set(kube_training["metadata"]["labels"]) & {"volcano.sh/queue-name", "kueue.x-k8s.io/queue-name"}
+
+
+def test_kube_survives_its_head(kube: dict[str, Any]) -> None:
     redis = cluster_of(kube)["gcsFaultToleranceOptions"]
     services = {d["metadata"]["name"]: d for d in once() if d["kind"] != "NetworkPolicy"}
     name, port = redis["redisAddress"].split(":")
@@ -370,9 +392,11 @@ def test_kube_pods_are_reached_by_each_other_and_the_operator_alone(kube: dict[s
     own = policies["cxrscale"]["podSelector"]["matchLabels"]
     for template in pods(kube):
         assert own.items() <= template["metadata"]["labels"].items()
-    among_nodes, operator = policies["cxrscale"]["ingress"]
+    among_nodes, operator, clients = policies["cxrscale"]["ingress"]
     assert among_nodes == {"from": [{"podSelector": {"matchLabels": own}}]}
     assert operator["ports"] == [{"protocol": "TCP", "port": 8265}]
+    assert clients["ports"] == [{"protocol": "TCP", "port": serve_config()["http_options"]["port"]}]
+    assert clients["from"] == [{"podSelector": {"matchLabels": {"cxrscale-client": "true"}}}]
     redis = policies["cxrscale-redis"]
     pod = next(d for d in once() if d["kind"] == "StatefulSet")["spec"]["template"]
     assert redis["podSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
@@ -413,6 +437,32 @@ def test_driver_pods_have_the_resources_of_the_entrypoint() -> None:
         # KubeRay copies the string into a shell command without quoting.
         offered = json.loads(shlex.split(f"x={driver['rayStartParams']['resources']}")[0].removeprefix("x="))
         assert all(offered[name] >= amount for name, amount in required.items())
+
+
+def serve_config() -> dict[str, Any]:
+    """What the RayService tells Ray Serve."""
+    config: dict[str, Any] = yaml.safe_load(load(SERVICE)["spec"]["serveConfigV2"])
+    return config
+
+
+def test_the_service_is_an_application_that_ray_serve_takes() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    schema = ServeDeploySchema.model_validate(serve_config())
+    (given,) = schema.applications
+    module, _, name = given.import_path.partition(":")
+    built = getattr(importlib.import_module(module), name)(given.args)
+    (changed,) = given.deployments
+    assert changed.name == built._bound_deployment.name
+    (group,) = load(SERVICE)["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    assert 0 < (changed.ray_actor_options.num_cpus or 0) <= int(container(group)["resources"]["limits"]["cpu"])
+
+
+def test_no_replica_of_the_service_starts_without_a_key() -> None:
+    assert "api_key" not in serve_config()["applications"][0]["args"]
+    for group in groups(load(SERVICE)):
+        (key,) = [item for item in container(group)["env"] if item["name"] == KEY_VARIABLE]
+        assert "optional" not in key["valueFrom"]["secretKeyRef"]
 
 
 def test_the_namespace_objects_pass_the_kubernetes_schema() -> None:

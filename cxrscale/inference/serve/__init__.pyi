@@ -1,6 +1,9 @@
 from . import decoding as decoding
 from .app import build_app as build_app
+from .multiplexing import Held as Held
 from .served_model import ModelInfo as ModelInfo
 from .served_model import ServedModel as ServedModel
+from .served_model import load_models as load_models
 from .served_model import load_served as load_served
+from .service import OnUse as OnUse
 from .service import Service as Service

@@ -65,7 +65,7 @@ def _add_predictions(app: FastAPI, service: Service) -> None:
         A file that cannot be read has its `error`; where that is the only file, the answer is 422. `pictures=true`
         adds heat maps, and the mask as a PNG.
         """
-        served = chosen_model(service, model)
+        served = chosen_model(service, request, model)
         answers = await service.predict(served.info.name, await read_uploads(request, service.settings))
         if len(answers) == 1 and answers[0].prediction.error:
             raise ProblemError(422, answers[0].prediction.error)
@@ -82,7 +82,7 @@ def _add_predictions(app: FastAPI, service: Service) -> None:
             raise ProblemError(
                 404, f"there is no result {kind!r:.40}; there are {OVERLAY}, {', '.join(dicom_objects.KINDS)}"
             )
-        served = chosen_model(service, model)
+        served = chosen_model(service, request, model)
         uploads = await read_uploads(request, service.settings)
         if len(uploads) > 1:
             raise ProblemError(422, "one file at a time gives one result")

@@ -38,7 +38,7 @@ def router(service: Service) -> APIRouter:
         kind: Annotated[str | None, Query(description="dicom-seg, dicom-sr or dicom-sc.")] = None,
     ) -> Response:
         """Instances in, SEG or SR objects in their studies out."""
-        served = chosen_model(service, model)
+        served = chosen_model(service, request, model)
         wanted = kind or (dicom_objects.SEG if served.info.task == "segment" else dicom_objects.SR)
         if wanted not in dicom_objects.KINDS:
             raise ProblemError(404, f"there is no such result; there are {', '.join(dicom_objects.KINDS)}")

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from cxrscale import config
 from cxrscale.evaluation import TestMetrics, artifacts, drift
 from cxrscale.evaluation.metrics import Estimate
 from cxrscale.inference.decision import read_test_metrics, stored_thresholds
 from cxrscale.inference.on_cluster import PredictorSpec
 from cxrscale.inference.ood import read_reference
 from cxrscale.inference.predictions import predictions_path, read_predictions
+from cxrscale.inference.serve.multiplexing import UnloadablePredictor
 from cxrscale.inference.streaming import ImagePredictor
 from cxrscale.io import ArtifactPart, Number, storage
+from cxrscale.training import resume
 from cxrscale.types import UserError
 
 BRIGHTNESS, CONTRAST, DISTANCE = "brightness", "contrast", "unlike training"
@@ -68,6 +71,35 @@ class ServedModel:
     predictor: ImagePredictor
     references: Mapping[str, drift.Reference]
     """Statistic -> its distribution when the model was made."""
+
+
+def load_models(
+    runs: Mapping[str, str], gate: str | None = None, device: str | None = None, *, places: int | None = None
+) -> dict[str, ServedModel]:
+    """Load several runs for the service.
+
+    Args:
+        runs: name -> run.
+        gate: a classifier's run before every segmenter.
+        places: models that stay in memory; the others are loaded when they are asked for. None: all stay.
+
+    Raises:
+        UserError: as `PredictorSpec.load`; there is a gate and no segmenter.
+    """
+    models: dict[str, ServedModel] = {}
+    for name, run in runs.items():
+        recipe = config.load_recipe(storage.join(run, resume.RECIPE))
+        spec = PredictorSpec((run,), gate if recipe.data.task == "segment" else None, maps=True)
+        model = load_served(name, spec, device)
+        if places is not None:
+            held = UnloadablePredictor(spec, model.predictor, device)
+            if len(models) >= places:
+                held.unload()
+            model = replace(model, predictor=held)
+        models[name] = model
+    if gate is not None and not any(model.info.gate for model in models.values()):
+        raise UserError(f"--gate {gate}: none of the runs is a segmenter's")
+    return models
 
 
 def load_served(name: str, spec: PredictorSpec, device: str | None = None) -> ServedModel:

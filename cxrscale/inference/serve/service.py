@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cxrscale.config import Serve
@@ -14,6 +14,9 @@ from cxrscale.inference.serve.monitoring import Monitoring
 from cxrscale.inference.serve.served_model import ServedModel
 from cxrscale.io import LoadedImage
 from cxrscale.types import UnreadableImageError
+
+OnUse = Callable[[str], Awaitable[None]]
+"""Called with a model's name before an image is predicted by it."""
 
 
 class BusyError(Exception):
@@ -41,11 +44,12 @@ class Answer:
 class Service:
     """The models, their queues, and the processes that decode."""
 
-    def __init__(self, models: Mapping[str, ServedModel], settings: Serve) -> None:
+    def __init__(self, models: Mapping[str, ServedModel], settings: Serve, on_use: OnUse | None = None) -> None:
         """Args:
         models: name -> model; the first is the default.
+        on_use: for models that are not all in memory.
         """
-        self.models, self.settings = models, settings
+        self.models, self.settings, self._on_use = models, settings, on_use
         self.monitoring = Monitoring(models, settings.drift_window)
         self.decoder = Decoder(settings.decode_workers, settings.decode_seconds)
         self._batchers = {name: Batcher(model.predictor, self._noting(name)) for name, model in models.items()}
@@ -92,6 +96,8 @@ class Service:
             predictor = self.models[model].predictor
             # Encoding as in the shards takes milliseconds, in which others could be served.
             prepared = await asyncio.to_thread(predictor.prepare, image, upload.name)
+            if self._on_use is not None:
+                await self._on_use(model)
             prediction = await self._batchers[model].predict(prepared)
         except UnreadableImageError as error:
             self.monitoring.images.labels("unreadable").inc()

@@ -21,6 +21,8 @@ FORM = "multipart/form-data"
 RAW = frozenset({"", "application/octet-stream", "application/dicom", "image/png", "image/jpeg"})
 """Types of a body that is one file; what it is, its first bytes say."""
 
+MODEL_HEADER = "serve_multiplexed_model_id"
+"""By which Ray Serve sends a request to a replica that has the model in memory."""
 
 ModelName = Annotated[str | None, Query(description="One of /v1/models; without it the first.")]
 
@@ -65,12 +67,13 @@ async def read_uploads(request: Request, settings: Serve) -> list[Upload]:
     return uploads
 
 
-def chosen_model(service: Service, name: str | None) -> ServedModel:
-    """The model that a request names, or the default.
+def chosen_model(service: Service, request: Request, name: str | None) -> ServedModel:
+    """The model that a request names in its query, or in Ray Serve's header; or the default.
 
     Raises:
         ProblemError: there is none of that name.
     """
+    name = name or request.headers.get(MODEL_HEADER)
     if name is not None and name not in service.models:
         raise ProblemError(404, f"there is no model {name!r:.80}; there are {', '.join(service.models)}")
     return service.models[name or service.default]
