@@ -28,7 +28,7 @@ from tests.fuzz import hostile
 from tests.fuzz.artifacts import KINDS, World, attempt, campaign, cheap, make_world, table, undamaged
 from tests.small_datasets import MakeShards
 
-RUNS = 7 * len(KINDS)
+RUNS = 4 * len(KINDS)
 
 
 @pytest.fixture(scope="module")

@@ -28,12 +28,16 @@ def final_state(run: Path | str) -> dict[str, Any]:
     return state
 
 
-def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
+def assert_same_weights(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert one["model"].keys() == other["model"].keys()
     for name, value in one["model"].items():
         assert torch.equal(value, other["model"][name]), name
     moments, others = one["optimizer"]["state"], other["optimizer"]["state"]
     assert all(torch.equal(moments[n]["exp_avg_sq"], others[n]["exp_avg_sq"]) for n in moments)
+
+
+def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert_same_weights(one, other)
     # As text, because NaN (an undefined metric of so few images) is not equal to itself.
     assert repr(one["progress"]) == repr(other["progress"])
 
@@ -155,7 +159,11 @@ def test_epochs_may_grow_and_the_sessions_say_what_changed(nih_shards: str, tmp_
     launch.launch(tiny(nih_shards, grown, *more, "train.epochs=1"), "tiny", watch_run, local=True)
     free = ("sampler.eval_batch_size=5", "train.keep_checkpoints=3", "tracking.log_steps=1")
     run = launch.launch(tiny(nih_shards, grown, *more, *free), "tiny", watch_run, local=True)
-    assert_equal(final_state(run), final_state(straight))
+    ended, expected = final_state(run), final_state(straight)
+    assert_same_weights(ended, expected)
+    # Some CPUs compute a forward pass of 5 images with other kernels than one of 8: the last bit of the loss differs.
+    for epoch, same in zip(ended["progress"]["history"], expected["progress"]["history"], strict=True):
+        assert epoch == pytest.approx(same, rel=1e-6, nan_ok=True)
     info = run_info.read_run_info(run)
     assert (info.finished, info.epochs, info.error) == (True, 2, None)
     assert [dict(session.changed) for session in info.sessions] == [
