@@ -22,6 +22,7 @@ DOORS = {
         "training/process_group",
         "training/launch",
         "training/waiting",
+        "run/serving",
         "tuning/sweep",
         "tuning/tuner",
         "tuning/trial",

@@ -134,7 +134,6 @@ def _serve(runs: dict[str, str], gate: str | None, listen: _Listen, settings: Se
 
 def _serve_on_ray(runs: dict[str, str], gate: str | None, listen: _Listen, settings: Serve, replicas: str) -> None:
     from pydantic import SecretStr
-    from ray import serve as ray_serve
 
     from cxrscale.cluster import ray_session
     from cxrscale.config import ServeApplication
@@ -153,13 +152,9 @@ def _serve_on_ray(runs: dict[str, str], gate: str | None, listen: _Listen, setti
     )
     options = _scaling(replicas)
     ray_session.connect()
-    ray_serve.start(http_options={"host": listen.host, "port": listen.port})
-    try:
-        ray_serve.run(serving.deployment(given, **options), name=serving.NAME)
+    with serving.running(given, listen.host, listen.port, **options):
         listen.announce(listen.port)
         signal.sigwait({signal.SIGINT, signal.SIGTERM})
-    finally:
-        ray_serve.shutdown()  # type: ignore[no-untyped-call]
 
 
 def _scaling(replicas: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from cxrscale import __version__, config
-from cxrscale.run.serving import KEY_VARIABLE
+from cxrscale.run.serving import KEY_VARIABLE, NAME
 from tests.conftest import REAL
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -446,16 +446,17 @@ def serve_config() -> dict[str, Any]:
 
 
 def test_the_service_is_an_application_that_ray_serve_takes() -> None:
-    from ray.serve.schema import ServeDeploySchema
+    from ray.serve.schema import RayActorOptionsSchema, ServeDeploySchema
 
     schema = ServeDeploySchema.model_validate(serve_config())
     (given,) = schema.applications
     module, _, name = given.import_path.partition(":")
     built = getattr(importlib.import_module(module), name)(given.args)
-    (changed,) = given.deployments
-    assert changed.name == built._bound_deployment.name
+    front, replicas = given.deployments
+    assert (front.name, replicas.name) == (built._bound_deployment.name, NAME)
+    assert isinstance(replicas.ray_actor_options, RayActorOptionsSchema)
     (group,) = load(SERVICE)["spec"]["rayClusterConfig"]["workerGroupSpecs"]
-    assert 0 < (changed.ray_actor_options.num_cpus or 0) <= int(container(group)["resources"]["limits"]["cpu"])
+    assert 0 < (replicas.ray_actor_options.num_cpus or 0) <= int(container(group)["resources"]["limits"]["cpu"])
 
 
 def test_no_replica_of_the_service_starts_without_a_key() -> None:

@@ -1,9 +1,15 @@
 from . import decoding as decoding
 from .app import build_app as build_app
+from .forwarding import Answered as Answered
+from .forwarding import Forwarder as Forwarder
+from .forwarding import Request as Request
+from .forwarding import answer as answer
+from .guard import guarded as guarded
 from .multiplexing import Held as Held
 from .served_model import ModelInfo as ModelInfo
 from .served_model import ServedModel as ServedModel
 from .served_model import load_models as load_models
 from .served_model import load_served as load_served
+from .service import BusyError as BusyError
 from .service import OnUse as OnUse
 from .service import Service as Service

@@ -24,8 +24,6 @@ from cxrscale.inference.serve.uploads import ModelName, chosen_model, read_uploa
 from cxrscale.io import encode_png
 from cxrscale.types import UnreadableImageError
 
-BUSY = "too many images wait already; come again in a moment"
-
 
 def build_app(service: Service, page: Mapping[str, tuple[str, bytes]] | None = None, api_key: str | None = None) -> Any:
     """The ASGI application.
@@ -36,15 +34,12 @@ def build_app(service: Service, page: Mapping[str, tuple[str, bytes]] | None = N
     """
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await service.start()
-        app.state.ready = True
         yield
-        app.state.ready = False
         await service.close()
 
     app = FastAPI(title="cxrscale", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.ready = False
     _add_predictions(app, service)
     _add_status(app, service)
     app.include_router(dicomweb.router(service))
@@ -145,7 +140,7 @@ def _add_status(app: FastAPI, service: Service) -> None:
     @app.get("/readyz", tags=["status"])
     async def readyz() -> Response:
         """Whether it takes requests."""
-        return PlainTextResponse("ready") if app.state.ready else problem(503, "not ready yet")
+        return PlainTextResponse("ready") if service.ready else problem(503, "not ready yet")
 
     @app.get("/metrics", tags=["status"])
     async def metrics() -> Response:
@@ -163,8 +158,8 @@ def _add_static(app: FastAPI, path: str, kind: str, content: bytes) -> None:
         return Response(content, media_type=kind)
 
 
-async def _busy(_request: Request, _error: Exception) -> Response:
-    return problem(503, BUSY)
+async def _busy(_request: Request, error: Exception) -> Response:
+    return problem(503, str(error))
 
 
 async def _problem(_request: Request, error: Exception) -> Response:

@@ -32,10 +32,15 @@ SECURITY: Mapping[str, str] = {
 MINUTE = 60.0
 
 
+def guarded(app: ASGIApp, settings: Serve, api_key: str | None) -> ASGIApp:
+    """An application behind key and limits, which counts its requests itself."""
+    return Guard(app, settings, None, api_key)
+
+
 class Guard:
     """ASGI middleware. Whatever goes wrong inside becomes problem details without a word of the cause's location."""
 
-    def __init__(self, app: ASGIApp, settings: Serve, monitoring: Monitoring, api_key: str | None) -> None:
+    def __init__(self, app: ASGIApp, settings: Serve, monitoring: Monitoring | None, api_key: str | None) -> None:
         self._app, self._settings, self._monitoring = app, settings, monitoring
         self._key = None if api_key is None else api_key.encode()
         self._bytes_in_flight = 0
@@ -74,8 +79,9 @@ class Guard:
             # The route's pattern, not what the client sent, which may name a study.
             route = scope.get("route")
             path = getattr(route, "path", "other")
-            self._monitoring.requests.labels(path, str(status)).inc()
-            self._monitoring.latency.labels(path).observe(time.monotonic() - began)
+            if self._monitoring is not None:
+                self._monitoring.requests.labels(path, str(status)).inc()
+                self._monitoring.latency.labels(path).observe(time.monotonic() - began)
 
     def _check(self, scope: Scope) -> None:
         self._check_rate(scope)

@@ -22,6 +22,9 @@ OnUse = Callable[[str], Awaitable[None]]
 class BusyError(Exception):
     """Too much waits already; the client should come again in a moment."""
 
+    def __init__(self) -> None:
+        super().__init__("too many images wait already; come again in a moment")
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Upload:
@@ -54,6 +57,8 @@ class Service:
         self.decoder = Decoder(settings.decode_workers, settings.decode_seconds)
         self._batchers = {name: Batcher(model.predictor, self._noting(name)) for name, model in models.items()}
         self._waiting = 0
+        self.ready = False
+        """Whether it takes requests."""
 
     @property
     def default(self) -> str:
@@ -63,6 +68,7 @@ class Service:
     async def start(self) -> None:
         """Make everything ready for the first request."""
         await self.decoder.warm_up()
+        self.ready = True
 
     async def predict(self, model: str, uploads: Sequence[Upload]) -> list[Answer]:
         """The predictions of uploaded files, in order; one that cannot be read has the reason.
@@ -117,6 +123,7 @@ class Service:
 
     async def close(self) -> None:
         """End threads and processes."""
+        self.ready = False
         for batcher in self._batchers.values():
             await batcher.close()
         await asyncio.to_thread(self.decoder.close)
