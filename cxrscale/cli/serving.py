@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -154,7 +155,10 @@ def _serve_on_ray(runs: dict[str, str], gate: str | None, listen: _Listen, setti
     ray_session.connect()
     with serving.running(given, listen.host, listen.port, **options):
         listen.announce(listen.port)
-        signal.sigwait({signal.SIGINT, signal.SIGTERM})
+        stop = threading.Event()
+        for one in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(one, lambda *_: stop.set())
+        stop.wait()
 
 
 def _scaling(replicas: str) -> dict[str, Any]:

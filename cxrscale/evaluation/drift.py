@@ -96,6 +96,25 @@ def measure(reference: Reference, value_N: Sequence[float] | npt.NDArray[np.floa
     return Drift(index, max(MATTERS, chance), count)
 
 
+def false_alarms(reference: Reference, value_N: npt.ArrayLike, window: int, windows: int = 100) -> float:
+    """How often images that have not drifted raise the alarm: the share of random windows of a test split that do.
+
+    Args:
+        value_N: of the test split; NaN is left out.
+        window: images of each; all, once, where there are no more.
+        windows: how many are drawn.
+
+    Returns:
+        In 0..1; NaN where the images are too few to be compared.
+    """
+    value = np.asarray(value_N, dtype=np.float64)
+    value = value[np.isfinite(value)]
+    rng = np.random.default_rng(0)
+    drawn = [rng.choice(value, window, replace=False) for _ in range(windows)] if len(value) > window else [value]
+    found = [measure(reference, one) for one in drawn]
+    return float("nan") if np.isnan(found[0].index) else float(np.mean([one.alarm for one in found]))
+
+
 def _shares(value_N: npt.NDArray[np.float64], edges: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """The share of the values in each bin."""
     counts = np.bincount(np.searchsorted(edges, value_N, side="right"), minlength=len(edges) + 1)

@@ -48,6 +48,16 @@ def test_samples_of_one_distribution_rarely_alarm(of_reference: int, of_window: 
     assert alarms <= 2000 * 0.005  # five times as often as for large samples
 
 
+def test_false_alarms_are_rare_on_images_like_the_reference_and_certain_on_others() -> None:
+    rng = np.random.default_rng(6)
+    reference = drift.fit_reference(rng.normal(size=800))
+    assert reference is not None
+    assert drift.false_alarms(reference, rng.normal(size=600), 300) <= 0.02
+    assert drift.false_alarms(reference, rng.normal(1, size=600), 300) == 1.0
+    assert drift.false_alarms(reference, rng.normal(1, size=250), 300) == 1.0
+    assert math.isnan(drift.false_alarms(reference, rng.normal(size=30), 300))
+
+
 @pytest.mark.parametrize("shift", [1.0, -1.0])
 def test_a_shift_of_a_standard_deviation_alarms(shift: float) -> None:
     rng = np.random.default_rng(5)

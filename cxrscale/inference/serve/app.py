@@ -110,14 +110,16 @@ def _add_status(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/drift", tags=["models"])
     async def drift() -> JSONResponse:
-        """Whether the newest images and scores differ from those that each model was made with."""
+        """Whether the newest images and scores differ from those that each model was made with, and how often as many
+        images of the test split, which do not, raise the same alarm."""
         found = {
             model: {
                 name: {
-                    "index": None if math.isnan(one.index) else round(one.index, 4),
+                    "index": _finite(one.index),
                     "limit": round(one.limit, 4),
                     "images": one.count,
                     "alarm": one.alarm,
+                    "false_alarms": _finite(service.monitoring.false_alarms[model].get(name)),
                 }
                 for name, one in statistics.items()
             }
@@ -150,6 +152,10 @@ def _add_status(app: FastAPI, service: Service) -> None:
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
         return HTMLResponse(_documentation(app.openapi()))
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else round(value, 4)
 
 
 def _add_static(app: FastAPI, path: str, kind: str, content: bytes) -> None:

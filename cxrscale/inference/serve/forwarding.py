@@ -62,9 +62,8 @@ def model_of(scope: Scope) -> str:
     """The model that a request names in its query or its header; '' where it names none."""
     named = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("model")
     if named:
-        return named[0]
-    header: str = Headers(raw=scope["headers"]).get(MODEL_HEADER, "")
-    return header
+        return str(named[0])
+    return str(Headers(raw=scope["headers"]).get(MODEL_HEADER, ""))
 
 
 async def answer(app: ASGIApp, request: Request) -> Answered:

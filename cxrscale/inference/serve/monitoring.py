@@ -45,6 +45,15 @@ class Monitoring:
             ["model", "statistic"],
             registry=self.registry,
         )
+        self.false_alarms = {
+            name: {
+                statistic: drift.false_alarms(model.references[statistic], values, window)
+                for statistic, values in model.test_values.items()
+                if statistic in model.references
+            }
+            for name, model in models.items()
+        }
+        """Model -> statistic -> how often it raises the alarm on as many images of the test split."""
         self._references = {name: model.references for name, model in models.items()}
         self._newest: dict[str, dict[str, deque[float]]] = {
             name: {statistic: deque(maxlen=window) for statistic in model.references} for name, model in models.items()

@@ -6,6 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
+
 from cxrscale import config
 from cxrscale.evaluation import TestMetrics, artifacts, drift
 from cxrscale.evaluation.metrics import Estimate
@@ -71,6 +74,9 @@ class ServedModel:
     predictor: ImagePredictor
     references: Mapping[str, drift.Reference]
     """Statistic -> its distribution when the model was made."""
+    test_values: Mapping[str, npt.NDArray[np.float64]]
+    """Statistic -> its values on the test split, where the run has predicted it: they say how often drift is seen where
+    there is none."""
 
 
 def load_models(
@@ -127,7 +133,8 @@ def load_served(name: str, spec: PredictorSpec, device: str | None = None) -> Se
         score=_score(test),
         notes=about.notes,
     )
-    return ServedModel(info, predictor, _references(run, data.findings) if single else {})
+    references = _references(run, data.findings) if single else {}
+    return ServedModel(info, predictor, references, _scores(run, "test", data.findings) if references else {})
 
 
 def _finding(name: str, run: str | None, checkpoint: str, test: TestMetrics | None) -> FindingInfo:
@@ -166,15 +173,20 @@ def _references(run: str, findings: tuple[str, ...]) -> dict[str, drift.Referenc
     reference = read_reference(run)
     if reference is not None:
         found |= {BRIGHTNESS: reference.brightness, CONTRAST: reference.contrast}
-    path = predictions_path(run, "val")
-    if storage.exists(path):
-        try:
-            scores = read_predictions(path)
-        except UserError:  # of an earlier version: no drift is measured, and predictions do not need it
-            scores = None
-        if scores is not None:
-            for number, name in enumerate(findings):
-                found[name] = drift.fit_reference(scores.logit_NF[:, number])
-            if scores.ood_distance_N is not None:
-                found[DISTANCE] = drift.fit_reference(scores.ood_distance_N)
+    found |= {name: drift.fit_reference(values) for name, values in _scores(run, "val", findings).items()}
     return {name: one for name, one in found.items() if one is not None}
+
+
+def _scores(run: str, split: str, findings: tuple[str, ...]) -> dict[str, npt.NDArray[np.float64]]:
+    """Statistic -> its values on a split that the run has predicted; none where it has not."""
+    path = predictions_path(run, split)
+    if not storage.exists(path):
+        return {}
+    try:
+        scores = read_predictions(path)
+    except UserError:  # of an earlier version: no drift is measured, and predictions do not need it
+        return {}
+    values = {name: scores.logit_NF[:, number].astype(np.float64) for number, name in enumerate(findings)}
+    if scores.ood_distance_N is not None:
+        values[DISTANCE] = scores.ood_distance_N
+    return values
