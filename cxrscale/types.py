@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,9 @@ def _cpu() -> torch.device:
 
     return torch.device("cpu")
 
+
+Mean = Literal["probabilities", "logits"]
+"""What of several models is averaged."""
 
 GrayImage = npt.NDArray[np.uint8]
 """An upright gray image, (H, W) uint8, 0 = black: bone is bright."""

@@ -119,7 +119,7 @@ def _predictor(spec: PredictorSpec, workers: int | None) -> GroupPredictor:
 def _predict_split(
     runs: list[str], split: str | None, id_map: str | None, out: str | None, of_files: list[str]
 ) -> None:
-    from cxrscale.inference import predictions
+    from cxrscale.inference import predictions, split_scores
 
     if split is None:
         raise UserError("predict takes inputs, or --split train|val|test for the run's own images")
@@ -129,7 +129,7 @@ def _predict_split(
         raise UserError("--gate goes with files; of a split: cxrscale evaluate RUN --gate CLASSIFIER")
     if of_files:
         raise UserError(f"{of_files[0]} goes with files or datasets; --split {split} alone is the run's own images")
-    scores = predictions.predict_split(runs[0], split)
+    scores = split_scores.predict_split(runs[0], split)
     print(storage.absolute(predictions.predictions_path(runs[0], split)))
     if id_map is not None:
         table = out or f"predictions-{split}.csv"

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -130,7 +131,9 @@ def _serve(runs: dict[str, str], gate: str | None, listen: _Listen, settings: Se
     )
     sockets = [server.config.bind_socket()]
     listen.announce(sockets[0].getsockname()[1])
-    server.run(sockets=sockets)
+    # It handles the signals, and raises them again once it has stopped.
+    with suppress(KeyboardInterrupt):
+        server.run(sockets=sockets)
 
 
 def _serve_on_ray(runs: dict[str, str], gate: str | None, listen: _Listen, settings: Serve, replicas: str) -> None:

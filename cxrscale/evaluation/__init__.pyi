@@ -9,6 +9,7 @@ from . import map_checks as map_checks
 from . import metrics as metrics
 from . import ood as ood
 from . import reader_comparison as reader_comparison
+from . import score_maps as score_maps
 from . import summary as summary
 from . import thresholds as thresholds
 from . import variants as variants

@@ -4,6 +4,7 @@ from . import objects as objects
 from . import parts as parts
 from . import predictions as predictions
 from . import serve as serve
+from . import split_scores as split_scores
 from . import stored_images as stored_images
 from .boxed_rows import BoxedRows as BoxedRows
 from .boxed_rows import boxed_rows as boxed_rows
@@ -41,16 +42,16 @@ from .formats import check_format as check_format
 from .inputs import Inputs as Inputs
 from .inputs import find_inputs as find_inputs
 from .map_maker import MapMaker as MapMaker
+from .members import Averaging as Averaging
 from .on_cluster import ClusterPredictor as ClusterPredictor
-from .on_cluster import PredictorSpec as PredictorSpec
+from .outputs import apply_mask_rule as apply_mask_rule
 from .prediction import Prediction as Prediction
 from .prediction import Provenance as Provenance
 from .predictions import PredictionsInfo as PredictionsInfo
 from .predictor import Predictor as Predictor
-from .predictor import apply_mask_rule as apply_mask_rule
+from .predictor_spec import PredictorSpec as PredictorSpec
 from .streaming import GroupPredictor as GroupPredictor
 from .streaming import ImagePredictor as ImagePredictor
-from .trained import Averaging as Averaging
 from .trained import TrainedModel as TrainedModel
 from .trained import load_cpu_model as load_cpu_model
 from .trained import load_model as load_model

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 from cxrscale.evaluation import TestMetrics, Thresholds, artifacts, calibration, calls
 from cxrscale.io import read_artifact, storage
-from cxrscale.training import run_files
 from cxrscale.types import UserError
 
 
@@ -43,8 +42,13 @@ def stored_thresholds(run: str, digest: str | None = None) -> Thresholds:
     """
     path, remedy = storage.join(run, artifacts.THRESHOLDS), f"run `cxrscale threshold {run}`"
     stored = read_artifact(Thresholds, path, remedy)
+    if stored.checkpoint == digest:
+        return stored
+    # Not above: torch comes with it, and an exported model is served without torch.
+    from cxrscale.training import run_files
+
     weights = run_files.weights_file(run)
-    if stored.checkpoint != (digest or storage.digest(storage.read(weights))):
+    if digest or stored.checkpoint != storage.digest(storage.read(weights)):
         raise UserError(f"{path} belongs to other weights than {weights.rpartition('/')[2]}; {remedy} again")
     return stored
 

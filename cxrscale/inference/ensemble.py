@@ -7,7 +7,8 @@ from pathlib import Path
 
 from cxrscale import config
 from cxrscale.evaluation import Comparison
-from cxrscale.inference.trained import Averaging, Member, TrainedModel, average, ensemble_state, load_model
+from cxrscale.inference.members import Averaging, Member
+from cxrscale.inference.trained import TrainedModel, average, ensemble_state, load_model
 from cxrscale.io import Artifact, read_artifact, storage, write_artifact, write_sealed_yaml
 from cxrscale.training import LocalWorker, RunInfo, checkpoint, read_run_info, resume, run_files, run_info
 from cxrscale.types import UserError

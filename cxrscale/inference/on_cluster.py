@@ -3,44 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 
 from cxrscale.cluster import ray_session, run_actors
 from cxrscale.inference import journal
-from cxrscale.inference.cascade import GatedPredictor
 from cxrscale.inference.prediction import Prediction, Provenance
-from cxrscale.inference.predictor import Predictor
-from cxrscale.inference.streaming import GroupPredictor, ImagePredictor
-from cxrscale.inference.trained import Averaging
+from cxrscale.inference.predictor_spec import PredictorSpec
+from cxrscale.inference.streaming import GroupPredictor
 from cxrscale.io import storage
 from cxrscale.types import UserError
-
-
-@dataclass(frozen=True, slots=True)
-class PredictorSpec:
-    """What is to be loaded, here or in a worker."""
-
-    runs: tuple[str, ...]
-    """Folders or addresses; several are an ensemble."""
-    gate: str | None = None
-    """A classifier before the segmenter."""
-    averaging: Averaging | None = None
-    maps: bool = False
-    """Whether predictions have their `maps`."""
-
-    def load(self, device: str | None = None) -> ImagePredictor:
-        """The predictor.
-
-        Raises:
-            UserError: as `Predictor` and `GatedPredictor`; a gate stands before several runs.
-        """
-        if self.gate is not None and (len(self.runs) > 1 or self.averaging is not None):
-            raise UserError("--gate takes one --run; make a run of an ensemble: cxrscale ensemble RUN... --name NAME")
-        if self.gate is not None:
-            return GatedPredictor(self.runs[0], self.gate, device, maps=self.maps)
-        return Predictor(self.runs, device, averaging=self.averaging, maps=self.maps)
 
 
 class ClusterPredictor(GroupPredictor):

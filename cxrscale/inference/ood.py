@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from torch.nn.functional import adaptive_avg_pool2d
 
 from cxrscale.evaluation import OodReference, ood
 from cxrscale.evaluation.metrics import Floats
-from cxrscale.inference.trained import TrainedModel
 from cxrscale.io import read_artifact, storage, write_artifact
-from cxrscale.loader import evaluation_batches, usable_rows
 from cxrscale.shards import Manifest
 from cxrscale.types import Batch, DistContext
+
+if TYPE_CHECKING:  # a reference is read without torch, where an exported model is served
+    from cxrscale.inference.trained import TrainedModel
 
 IMAGES = 512
 """Training images that a reference is fitted on."""
@@ -44,6 +45,8 @@ class Distances:
 
 def thumbnails(batch: Batch) -> Floats:
     """(B, D) mean gray value of each of SIDE x SIDE tiles of what the model sees."""
+    from torch.nn.functional import adaptive_avg_pool2d
+
     tile_BHW = adaptive_avg_pool2d(batch.image_BCHW.float(), ood.SIDE).mean(dim=1)
     result: Floats = tile_BHW.flatten(1).cpu().numpy().astype(np.float64)
     return result
@@ -66,6 +69,8 @@ def reference_of(run: str, trained: TrainedModel, data: Manifest, dist: DistCont
     Raises:
         UserError: it is damaged or of another version.
     """
+    from cxrscale.loader import evaluation_batches, usable_rows
+
     stored = read_reference(run)
     if stored is not None and stored.manifest == trained.manifest:
         return stored

@@ -8,7 +8,7 @@ from typing import Any
 
 from cxrscale.config import Recipe
 from cxrscale.evaluation import MaskRule
-from cxrscale.inference.trained import Averaging, Member
+from cxrscale.inference.members import Averaging, Member
 from cxrscale.io import ArtifactPart
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,39 +12,25 @@ import numpy.typing as npt
 import torch
 
 from cxrscale.config import Recipe
-from cxrscale.evaluation import DEFAULT_MASK_RULE, MaskRule, calls, ood
-from cxrscale.evaluation.metrics import bin_of
+from cxrscale.evaluation import DEFAULT_MASK_RULE, MaskRule, ood
 from cxrscale.inference.decision import Decision, read_decision
+from cxrscale.inference.members import Averaging
 from cxrscale.inference.ood import read_reference, thumbnails
+from cxrscale.inference.outputs import Output, Reading
 from cxrscale.inference.prediction import Prediction, Provenance
 from cxrscale.inference.stored_images import Pixels
 from cxrscale.inference.streaming import ImagePredictor, Prepared
-from cxrscale.inference.trained import Averaging, load_models
-from cxrscale.io import rle_masks, storage
+from cxrscale.inference.trained import load_models
+from cxrscale.io import storage
 from cxrscale.loader import FileLoader
 from cxrscale.models import forward, pooled_features, probabilities
-from cxrscale.training import LocalWorker, scoring
-from cxrscale.types import Batch, probabilities_of
+from cxrscale.training import LocalWorker
+from cxrscale.types import Batch
 
 NO_CALLS = (
     "an ensemble without thresholds: probabilities are the mean of its models' own and no calls; "
     "`cxrscale ensemble RUN... --name NAME` makes a run of it"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class _Output:
-    """What the model gives for one image."""
-
-    logit_F: npt.NDArray[np.float32]
-    """For segmentation of the map's highest pixel."""
-    score_HW: npt.NDArray[np.float32] | None
-    """For segmentation: the map's probabilities."""
-    map_Fhw: npt.NDArray[np.float32] | None = None
-    """For classification, where it was asked for: class activation maps."""
-    gray: tuple[float, float] | None = None
-    """Mean and standard deviation of the thumbnail."""
-    ood_distance: float | None = None
 
 
 class Predictor(ImagePredictor):
@@ -132,41 +117,18 @@ class Predictor(ImagePredictor):
             known: of each image what is known without the model.
             stored: the images, as `stores` says.
         """
+        reading = self._reading
         return [
-            replace(one, error="the image cannot be decoded") if output is None else self._prediction(one, output)
+            replace(one, error="the image cannot be decoded") if output is None else reading.prediction(one, output)
             for one, output in zip(known, self._outputs(stored), strict=True)
         ]
 
     def predict_prepared(self, batch: Sequence[Prepared]) -> list[Prediction]:
         return self.predict_stored([one.prediction for one in batch], [one.stored[0] for one in batch])
 
-    def _prediction(self, known: Prediction, output: _Output) -> Prediction:
-        logit_F = output.logit_F
-        known = replace(known, logits=dict(zip(self.findings, logit_F.tolist(), strict=True)), gray=output.gray)
-        if output.score_HW is not None and known.height is not None and known.width is not None:
-            mask_HW = apply_mask_rule(output.score_HW, self.mask_rule, (known.height, known.width))
-            area = int(mask_HW.sum())
-            area_mm2 = None if known.spacing_mm is None else area * known.spacing_mm[0] * known.spacing_mm[1]
-            known = replace(known, mask_rle=rle_masks.encode(mask_HW), mask_area=area, mask_area_mm2=area_mm2)
-        if output.map_Fhw is not None:
-            known = replace(known, maps=dict(zip(self.findings, output.map_Fhw, strict=True)))
-        elif self._maps and output.score_HW is not None:
-            known = replace(known, maps={self.findings[0]: output.score_HW})
-        chosen = self._decision.thresholds
-        # Behind a gate the image has been measured.
-        if output.ood_distance is not None and known.ood_distance is None:
-            known = _measured(known, output.ood_distance, None if chosen is None else chosen.ood_limit)
-        if chosen is None:
-            own = dict(zip(self.findings, probabilities_of(logit_F).tolist(), strict=True))
-            return replace(known, probabilities=own)
-        found = calls.call_images(logit_F[None], self.findings, chosen, self._decision.estimated)
-        final = dict(zip(self.findings, found.probability_NF[0].tolist(), strict=True))
-        called = {
-            name: bool(value)
-            for name, value in zip(self.findings, found.called_NF[0].tolist(), strict=True)
-            if not math.isnan(value)
-        }
-        return replace(known, probabilities=final, calls=called)
+    @property
+    def _reading(self) -> Reading:
+        return Reading(self.findings, self._decision, self.mask_rule, self._maps)
 
     def _forward(self, batch: Batch) -> tuple[torch.Tensor, npt.NDArray[np.float32] | None]:
         """The logits of a batch, and (B, F, h, w) class activation maps where they were asked for and the model has
@@ -179,9 +141,9 @@ class Predictor(ImagePredictor):
         map_BFhw = features.maps(logits) if logits.ndim == 2 else None
         return logits, None if map_BFhw is None else map_BFhw.cpu().numpy()
 
-    def _outputs(self, images: Sequence[bytes]) -> list[_Output | None]:
+    def _outputs(self, images: Sequence[bytes]) -> list[Output | None]:
         """The model's output for each stored image; None where it cannot be decoded."""
-        outputs: list[_Output | None] = [None] * len(images)
+        outputs: list[Output | None] = [None] * len(images)
         if not images:
             return outputs
         with self._lock, torch.no_grad():
@@ -195,7 +157,7 @@ class Predictor(ImagePredictor):
         logit_BF = logits.flatten(2).amax(dim=2).cpu().numpy() if logits.ndim == 4 else logits.cpu().numpy()
         for index in np.flatnonzero(batch.valid_B.cpu().numpy()):
             mean, spread = gray_B2[index].tolist()
-            outputs[index] = _Output(
+            outputs[index] = Output(
                 logit_BF[index],
                 None if maps is None else maps[index],
                 None if map_BFhw is None else map_BFhw[index],
@@ -203,28 +165,3 @@ class Predictor(ImagePredictor):
                 None if distance_B is None else float(distance_B[index]),
             )
         return outputs
-
-
-def _measured(known: Prediction, distance: float, limit: float | None) -> Prediction:
-    """What is known of an image, with its distance to the training images, and a warning where that is too large."""
-    if limit is None or not distance > limit:
-        return replace(known, ood_distance=distance)
-    warning = (
-        f"unlike the training images: distance {distance:.2f}, where {ood.QUANTILE:.0%} of the validation images lie "
-        f"below {limit:.2f}; another view or body part, turned, inverted or cut? The probabilities say little"
-    )
-    return replace(known, ood_distance=distance, warnings=(*known.warnings, warning))
-
-
-def apply_mask_rule(score_HW: npt.NDArray[np.float32], rule: MaskRule, shape: tuple[int, int]) -> npt.NDArray[np.bool_]:
-    """The mask of a score map at the size (H, W) of its image: empty unless `min_area` pixels score >= top, else all
-    pixels that score >= bottom.
-
-    The probabilities are enlarged, not the mask. `min_area` counts pixels of the image, or of the map where the rule
-    was chosen at that size.
-    """
-    bins = scoring.BINS
-    own_HW = scoring.enlarged(score_HW, shape)
-    gate_HW = own_HW if rule.own_size else score_HW
-    enough = (gate_HW * bins >= bin_of(rule.top, bins)).sum() >= max(1, rule.min_area)
-    return np.asarray((own_HW * bins >= bin_of(rule.bottom, bins)) & enough)

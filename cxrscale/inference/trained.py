@@ -14,8 +14,9 @@ from torch import nn
 from cxrscale import config
 from cxrscale.config import Augment, Pack, Recipe
 from cxrscale.inference.export import contract, runtime
-from cxrscale.io import ArtifactPart, read_sealed_yaml, storage
-from cxrscale.models import Averaged, Mean, build_model
+from cxrscale.inference.members import Averaging, Member
+from cxrscale.io import read_sealed_yaml, storage
+from cxrscale.models import Averaged, build_model
 from cxrscale.training import checkpoint, resume, run_files
 from cxrscale.types import UserError, one_line
 
@@ -27,24 +28,6 @@ INPUT = ("size", "clahe", "clahe_clip", "clahe_tiles", "normalize", "mean", "std
 
 SPARE_WEIGHTS = 50_000_000
 """How many more weights than its file a model may have while it is built: encoders are made whole and then cut."""
-
-
-class Member(ArtifactPart):
-    """One of the models of an ensemble."""
-
-    run: str
-    """The run's absolute path or address."""
-    checkpoint: str
-    """Digest of its file of weights."""
-
-
-class Averaging(ArtifactPart):
-    """How the outputs of several models, or of one model for an image and its mirror image, become one."""
-
-    mean: Mean = "probabilities"
-    """Of the members' probabilities, or of their logits."""
-    hflip: bool = False
-    """Whether each member also sees the image mirrored left to right."""
 
 
 @dataclass(frozen=True, slots=True)

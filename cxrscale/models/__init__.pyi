@@ -2,7 +2,6 @@ from . import losses as losses
 from .activation_maps import pooled_features as pooled_features
 from .averaged import MEANS as MEANS
 from .averaged import Averaged as Averaged
-from .averaged import Mean as Mean
 from .forward import forward as forward
 from .forward import probabilities as probabilities
 from .gradient_maps import GradientMaps as GradientMaps

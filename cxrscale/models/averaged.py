@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn.functional import interpolate, logsigmoid
 
-Mean = Literal["probabilities", "logits"]
+from cxrscale.types import Mean
+
 MEANS: tuple[Mean, ...] = ("probabilities", "logits")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cxrscale.evaluation import MaskRule, metrics
-from cxrscale.inference import apply_mask_rule, maps_of_rows, predictions
+from cxrscale.inference import apply_mask_rule, maps_of_rows, split_scores
 from cxrscale.io import load_image, resize_mask
 from cxrscale.loader import ShardReader
 from cxrscale.reporting import html
@@ -139,7 +139,7 @@ def show_cases(
     manifest_row = {row: row_of[scores.image_id[row]] for row in wanted}
     masks: dict[int, dict[str, npt.NDArray[np.bool_]]] = {}
     if rule is not None and wanted:
-        for row, score_HW, mask_HW in predictions.score_maps(run, data, sorted(manifest_row.values())):
+        for row, score_HW, mask_HW in split_scores.score_maps(run, data, sorted(manifest_row.values())):
             shape = data.table["height"][row].as_py(), data.table["width"][row].as_py()
             predicted_HW = resize_mask(apply_mask_rule(score_HW, rule, shape), len(score_HW))
             masks[row] = {"truth": mask_HW, "predicted": predicted_HW}

@@ -99,9 +99,9 @@ class Run:
         Raises:
             UserError: nothing has been trained yet, or the datasets are missing or have changed.
         """
-        from cxrscale.inference import predictions
+        from cxrscale.inference import split_scores
 
-        return predictions.predict_split(self.path, split, progress)
+        return split_scores.predict_split(self.path, split, progress)
 
     def choose_thresholds(
         self, overrides: Sequence[str] = (), resamples: int = RESAMPLES, progress: Progress | None = None

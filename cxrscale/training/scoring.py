@@ -13,12 +13,10 @@ from torch import nn
 
 from cxrscale.config import Recipe
 from cxrscale.evaluation import metrics
+from cxrscale.evaluation.score_maps import BINS, enlarged
 from cxrscale.models import ClassWeights, forward, losses, probabilities
 from cxrscale.training.distributed import all_gather, all_reduce_sum, broadcast_buffers
 from cxrscale.types import Batch, DistContext, NonFiniteError, ScoreHistograms, probabilities_of
-
-BINS = 256
-"""Bins of the score histograms: thresholds on maps come in steps of 1/256."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,12 +174,3 @@ def own_size_histograms(
         for counts_BT, inside_HW in ((all_BT, None), (true_BT, mask_HW.view(np.uint8))):
             counts_BT[index] = cv2.calcHist([bin_HW], [0], inside_HW, [BINS], [0, BINS]).ravel()
     return ScoreHistograms(all_BT, true_BT, own_size=True)
-
-
-def enlarged(score_HW: npt.NDArray[np.float32], shape: tuple[int, int]) -> npt.NDArray[np.float32]:
-    """A score map at another size (H, W): bilinear between pixel centers, as image viewers and PyTorch without
-    `align_corners` do."""
-    if score_HW.shape == shape:
-        return score_HW
-    resized: npt.NDArray[np.float32] = cv2.resize(score_HW, shape[::-1], interpolation=cv2.INTER_LINEAR)
-    return resized

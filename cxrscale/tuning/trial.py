@@ -17,7 +17,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from cxrscale import config
 from cxrscale.config import LOWER_IS_BETTER, Recipe
 from cxrscale.evaluation import metrics, thresholds
-from cxrscale.inference import predictions
+from cxrscale.inference import split_scores
 from cxrscale.io import lease, read_sealed_yaml, seal, storage, write_sealed_yaml
 from cxrscale.training import LocalWorker, RunInputs, checkpoint, launch, resume, run_info, tracking, waiting
 from cxrscale.tuning import search_space
@@ -229,7 +229,7 @@ def score_at_own_thresholds(run: str) -> float:
     Args:
         run: a trial that has a checkpoint.
     """
-    scores = predictions.predict_split(run, "val")
+    scores = split_scores.predict_split(run, "val")
     if scores.maps is not None:
         return thresholds.best_mask_rule(scores.maps).dice
     values = []

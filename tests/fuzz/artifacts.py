@@ -250,13 +250,13 @@ def _search(run: str) -> None:
 @extra.command("cascade")
 def _cascade(run: str) -> None:
     """What `predict --gate` reads of a segmenter's cascade, and does with it."""
-    from cxrscale.inference import predictor, read_cascade
+    from cxrscale.inference import apply_mask_rule, read_cascade
 
     digest = _weights_digest(Path(run))
     chosen = read_cascade(run, digest, digest, "thresholds")
     if chosen is not None:
         score_HW = np.linspace(0.0, 1.0, 36, dtype=np.float32).reshape(6, 6)
-        predictor.apply_mask_rule(score_HW, chosen.mask_rule, (9, 9))
+        apply_mask_rule(score_HW, chosen.mask_rule, (9, 9))
         bool(chosen.threshold <= 0.5)
 
 

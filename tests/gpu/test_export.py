@@ -10,7 +10,8 @@ import torch
 from cxrscale import config
 from cxrscale.config import Recipe
 from cxrscale.inference.export import to_onnx
-from cxrscale.inference.export.runtime import GPU_PROVIDERS, OnnxModule, ProgramModule
+from cxrscale.inference.export.runtime import OnnxModule, ProgramModule
+from cxrscale.inference.export.session import GPU_PROVIDERS
 from cxrscale.models import build_model
 from tests.tiny import TINY_CLASSIFIER, TINY_SEGMENTER
 

@@ -12,12 +12,11 @@ import pytest
 import torch
 
 from cxrscale import sources
-from cxrscale.evaluation import MaskRule, metrics, summary
-from cxrscale.inference import Predictor, apply_mask_rule, predictions
+from cxrscale.evaluation import MaskRule, metrics, score_maps, summary
+from cxrscale.inference import Predictor, apply_mask_rule, predictions, split_scores
 from cxrscale.io import rle_masks
 from cxrscale.shards import manifest
 from cxrscale.sources.synthetic.archive import SyntheticPaths
-from cxrscale.training import scoring
 from cxrscale.types import Scores, UserError
 from tests.conftest import keyed
 
@@ -42,7 +41,7 @@ def truth(drawn: SyntheticPaths) -> dict[str, Pixels]:
 
 @pytest.fixture(scope="module")
 def scores(segmenter_run: str) -> Scores:
-    return predictions.predict_split(segmenter_run, "test")
+    return split_scores.predict_split(segmenter_run, "test")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +49,7 @@ def rule(scores: Scores) -> MaskRule:
     """A rule under which this hardly trained model predicts masks."""
     assert scores.maps is not None
     above_T = scores.maps.all_NT.sum(axis=0)[::-1].cumsum()[::-1] / scores.maps.all_NT.sum()
-    threshold = int((above_T > 0.1).sum() - 1) / scoring.BINS
+    threshold = int((above_T > 0.1).sum() - 1) / score_maps.BINS
     return MaskRule(threshold, 40, threshold, own_size=True)
 
 
@@ -75,7 +74,7 @@ def test_dice_is_that_of_enlarged_probabilities_and_the_tables_masks(
     row_of = {name: row for row, name in enumerate(data.image_id.tolist())}
     rows = [row_of[name] for name in scores.image_id.tolist()]
     expected, sizes = {}, []
-    for row, score_HW, _ in predictions.score_maps(segmenter_run, data, rows):
+    for row, score_HW, _ in split_scores.score_maps(segmenter_run, data, rows):
         assert score_HW.shape == (64, 64)
         called_HW = enlarged(score_HW) >= rule.bottom
         called_HW &= bool(called_HW.sum() >= rule.min_area)

@@ -13,7 +13,7 @@ import pytest
 
 from cxrscale import sources
 from cxrscale.evaluation import DEFAULT_MASK_RULE, summary
-from cxrscale.inference import Prediction, Predictor, apply_mask_rule, predictions
+from cxrscale.inference import Prediction, Predictor, apply_mask_rule, predictions, split_scores
 from cxrscale.io import load_image, rle_masks, storage
 from cxrscale.run import Run
 from cxrscale.shards import manifest
@@ -49,7 +49,7 @@ def assert_close(ours: Sequence[Prediction], theirs: Sequence[Prediction]) -> No
 def test_raw_files_get_the_scores_that_their_shards_got(
     predictor: Predictor, classifier_run: str, paths: list[str]
 ) -> None:
-    scores = predictions.predict_split(classifier_run, "test")
+    scores = split_scores.predict_split(classifier_run, "test")
     expected = {
         name: dict(zip(scores.findings, row, strict=True))
         for name, row in zip(scores.image_id, scores.probability_NF, strict=True)
@@ -199,7 +199,7 @@ def test_a_mask_is_that_of_the_shards_at_the_size_of_the_file(
     paths = {keyed("siim", record.image_id): record.path for record in sources.read("siim", str(drawn.siim)).records}
     data = manifest.load(siim_shards)
     predictor = Predictor(segmenter_run, "cpu")
-    for row, score_HW, _ in predictions.score_maps(segmenter_run, data, range(4)):
+    for row, score_HW, _ in split_scores.score_maps(segmenter_run, data, range(4)):
         path = paths[data.image_id[row]]
         prediction = predictor(path)
         assert prediction.probabilities["Pneumothorax"] == pytest.approx(float(score_HW.max()), abs=1e-5)

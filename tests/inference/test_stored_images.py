@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cxrscale.cli import app
-from cxrscale.inference import Predictor, find_inputs, predict_files, predictions, stored_images
+from cxrscale.inference import Predictor, find_inputs, predict_files, split_scores, stored_images
 from cxrscale.io import storage
 from cxrscale.shards import manifest
 from cxrscale.types import probabilities_of
@@ -40,7 +40,7 @@ def test_a_split_of_a_dataset_gets_the_scores_of_that_split(
     predictor: Predictor, classifier_run: str, nih_shards: str, tmp_path: Path
 ) -> None:
     run = shutil.copytree(classifier_run, tmp_path / "run")
-    scores = predictions.predict_split(run, "test")
+    scores = split_scores.predict_split(run, "test")
     paths = find_inputs([nih_shards], split="test").paths
     result = predict_files(predictor, paths, str(tmp_path / "out"), "parquet")
     assert (result.read, result.not_read) == (len(scores.image_id), 0)

@@ -16,6 +16,7 @@ from torch import nn
 
 from cxrscale import config
 from cxrscale.config import Recipe
+from cxrscale.evaluation import score_maps
 from cxrscale.models import losses
 from cxrscale.training import scoring
 from cxrscale.training.scoring import ScoredRows
@@ -118,7 +119,7 @@ def test_maps_are_counted_in_histograms_and_scored_by_their_highest_pixel() -> N
     assert rows.maps.all_NT.sum(axis=1).tolist() == [16] * 4
     # Of the odd rows only row 3 is valid; one of its pixels is above 0.5.
     assert rows.maps.true_NT.sum(axis=1).tolist() == [0, 0, 1, 0]
-    assert rows.maps.true_NT[2].argmax() == int(scoring.BINS / (1 + math.exp(-1)))
+    assert rows.maps.true_NT[2].argmax() == int(score_maps.BINS / (1 + math.exp(-1)))
 
 
 @pytest.mark.parametrize("training", [True, False])

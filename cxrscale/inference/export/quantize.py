@@ -17,7 +17,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from cxrscale.inference.export.runtime import INPUT, sealed_onnx
+from cxrscale.inference.export.runtime import sealed_onnx
+from cxrscale.inference.export.session import INPUT
 from cxrscale.io import scratch
 
 Method = Literal["minmax", "percentile"]

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import io
-import os
 import zipfile
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from cxrscale.inference.export import contract
+from cxrscale.inference.export.session import INPUT, OUTPUT, open_session
 from cxrscale.io import seal
 from cxrscale.types import UserError, one_line
-
-GPU_PROVIDERS = ("TensorrtExecutionProvider", "CUDAExecutionProvider")
-"""Of ONNX Runtime, the faster first; of these, the ones that are installed run a model on a GPU."""
-INPUT, OUTPUT = "image", "logits"
-"""Names in an ONNX file."""
 
 
 class OnnxModule(nn.Module):
@@ -35,7 +28,8 @@ class OnnxModule(nn.Module):
         half: whether TensorRT may compute in fp16.
         """
         super().__init__()
-        self._session = _session(content, device, half=half)
+        gpu = (device.index or 0) if device.type == "cuda" else None
+        self._session = open_session(content, torch.get_num_threads(), gpu, half=half)
 
     @property
     def providers(self) -> tuple[str, ...]:
@@ -113,38 +107,3 @@ def sealed_program(content: bytes) -> bytes:
     with zipfile.ZipFile(buffer, "a") as archive:
         archive.comment = seal.BLANK.encode()
     return seal.close(buffer.getvalue())
-
-
-def _session(content: bytes, device: torch.device, *, half: bool) -> Any:
-    try:
-        import onnxruntime
-    except ImportError:
-        raise UserError("an ONNX model needs onnxruntime; install cxrscale[export]") from None
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.inter_op_num_threads = 1
-    # Only errors: it warns of each constant that its optimizer folds.
-    options.log_severity_level = 3
-    providers: list[Any] = ["CPUExecutionProvider"]
-    if device.type == "cuda":
-        installed = onnxruntime.get_available_providers()
-        providers = [
-            (name, _options(name, device, half=half)) for name in GPU_PROVIDERS if name in installed
-        ] + providers
-    return onnxruntime.InferenceSession(content, options, providers=providers)
-
-
-def _options(provider: str, device: torch.device, *, half: bool) -> dict[str, str]:
-    """Of a GPU's provider."""
-    index = {"device_id": str(device.index or 0)}
-    if provider != GPU_PROVIDERS[0]:
-        return index
-    # An engine takes minutes to build; TensorRT names the files by model, version and GPU.
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cxrscale" / "tensorrt"
-    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return {
-        **index,
-        "trt_fp16_enable": str(half),
-        "trt_engine_cache_enable": "True",
-        "trt_engine_cache_path": str(cache),
-    }

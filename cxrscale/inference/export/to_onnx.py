@@ -10,7 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from cxrscale.inference.export.runtime import INPUT, OUTPUT, sealed_onnx, sealed_program
+from cxrscale.inference.export.runtime import sealed_onnx, sealed_program
+from cxrscale.inference.export.session import INPUT, OUTPUT
 from cxrscale.types import UserError, one_line
 
 NOISY = ("torch.onnx", "onnxscript", "onnx_ir")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
-from cxrscale.inference.on_cluster import PredictorSpec
 from cxrscale.inference.prediction import Prediction, Provenance
+from cxrscale.inference.predictor_spec import PredictorSpec
 from cxrscale.inference.stored_images import Pixels
 from cxrscale.inference.streaming import ImagePredictor, Prepared
 

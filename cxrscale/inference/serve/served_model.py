@@ -9,17 +9,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from cxrscale import config
 from cxrscale.evaluation import TestMetrics, artifacts, drift
 from cxrscale.evaluation.metrics import Estimate
 from cxrscale.inference.decision import read_test_metrics, stored_thresholds
-from cxrscale.inference.on_cluster import PredictorSpec
 from cxrscale.inference.ood import read_reference
 from cxrscale.inference.predictions import predictions_path, read_predictions
+from cxrscale.inference.predictor_spec import PredictorSpec
 from cxrscale.inference.serve.multiplexing import UnloadablePredictor
 from cxrscale.inference.streaming import ImagePredictor
 from cxrscale.io import ArtifactPart, Number, storage
-from cxrscale.training import resume
 from cxrscale.types import UserError
 
 BRIGHTNESS, CONTRAST, DISTANCE = "brightness", "contrast", "unlike training"
@@ -94,9 +92,11 @@ def load_models(
     """
     models: dict[str, ServedModel] = {}
     for name, run in runs.items():
-        recipe = config.load_recipe(storage.join(run, resume.RECIPE))
-        spec = PredictorSpec((run,), gate if recipe.data.task == "segment" else None, maps=True)
+        spec = PredictorSpec((run,), maps=True, light=True)
         model = load_served(name, spec, device)
+        if gate is not None and model.info.task == "segment":
+            spec = replace(spec, gate=gate)
+            model = load_served(name, spec, device)
         if places is not None:
             held = UnloadablePredictor(spec, model.predictor, device)
             if len(models) >= places:
