@@ -126,6 +126,8 @@ def _serve(runs: dict[str, str], gate: str | None, listen: _Listen, settings: Se
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=30,
+            # Not httptools, which takes headers of any size.
+            http="h11",
             h11_max_incomplete_event_size=65536,
         )
     )

@@ -522,14 +522,16 @@ def test_one_image_for_every_node(launcher: dict[str, Any]) -> None:
 def test_dockerfile_copies_exactly_the_files_of_the_context() -> None:
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     copied = set()
-    for line in re.findall(r"^COPY (?:--\S+ )*(.+)$", (CLUSTER / "Dockerfile").read_text(), re.MULTILINE):
+    text = "".join((CLUSTER / name).read_text() for name in ("Dockerfile", "Dockerfile.serve"))
+    for line in re.findall(r"^COPY (?:--\S+ )*(.+)$", text, re.MULTILINE):
         copied |= set(line.split()[:-1])
     assert copied == allowed
     assert all((ROOT / name).exists() for name in copied)
 
 
-def test_dockerfile_passes_hadolint() -> None:
-    ran = subprocess.run([tool("hadolint"), CLUSTER / "Dockerfile"], capture_output=True, text=True, timeout=60)
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.serve"])
+def test_dockerfile_passes_hadolint(name: str) -> None:
+    ran = subprocess.run([tool("hadolint"), CLUSTER / name], capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
