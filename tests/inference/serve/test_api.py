@@ -49,10 +49,10 @@ def test_the_answer_is_what_the_predictor_says(served: Served, expected: list[Pr
         assert one.get("calls", {}) == theirs.calls
 
 
-def test_a_file_may_be_the_body_and_maps_and_masks_are_pictures(served: Served, dicoms: list[Path]) -> None:
+def test_a_file_may_be_the_body_and_maps_and_masks_are_drawn(served: Served, dicoms: list[Path]) -> None:
     name = {"Content-Disposition": 'attachment; filename="x.dcm"', "Content-Type": "application/dicom"}
     with served.client() as client:
-        query = {"model": "segmenter", "pictures": "true"}
+        query = {"model": "segmenter", "maps": "true"}
         answer = client.post("/v1/predict", params=query, content=dicoms[0].read_bytes(), headers=name)
     (one,) = answer.json()["predictions"]
     assert one["name"] == "x.dcm"
@@ -82,12 +82,12 @@ def test_results_come_as_files(served: Served, dicoms: list[Path]) -> None:
     source = pydicom.dcmread(dicoms[0])
     with served.client() as client:
         report = client.post("/v1/predict/dicom-sr", content=dicoms[0].read_bytes())
-        picture = client.post("/v1/predict/overlay", content=dicoms[0].read_bytes())
+        overlay = client.post("/v1/predict/overlay", content=dicoms[0].read_bytes())
         refused = client.post("/v1/predict/dicom-seg", content=dicoms[0].read_bytes())
         gray = client.post("/v1/image", content=dicoms[0].read_bytes())
     made = pydicom.dcmread(io.BytesIO(report.content))
     assert (made.Modality, made.StudyInstanceUID) == ("SR", source.StudyInstanceUID)
-    assert picture.content.startswith(b"\x89PNG")
+    assert overlay.content.startswith(b"\x89PNG")
     assert refused.status_code == 422
     assert "makes no dicom-seg" in refused.json()["detail"]
     assert np.array_equal(load_image(gray.content).image_HW, load_image(dicoms[0].read_bytes()).image_HW)
@@ -166,7 +166,7 @@ def test_the_page_and_all_it_loads_come_from_here(served: Served) -> None:
         page = client.get("/")
         assert "Not a medical device" in page.text
         assert "default-src 'none'" in page.headers["content-security-policy"]
-        for path in ("/app.js", "/app.css", "/favicon.svg", "/docs", "/openapi.json"):
+        for path in ("/page/app.js", "/page/worker.js", "/app.css", "/favicon.svg", "/docs", "/openapi.json"):
             assert client.get(path).status_code == 200
             assert "access-control-allow-origin" not in client.get(path).headers
         assert "http" not in client.get("/app.css").text
