@@ -106,7 +106,7 @@ def test_two_variants_show_how_far_they_agree(page: Any, variants: Served) -> No
     page.select_option("#second", "b")
     page.click(".example[data-name='effusion-and-mass.png']")
     page.wait_for_selector(".agreement")
-    assert page.locator("#views figcaption").all_inner_texts() == ["a", "b"]
+    assert page.locator("#views figcaption").all_inner_texts() == ["a (float)", "b (float)"]
     words = page.inner_text(".agreement")
     assert re.search(r"Calls alike: (\d) of \1\.", words)
     assert "Largest difference of a probability: " in words
@@ -300,11 +300,13 @@ def test_paper_has_image_findings_model_and_the_warning(page: Any) -> None:
     page.click(".example[data-name='effusion-and-mass.png']")
     page.wait_for_selector(".finding")
     image_shown(page, "effusion-and-mass.png")
+    page.keyboard.press("1")
     page.emulate_media(media="print")
     text = page.inner_text("#sheet")
     assert "effusion-and-mass.png" in text
     assert re.search(r"classifier \(float, trained \d{4}-\d\d-\d\d on nih, weights [0-9a-f]{8}\)", text)
     assert "Not a medical device." in text
+    assert "where the score comes from, not where the disease is" in text
     assert page.locator("#sheet td").count() == 4 * 4
     assert page.locator("#views canvas").is_visible()
     assert not page.locator("#tools").is_visible()
