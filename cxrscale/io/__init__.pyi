@@ -15,6 +15,7 @@ from .artifact import decode_artifact as decode_artifact
 from .artifact import encode_artifact as encode_artifact
 from .artifact import read_artifact as read_artifact
 from .artifact import write_artifact as write_artifact
+from .gray_levels import StoredImage as StoredImage
 from .heat import draw_heat as draw_heat
 from .heat import encode_color_png as encode_color_png
 from .heat import positive_share as positive_share
@@ -24,6 +25,7 @@ from .images import encode_jpeg as encode_jpeg
 from .images import encode_mask as encode_mask
 from .images import encode_png as encode_png
 from .images import load_image as load_image
+from .images import load_stored as load_stored
 from .images import resize_image as resize_image
 from .images import resize_mask as resize_mask
 from .images import shrink_mask as shrink_mask

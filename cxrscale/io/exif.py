@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
-from cxrscale.types import GrayImage, UnreadableImageError
+from cxrscale.types import UnreadableImageError
 
 _ORIENTATION = 0x0112
 
@@ -29,7 +32,7 @@ def orientation(exif: bytes, name: str) -> int:
     return int(found) if found in range(1, 9) else 1
 
 
-def upright(image_HW: GrayImage, orientation: int) -> GrayImage:
+def upright(image_HW: npt.NDArray[Any], orientation: int) -> npt.NDArray[Any]:
     """Rotate and mirror a stored image according to its EXIF orientation (Exif 2.3, 4.6.4 A)."""
     if orientation in (5, 6, 7, 8):
         image_HW = image_HW.T

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -12,6 +13,24 @@ from cxrscale.types import GrayImage
 
 _BLOCK = 1 << 18
 """Values that are looked up at once: NumPy makes an 8-byte index of each."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredImage:
+    """An image of more than 8 bits, upright, with the window of its file: what a viewer needs to choose another one.
+
+    A pixel's value is `slope * level + intercept`, in the units of the window. `function` says how the window makes a
+    gray value in 0..1 of it (PS3.3 C.11.2.1.2 and C.11.2.1.3); where `inverted`, that is then taken from 1.
+    """
+
+    level_HW: npt.NDArray[np.uint16]
+    slope: float
+    intercept: float
+    center: float
+    width: float
+    function: Literal["LINEAR", "LINEAR_EXACT", "SIGMOID"]
+    inverted: bool
+    """Whether the smallest value is white."""
 
 
 def used_bits(low: int, high: int) -> int:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import simplejpeg
 
 from cxrscale.io import dicom, exif, jpeg_segments, limits, png
+from cxrscale.io.gray_levels import StoredImage
 from cxrscale.io.strictness import FormalFaults, Strictness
 from cxrscale.types import GrayImage, UnreadableImageError, one_line
 
@@ -104,6 +105,20 @@ def load_image(data: bytes, *, name: str = "", strictness: Strictness = Strictne
         return _dicom(data, strictness, fault.args, force=True)
     actual = _other_format(data) or f"an unknown format that starts with {data[:8].hex()}"
     raise UnreadableImageError(f"not a PNG, JPEG or DICOM file but {actual}")
+
+
+def load_stored(data: bytes, *, name: str = "", strictness: Strictness = Strictness.STRICT) -> StoredImage | None:
+    """An image file's values before its window; None for what has no more than 8 bits, or is no PNG and no DICOM file.
+
+    Args, raises: as `load_image`, whose gray values its window gives.
+    """
+    if data.startswith(png.SIGNATURE):
+        return png.decode_stored(data)
+    plain = data[128:132] != b"DICM"
+    named = name.lower().endswith((".dcm", ".dicom")) and _other_format(data) is None
+    if data.startswith(_JPEG) or (plain and not named and data[:4] not in _FIRST_TAGS):
+        return None
+    return dicom.read_stored(data, force=plain, strictness=strictness)
 
 
 def _dicom(data: bytes, strictness: Strictness, warnings: tuple[str, ...] = (), *, force: bool = False) -> LoadedImage:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cxrscale.io import exif, limits
-from cxrscale.io.gray_levels import look_up, used_bits
+from cxrscale.io.gray_levels import StoredImage, look_up, used_bits
 from cxrscale.types import GrayImage, UnreadableImageError
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -41,6 +41,31 @@ def decode_png(data: bytes) -> tuple[GrayImage, bool]:
     Raises:
         UnreadableImageError: truncated, damaged, too large, animated, colored or transparent.
     """
+    pixels, named = _read(data)
+    image_HW, neutral = to_gray(_to_8_bits(pixels, named.get(b"sBIT")) if pixels.dtype == np.uint16 else pixels)
+    turned = _orientation(named)
+    return exif.upright(image_HW, turned), pixels.dtype == np.uint8 and neutral and turned == 1
+
+
+def decode_stored(data: bytes) -> StoredImage | None:
+    """The gray image of a PNG file that uses more than 8 bits, with the window of `decode_png`; None for others.
+
+    Raises:
+        UnreadableImageError: as `decode_png`.
+    """
+    pixels, named = _read(data)
+    if pixels.dtype != np.uint16 or pixels.ndim != 2:
+        return None
+    bits, shift = _depth(pixels, named.get(b"sBIT"))
+    if bits <= 8:
+        return None
+    top = (1 << bits) - 1
+    level_HW: npt.NDArray[np.uint16] = exif.upright(np.minimum(pixels >> shift, top), _orientation(named))
+    return StoredImage(level_HW, 1, 0, top / 2, top, "LINEAR_EXACT", inverted=False)
+
+
+def _read(data: bytes) -> tuple[npt.NDArray[Any], Mapping[bytes, memoryview]]:
+    """The array as OpenCV gives it, and the first chunk of each type."""
     bodies = [(kind, body) for kind, body, _ in chunks(data)]
     kind, header = bodies[0]
     if kind != b"IHDR" or len(header) != 13:
@@ -55,9 +80,11 @@ def decode_png(data: bytes) -> tuple[GrayImage, bool]:
     pixels = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None or pixels.shape[:2] != (height, width):
         raise UnreadableImageError(f"PNG of {height} x {width} pixels cannot be decoded")
-    image_HW, neutral = to_gray(_to_8_bits(pixels, named.get(b"sBIT")) if pixels.dtype == np.uint16 else pixels)
-    turned = exif.orientation(bytes(named[b"eXIf"]), "PNG") if b"eXIf" in named else 1
-    return exif.upright(image_HW, turned), bits < 16 and neutral and turned == 1
+    return pixels, named
+
+
+def _orientation(named: Mapping[bytes, memoryview]) -> int:
+    return exif.orientation(bytes(named[b"eXIf"]), "PNG") if b"eXIf" in named else 1
 
 
 def to_gray(pixels: npt.NDArray[Any]) -> tuple[GrayImage, bool]:
@@ -92,6 +119,13 @@ def _to_8_bits(pixels: npt.NDArray[np.uint16], significant: memoryview | None) -
     if pixels.ndim == 3 and pixels.shape[2] == 4 and pixels[..., 3].min() < 65535:
         raise UnreadableImageError("the image is transparent: save it without alpha")
     levels = pixels[..., :3] if pixels.ndim == 3 else pixels
+    bits, shift = _depth(levels, significant)
+    level_C = np.minimum(np.arange(65536) >> shift, (1 << bits) - 1)
+    return look_up(np.rint(level_C * (255 / ((1 << bits) - 1))).astype(np.uint8), levels)
+
+
+def _depth(levels: npt.NDArray[np.uint16], significant: memoryview | None) -> tuple[int, int]:
+    """(the bits that the values use, how far they are shifted); `significant` is the chunk sBIT."""
     top = int(levels.max())
     bits, shift = used_bits(0, top), 0
     declared = max(significant[: 3 if len(significant) > 2 else 1]) if significant else 16  # not that of alpha
@@ -99,8 +133,7 @@ def _to_8_bits(pixels: npt.NDArray[np.uint16], significant: memoryview | None) -
         rest = (1 << 16 - declared) - 1
         scaled = top >> declared > 0 or not np.bitwise_and(levels, np.uint16(rest)).any()
         bits, shift = declared, 16 - declared if scaled else 0
-    level_C = np.minimum(np.arange(65536) >> shift, (1 << bits) - 1)
-    return look_up(np.rint(level_C * (255 / ((1 << bits) - 1))).astype(np.uint8), levels)
+    return bits, shift
 
 
 def png_damage(data: bytes) -> str:

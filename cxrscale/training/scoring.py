@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from cxrscale.config import Recipe
-from cxrscale.evaluation import metrics
-from cxrscale.evaluation.score_maps import BINS, enlarged
+from cxrscale.evaluation import metrics, score_maps
 from cxrscale.models import ClassWeights, forward, losses, probabilities
 from cxrscale.training.distributed import all_gather, all_reduce_sum, broadcast_buffers
 from cxrscale.types import Batch, DistContext, NonFiniteError, ScoreHistograms, probabilities_of
@@ -149,15 +148,15 @@ def _histograms(
 
 def score_histograms(probability_B1HW: torch.Tensor, mask_B1HW: torch.Tensor | None) -> ScoreHistograms:
     """Histograms of each score map: over all pixels, and over those inside the mask (zeros without one)."""
-    count = probability_B1HW.shape[0]
-    bin_BP = (probability_B1HW.flatten(1) * BINS).long().clamp_(0, BINS - 1)
+    count, bins = probability_B1HW.shape[0], score_maps.BINS
+    bin_BP = (probability_B1HW.flatten(1) * bins).long().clamp_(0, bins - 1)
     # Each image gets bins of its own, so that one bincount serves the batch.
-    bin_BP = bin_BP + torch.arange(count, device=bin_BP.device)[:, None] * BINS
-    all_BT = torch.bincount(bin_BP.flatten(), minlength=count * BINS).view(count, BINS)
+    bin_BP = bin_BP + torch.arange(count, device=bin_BP.device)[:, None] * bins
+    all_BT = torch.bincount(bin_BP.flatten(), minlength=count * bins).view(count, bins)
     true_BT = torch.zeros_like(all_BT)
     if mask_B1HW is not None:
         inside = mask_B1HW.flatten(1) > 0.5
-        true_BT = torch.bincount(bin_BP[inside], minlength=count * BINS).view(count, BINS)
+        true_BT = torch.bincount(bin_BP[inside], minlength=count * bins).view(count, bins)
     return ScoreHistograms(all_BT.cpu().numpy().astype(np.int32), true_BT.cpu().numpy().astype(np.int32))
 
 
@@ -165,12 +164,12 @@ def own_size_histograms(
     probability_B1HW: torch.Tensor, batch: Batch, own_mask: Callable[[int], npt.NDArray[np.bool_]]
 ) -> ScoreHistograms:
     """Histograms of each map at the size of its image's own mask; zeros for invalid rows. One image is in memory."""
-    score_BHW = probability_B1HW[:, 0].float().cpu().numpy()
-    all_BT, true_BT = np.zeros((2, len(score_BHW), BINS), dtype=np.int32)
+    score_BHW, bins = probability_B1HW[:, 0].float().cpu().numpy(), score_maps.BINS
+    all_BT, true_BT = np.zeros((2, len(score_BHW), bins), dtype=np.int32)
     for index in np.flatnonzero(batch.valid_B.cpu().numpy()):
         mask_HW = own_mask(int(batch.row_B[index]))
         # Floor, as in `score_histograms`: 1.0 is in the last bin.
-        bin_HW = np.minimum(enlarged(score_BHW[index], mask_HW.shape) * BINS, BINS - 1).astype(np.uint8)
+        bin_HW = np.minimum(score_maps.enlarged(score_BHW[index], mask_HW.shape) * bins, bins - 1).astype(np.uint8)
         for counts_BT, inside_HW in ((all_BT, None), (true_BT, mask_HW.view(np.uint8))):
-            counts_BT[index] = cv2.calcHist([bin_HW], [0], inside_HW, [BINS], [0, BINS]).ravel()
+            counts_BT[index] = cv2.calcHist([bin_HW], [0], inside_HW, [bins], [0, bins]).ravel()
     return ScoreHistograms(all_BT, true_BT, own_size=True)

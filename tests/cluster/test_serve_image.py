@@ -51,7 +51,7 @@ def test_the_service_runs_with_what_the_image_installs(
     print(f"{size} MB")
     assert size < 1000
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [venv / "bin" / "cxrscale", "serve", exported, "--host", "0.0.0.0", "--api-key-file", key]
+    command = [str(venv / "bin" / "cxrscale"), "serve", exported, "--host", "0.0.0.0", "--api-key-file", str(key)]
     with subprocess.Popen([*command, "--port", str(port)], env=environment, cwd=tmp_path) as service:
         try:
             with httpx.Client(

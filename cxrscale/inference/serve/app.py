@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import math
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -54,17 +55,17 @@ def build_app(service: Service, page: Mapping[str, tuple[str, bytes]] | None = N
 
 def _add_predictions(app: FastAPI, service: Service) -> None:
     @app.post("/v1/predict", tags=["predictions"])
-    async def predict(request: Request, model: ModelName = None, pictures: bool = False) -> JSONResponse:
+    async def predict(request: Request, model: ModelName = None, maps: bool = False) -> JSONResponse:
         """Probabilities and calls of one file (the request's body) or several (a form).
 
-        A file that cannot be read has its `error`; where that is the only file, the answer is 422. `pictures=true`
-        adds heat maps, and the mask as a PNG.
+        A file that cannot be read has its `error`; where that is the only file, the answer is 422. `maps=true`
+        adds what a page draws: heat maps and the mask as PNGs, and a thumbnail as JPEG, in base64.
         """
         served = chosen_model(service, request, model)
         answers = await service.predict(served.info.name, await read_uploads(request, service.settings))
         if len(answers) == 1 and answers[0].prediction.error:
             raise ProblemError(422, answers[0].prediction.error)
-        return JSONResponse(predictions_json(served, answers, drawn=pictures))
+        return JSONResponse(predictions_json(served, answers, drawn=maps))
 
     @app.post("/v1/predict/{kind}", tags=["predictions"])
     async def predict_file(request: Request, kind: str, model: ModelName = None) -> Response:
@@ -91,10 +92,20 @@ def _add_predictions(app: FastAPI, service: Service) -> None:
         return Response(content, media_type=media)
 
     @app.post("/v1/image", tags=["predictions"])
-    async def image(request: Request) -> Response:
-        """A file's upright gray image as an 8-bit PNG, as the models see it before it is resized."""
+    async def image(request: Request, depth: str = "8") -> Response:
+        """A file's upright gray image as an 8-bit PNG, as the models see it before it is resized.
+
+        With `depth=stored`, where the file has more than 8 bits, instead its values before the window as little-endian
+        uint16, row by row; the header X-Stored-Image is JSON: height, width, slope, intercept (value = slope * level +
+        intercept), the file's window (center, width and function as in DICOM), and whether it is inverted after that.
+        """
+        if depth not in ("8", "stored"):
+            raise ProblemError(422, f"depth is {depth!r:.40}, neither 8 nor stored")
         (upload, *_) = await read_uploads(request, service.settings)
         try:
+            if depth == "stored" and (stored := await service.decode_stored(upload)) is not None:
+                headers = {"X-Stored-Image": json.dumps(stored.about), "Content-Encoding": "deflate"}
+                return Response(stored.deflated, media_type="application/octet-stream", headers=headers)
             found = await service.decode(upload)
         except UnreadableImageError as error:
             raise ProblemError(422, str(error)) from None

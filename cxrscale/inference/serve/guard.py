@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LOG = logging.getLogger("cxrscale")
-OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/favicon.svg", "/app.js", "/app.css"})
+OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/favicon.svg", "/app.css"})
+OPEN_FOLDER = "/page/"
 """What needs no key: the page itself, which asks for one, and whether the service lives."""
 SECURITY: Mapping[str, str] = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
@@ -86,7 +87,7 @@ class Guard:
     def _check(self, scope: Scope) -> None:
         self._check_rate(scope)
         headers = Headers(scope=scope)
-        if self._key is not None and scope["path"] not in OPEN_PATHS and not self._has_key(headers):
+        if self._key is not None and not _is_open(scope["path"]) and not self._has_key(headers):
             raise ProblemError(401, "this service wants its key: Authorization: Bearer KEY")
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > self._settings.max_megabytes * 1e6:
@@ -99,7 +100,7 @@ class Guard:
     def _check_rate(self, scope: Scope) -> None:
         """A bucket of tokens per address, filled over a minute."""
         limit = self._settings.requests_per_minute
-        if not limit or scope["path"] in OPEN_PATHS:
+        if not limit or _is_open(scope["path"]):
             return
         client, now = (scope.get("client") or ("", 0))[0], time.monotonic()
         if len(self._rates) > 10_000:
@@ -126,6 +127,10 @@ class Guard:
     def body_seconds(self) -> float:
         """How long a body may take to come."""
         return self._settings.body_seconds
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
 
 
 class _Body:

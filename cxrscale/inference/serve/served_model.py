@@ -15,6 +15,7 @@ from cxrscale.inference.decision import read_test_metrics, stored_thresholds
 from cxrscale.inference.ood import read_reference
 from cxrscale.inference.predictions import predictions_path, read_predictions
 from cxrscale.inference.predictor_spec import PredictorSpec
+from cxrscale.inference.serve import model_facts
 from cxrscale.inference.serve.multiplexing import UnloadablePredictor
 from cxrscale.inference.streaming import ImagePredictor
 from cxrscale.io import ArtifactPart, Number, storage
@@ -36,7 +37,9 @@ class FindingInfo(ArtifactPart):
     """At the threshold, on validation."""
     specificity: Number
     precision: Number
-    """Positive predictive value on validation, at its prevalence."""
+    """Positive predictive value there, at `prevalence`."""
+    prevalence: Number
+    """Share of the labeled validation images that have the finding; with threshold.prior_shift=known the prior."""
     auroc: Number
     """On the test split; NaN before the run was evaluated."""
     auroc_low: Number
@@ -57,8 +60,14 @@ class ModelInfo(ArtifactPart):
     """Digest of thresholds.json; empty where the run has none."""
     gate: str
     """Digest of the weights of the classifier before it; empty without one."""
+    form: str
+    """What runs: float, or for an export such as onnx int8-static its format and quantization."""
     trained_on: tuple[str, ...]
     """Names of the datasets."""
+    trained: str
+    """The day on which the training ended, as 2026-11-30; empty where it is not known."""
+    ood_limit: Number
+    """Distance above which an image counts as unlike the training images; NaN where there is none."""
     score: str
     """How good it is, in a line; empty before the run was evaluated."""
     notes: tuple[str, ...]
@@ -129,6 +138,9 @@ def load_served(name: str, spec: PredictorSpec, device: str | None = None) -> Se
         checkpoint=about.checkpoint,
         thresholds=about.thresholds,
         gate=about.gate.checkpoint if about.gate is not None else "",
+        form=model_facts.form(run) if single else "ensemble",
+        trained=model_facts.trained_day(run) if single else "",
+        ood_limit=model_facts.ood_limit(run, about.checkpoint) if single else float("nan"),
         trained_on=tuple(storage.absolute(root).rstrip("/").rpartition("/")[2] for root in data.shards),
         score=_score(test),
         notes=about.notes,
@@ -139,10 +151,12 @@ def load_served(name: str, spec: PredictorSpec, device: str | None = None) -> Se
 
 def _finding(name: str, run: str | None, checkpoint: str, test: TestMetrics | None) -> FindingInfo:
     nan = float("nan")
-    chosen = None
+    chosen, at, predictive, prevalence = None, None, nan, nan
     if run is not None and storage.exists(storage.join(run, artifacts.THRESHOLDS)):
-        chosen = stored_thresholds(run, checkpoint).thresholds.get(name)
-    at = None if chosen is None else chosen.on_validation
+        stored = stored_thresholds(run, checkpoint)
+        chosen = stored.thresholds.get(name)
+        at = None if chosen is None else chosen.on_validation
+        predictive, prevalence = model_facts.predictive_value(stored, name, at)
     auroc = test.findings[name].auroc if test is not None and name in test.findings else Estimate(nan)
     threshold = chosen.threshold if chosen is not None else Estimate(nan)
     return FindingInfo(
@@ -151,7 +165,8 @@ def _finding(name: str, run: str | None, checkpoint: str, test: TestMetrics | No
         high=threshold.high,
         sensitivity=at.recall.value if at is not None else nan,
         specificity=at.specificity.value if at is not None else nan,
-        precision=at.precision.value if at is not None else nan,
+        precision=predictive,
+        prevalence=prevalence,
         auroc=auroc.value,
         auroc_low=auroc.low,
         auroc_high=auroc.high,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from cxrscale.config import Serve
 from cxrscale.inference.prediction import Prediction
 from cxrscale.inference.serve.batching import Batcher
-from cxrscale.inference.serve.decoding import Decoder
+from cxrscale.inference.serve.decoding import Decoder, StoredPixels
 from cxrscale.inference.serve.monitoring import Monitoring
 from cxrscale.inference.serve.served_model import ServedModel
 from cxrscale.io import LoadedImage
@@ -87,11 +88,24 @@ class Service:
             BusyError: as `predict`.
             UnreadableImageError: with the reason.
         """
+        with self._one_more():
+            return await self.decoder.decode(upload.data, upload.name)
+
+    async def decode_stored(self, upload: Upload) -> StoredPixels | None:
+        """The values of an uploaded file before its window; None where it has no more than 8 bits.
+
+        Raises: as `decode`.
+        """
+        with self._one_more():
+            return await self.decoder.decode_stored(upload.data, upload.name)
+
+    @contextmanager
+    def _one_more(self) -> Iterator[None]:
         if self._waiting >= self.settings.queue:
             raise BusyError
         self._count(1)
         try:
-            return await self.decoder.decode(upload.data, upload.name)
+            yield
         finally:
             self._count(-1)
 

@@ -20,10 +20,9 @@ if TYPE_CHECKING:
 FORM = "multipart/form-data"
 RAW = frozenset({"", "application/octet-stream", "application/dicom", "image/png", "image/jpeg"})
 """Types of a body that is one file; what it is, its first bytes say."""
-
+ZIP = frozenset({"application/zip", "application/x-zip-compressed"})
 MODEL_HEADER = "serve_multiplexed_model_id"
 """By which Ray Serve sends a request to a replica that has the model in memory."""
-
 ModelName = Annotated[str | None, Query(description="One of /v1/models; without it the first.")]
 
 
@@ -45,6 +44,8 @@ async def read_uploads(request: Request, settings: Serve) -> list[Upload]:
         if not data:
             raise ProblemError(422, "the request holds no file")
         return [Upload(file_name(request.headers.get("content-disposition", "")), data)]
+    if kind in ZIP:
+        raise ProblemError(415, "a zip is several files: unpack it, or drop it on the page, which reads it itself")
     if kind != FORM:
         raise ProblemError(415, f"{kind!r} is no file; send DICOM, PNG or JPEG, raw or as {FORM}")
     try:

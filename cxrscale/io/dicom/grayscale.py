@@ -8,14 +8,14 @@ look-up in that table. The result follows the standard's formulas to half a gray
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from cxrscale.io.dicom import tags
 from cxrscale.io.dicom.pixels import Layout
-from cxrscale.io.gray_levels import used_bits
+from cxrscale.io.gray_levels import StoredImage, used_bits
 from cxrscale.types import GrayImage
 
 
@@ -34,8 +34,7 @@ class _Window:
 
     center: float
     width: float
-    function: str
-    """LINEAR, LINEAR_EXACT or SIGMOID."""
+    function: Literal["LINEAR", "LINEAR_EXACT", "SIGMOID"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +103,7 @@ def _window(ds: Any) -> _Window:
     if width <= 0 or (function == "LINEAR" and width < 1):
         required = "of at least 1" if function == "LINEAR" else "above 0"
         raise tags.unreadable("WindowWidth", f"is {width:g}; {function} needs a width {required}")
-    return _Window(center, width, function)
+    return _Window(center, width, cast(Literal["LINEAR", "LINEAR_EXACT", "SIGMOID"], function))
 
 
 def _lut(ds: Any, keyword: str, *, signed: bool, big_endian: bool) -> _Lut:
@@ -147,19 +146,8 @@ def gray_table(stored_HW: npt.NDArray[Any], layout: Layout, transform: GrayTrans
     Raises:
         UnreadableImageError: a rescale slope that makes all gray values equal.
     """
-    codes = 1 << 8 * stored_HW.itemsize
-    value_C = np.arange(codes, dtype=np.float64)
-    if layout.pixel_representation:
-        value_C[codes // 2 :] -= codes
-    with np.errstate(over="ignore", invalid="ignore"):  # absurd slopes and widths; infinite results are refused
-        if isinstance(transform.modality, _Lut):
-            value_C = _looked_up(value_C, transform.modality)
-        else:
-            value_C = value_C * transform.modality[0] + transform.modality[1]
-            if not np.isfinite(value_C).all() or value_C[0] == value_C[1]:
-                raise tags.unreadable(
-                    "RescaleSlope", f"is {transform.modality[0]:g}, which makes all gray values equal"
-                )
+    value_C = _modality_values(1 << 8 * stored_HW.itemsize, layout, transform)
+    with np.errstate(over="ignore", invalid="ignore"):  # absurd widths
         if isinstance(transform.voi, _Lut):
             unit_C = _looked_up(value_C, transform.voi) / transform.voi.top
         elif isinstance(transform.voi, _Window):
@@ -169,6 +157,60 @@ def gray_table(stored_HW: npt.NDArray[Any], layout: Layout, transform: GrayTrans
             unit_C = (value_C - low) / (high - low)
     unit_C = np.clip(unit_C, 0, 1)
     return np.rint(255 * (1 - unit_C if transform.invert else unit_C)).astype(np.uint8)
+
+
+def stored_image(stored_HW: npt.NDArray[Any], layout: Layout, transform: GrayTransform) -> StoredImage:
+    """The image before its window, which gives the gray values of `gray_table`.
+
+    A window acts on what the modality step gives; behind a VOI LUT, whose entries are no linear function of that, on
+    these entries.
+
+    Args:
+        stored_HW: (H, W) uint16 or int16.
+
+    Raises:
+        UnreadableImageError: as `gray_table`.
+    """
+    value_C = _modality_values(1 << 16, layout, transform)
+    code_HW: npt.NDArray[np.uint16] = stored_HW.view(np.uint16)
+    slope, intercept = 1.0, 0.0
+    if isinstance(transform.voi, _Lut):
+        level_HW = _looked_up(value_C, transform.voi).astype(np.uint16)[code_HW]
+        window = _full_window(0, transform.voi.top)
+    else:
+        if isinstance(transform.modality, _Lut):
+            level_HW = value_C.astype(np.uint16)[code_HW]
+        else:
+            slope, intercept = transform.modality
+            signed = layout.pixel_representation == 1
+            level_HW = code_HW ^ np.uint16(1 << 15) if signed else code_HW  # the lowest of signed values becomes 0
+            intercept -= slope * (1 << 15) if signed else 0
+        window = transform.voi or _full_window(*_output_range(stored_HW, layout, transform))
+    return StoredImage(
+        level_HW, slope, intercept, window.center, window.width, window.function, inverted=transform.invert
+    )
+
+
+def _full_window(low: float, high: float) -> _Window:
+    return _Window((low + high) / 2, high - low, "LINEAR_EXACT")
+
+
+def _modality_values(codes: int, layout: Layout, transform: GrayTransform) -> npt.NDArray[np.float64]:
+    """(C,) what the modality step makes of each code of a stored value.
+
+    Raises:
+        UnreadableImageError: a rescale slope that makes all gray values equal.
+    """
+    value_C = np.arange(codes, dtype=np.float64)
+    if layout.pixel_representation:
+        value_C[codes // 2 :] -= codes
+    if isinstance(transform.modality, _Lut):
+        return _looked_up(value_C, transform.modality)
+    with np.errstate(over="ignore", invalid="ignore"):  # absurd slopes; infinite results are refused
+        value_C = value_C * transform.modality[0] + transform.modality[1]
+    if not np.isfinite(value_C).all() or value_C[0] == value_C[1]:
+        raise tags.unreadable("RescaleSlope", f"is {transform.modality[0]:g}, which makes all gray values equal")
+    return value_C
 
 
 def _output_range(stored_HW: npt.NDArray[Any], layout: Layout, transform: GrayTransform) -> tuple[float, float]:

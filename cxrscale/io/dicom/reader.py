@@ -23,7 +23,7 @@ from pydicom.filereader import read_dataset, read_preamble
 from cxrscale.io import limits
 from cxrscale.io.dicom import grayscale, tags
 from cxrscale.io.dicom.pixels import ENCODED, NATIVE, Layout, decode_frame
-from cxrscale.io.gray_levels import look_up
+from cxrscale.io.gray_levels import StoredImage, look_up
 from cxrscale.io.strictness import FormalFaults, Strictness
 from cxrscale.types import GrayImage, UnreadableImageError, one_line
 
@@ -89,6 +89,42 @@ def read_dicom(data: bytes, *, force: bool = False, strictness: Strictness = Str
             takes too much memory, or a transfer syntax without a decoder; one line with the tag and its value.
     """
     faults = FormalFaults(strictness)
+    found = _decode(data, force, faults)
+    gray_C = grayscale.gray_table(found.stored_HW, found.layout, found.transform)
+    code_HW: npt.NDArray[Any] = found.stored_HW.view(f"u{found.stored_HW.itemsize}")
+    unchanged = len(gray_C) == 256 and np.array_equal(gray_C, np.arange(256))
+    return DicomImage(
+        **asdict(found.header),
+        image_HW=code_HW if unchanged else look_up(gray_C, code_HW),
+        jpeg=found.frame if unchanged and found.syntax == uid.JPEGBaseline8Bit and not faults.messages else None,
+        warnings=tuple(faults.messages),
+    )
+
+
+def read_stored(data: bytes, *, force: bool = False, strictness: Strictness = Strictness.STRICT) -> StoredImage | None:
+    """The image of a DICOM file before its window; None where it is stored in 8 bits or fewer.
+
+    Args, raises: as `read_dicom`, whose gray values its window gives.
+    """
+    found = _decode(data, force, FormalFaults(strictness))
+    if found.layout.bits_stored <= 8 or found.stored_HW.itemsize == 1:
+        return None
+    return grayscale.stored_image(found.stored_HW, found.layout, found.transform)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Decoded:
+    """A file's stored values, and what they mean."""
+
+    header: DicomHeader
+    syntax: Any
+    layout: Layout
+    transform: grayscale.GrayTransform
+    stored_HW: npt.NDArray[Any]
+    frame: bytes | None
+
+
+def _decode(data: bytes, force: bool, faults: FormalFaults) -> _Decoded:
     with tags.silence_pydicom():
         ds = _parse(io.BytesIO(data), force=force, stop_before_pixels=False)
         header = _header(ds, faults)
@@ -99,15 +135,7 @@ def read_dicom(data: bytes, *, force: bool = False, strictness: Strictness = Str
         )
         pixels, vr = _pixels(ds, syntax)
     stored_HW, frame = decode_frame(pixels, vr, syntax, layout, faults)
-    gray_C = grayscale.gray_table(stored_HW, layout, transform)
-    code_HW: npt.NDArray[Any] = stored_HW.view(f"u{stored_HW.itemsize}")
-    unchanged = len(gray_C) == 256 and np.array_equal(gray_C, np.arange(256))
-    return DicomImage(
-        **asdict(header),
-        image_HW=code_HW if unchanged else look_up(gray_C, code_HW),
-        jpeg=frame if unchanged and syntax == uid.JPEGBaseline8Bit and not faults.messages else None,
-        warnings=tuple(faults.messages),
-    )
+    return _Decoded(header, syntax, layout, transform, stored_HW, frame)
 
 
 def read_header(source: bytes | BinaryIO, *, force: bool = False) -> DicomHeader:

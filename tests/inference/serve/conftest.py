@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 import pytest
@@ -72,3 +73,42 @@ def served(classifier_run: str, segmenter_run: str, tmp_path_factory: pytest.Tem
     settings = Serve(decode_workers=1, decode_seconds=5, max_megabytes=3, max_files=20, drift_window=100)
     with serving(Service(models, settings)) as running:
         yield running
+
+
+@pytest.fixture(scope="package")
+def variants(served: Served) -> Iterator[Served]:
+    """One classifier under two names."""
+    run = served.service.models["classifier"].predictor.provenance.run
+    models = {name: load_served(name, PredictorSpec((run,), maps=True), "cpu") for name in "ab"}
+    with serving(Service(models, Serve(decode_workers=1))) as running:
+        yield running
+
+
+@pytest.fixture(scope="package")
+def browser() -> Iterator[Any]:
+    from tests.inference.serve.browsing import CHROMIUM, FLAGS, sync_api
+
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def page(browser: Any, served: Served) -> Iterator[Any]:
+    """The page, whose console and requests are watched."""
+    shown = browser.new_page(viewport={"width": 1280, "height": 800}, accept_downloads=True)
+    errors: list[str] = []
+    requests: list[str] = []
+    shown.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    shown.on("pageerror", lambda error: errors.append(str(error)))
+    shown.on("request", lambda request: requests.append(request.url))
+    shown.goto(served.address)
+    shown.wait_for_selector("body[data-ready]")
+    yield shown
+    shown.close()
+    # A file that cannot be read is answered with 422, which Chromium itself writes into the console.
+    assert [error for error in errors if "422" not in error] == []
+    assert [
+        url for url in requests if not url.startswith(("http://127.0.0.1:", "blob:http://127.0.0.1:", "data:"))
+    ] == []

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, date, datetime
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -15,6 +18,7 @@ import pytest
 from cxrscale.inference import Prediction, Predictor
 from cxrscale.io import encode_png, load_image, rle_masks
 from cxrscale.sources.synthetic.archive import SyntheticPaths
+from tests.dicom_files import dicom_file, gray_image
 from tests.inference.serve.conftest import Served
 
 
@@ -49,10 +53,10 @@ def test_the_answer_is_what_the_predictor_says(served: Served, expected: list[Pr
         assert one.get("calls", {}) == theirs.calls
 
 
-def test_a_file_may_be_the_body_and_maps_and_masks_are_pictures(served: Served, dicoms: list[Path]) -> None:
+def test_a_file_may_be_the_body_and_maps_and_masks_are_drawn(served: Served, dicoms: list[Path]) -> None:
     name = {"Content-Disposition": 'attachment; filename="x.dcm"', "Content-Type": "application/dicom"}
     with served.client() as client:
-        query = {"model": "segmenter", "pictures": "true"}
+        query = {"model": "segmenter", "maps": "true"}
         answer = client.post("/v1/predict", params=query, content=dicoms[0].read_bytes(), headers=name)
     (one,) = answer.json()["predictions"]
     assert one["name"] == "x.dcm"
@@ -61,6 +65,7 @@ def test_a_file_may_be_the_body_and_maps_and_masks_are_pictures(served: Served, 
     assert mask_HW.shape == image_HW.shape
     assert np.array_equal(mask_HW > 0, rle_masks.decode(one["mask_rle"], image_HW.shape))
     assert list(one["maps"]) == ["Pneumothorax"]
+    assert load_image(base64.b64decode(one["thumbnail_jpeg"])).image_HW.shape == (96, 96)
 
 
 def test_many_clients_at_once_each_get_their_own_answer(served: Served, classifier_run: str, pngs: list[Path]) -> None:
@@ -82,15 +87,32 @@ def test_results_come_as_files(served: Served, dicoms: list[Path]) -> None:
     source = pydicom.dcmread(dicoms[0])
     with served.client() as client:
         report = client.post("/v1/predict/dicom-sr", content=dicoms[0].read_bytes())
-        picture = client.post("/v1/predict/overlay", content=dicoms[0].read_bytes())
+        overlay = client.post("/v1/predict/overlay", content=dicoms[0].read_bytes())
         refused = client.post("/v1/predict/dicom-seg", content=dicoms[0].read_bytes())
         gray = client.post("/v1/image", content=dicoms[0].read_bytes())
     made = pydicom.dcmread(io.BytesIO(report.content))
     assert (made.Modality, made.StudyInstanceUID) == ("SR", source.StudyInstanceUID)
-    assert picture.content.startswith(b"\x89PNG")
+    assert overlay.content.startswith(b"\x89PNG")
     assert refused.status_code == 422
     assert "makes no dicom-seg" in refused.json()["detail"]
     assert np.array_equal(load_image(gray.content).image_HW, load_image(dicoms[0].read_bytes()).image_HW)
+
+
+def test_an_image_of_more_than_8_bits_comes_before_its_window(served: Served, pngs: list[Path]) -> None:
+    values = gray_image(60, 50, dtype="i2", bits=12)
+    tags: dict[str, Any] = {"BitsStored": 12, "RescaleIntercept": -5, "WindowCenter": 40, "WindowWidth": 400}
+    with served.client() as client:
+        deep = client.post("/v1/image?depth=stored", content=dicom_file(values, **tags))
+        shallow = client.post("/v1/image?depth=stored", content=pngs[0].read_bytes())
+        bad = client.post("/v1/image?depth=stored", content=pngs[0].read_bytes()[:200])
+        wrong = client.post("/v1/image?depth=12", content=pngs[0].read_bytes())
+    about = json.loads(deep.headers["x-stored-image"])
+    assert about["window"] == {"center": 40, "width": 400, "function": "LINEAR"}
+    levels_HW = np.frombuffer(deep.content, "<u2").reshape(about["height"], about["width"])
+    assert np.array_equal(about["slope"] * levels_HW.astype(int) + about["intercept"], values - 5)
+    assert shallow.headers["content-type"] == "image/png"
+    assert (bad.status_code, wrong.status_code) == (422, 422)
+    assert "neither 8 nor stored" in wrong.json()["detail"]
 
 
 def test_one_bad_file_of_several_has_its_reason_and_alone_it_is_422(served: Served, pngs: list[Path]) -> None:
@@ -113,6 +135,7 @@ def test_one_bad_file_of_several_has_its_reason_and_alone_it_is_422(served: Serv
         ("/v1/predict", {"content": b""}, 422),
         ("/v1/predict", {"content": b"<a/>", "headers": {"Content-Type": "text/xml"}}, 415),
         ("/v1/predict", {"content": b"x", "headers": {"Content-Type": "multipart/form-data"}}, 422),
+        ("/v1/predict", {"content": b"PK", "headers": {"Content-Type": "application/zip"}}, 415),
         ("/v1/predict?model=none", {"content": b"x"}, 404),
         ("/v1/predict/dicom-xx", {"content": b"x"}, 404),
         ("/v1/nothing", {"content": b"x"}, 404),
@@ -138,7 +161,13 @@ def test_models_say_how_good_they_are_and_where_their_thresholds_lie(served: Ser
     assert answer["default"] == "classifier"
     assert [one["task"] for one in answer["models"]] == ["classify", "segment"]
     assert list(answer["models"][0]["findings"]) == ["Cardiomegaly", "Effusion", "Mass", "Hernia"]
-    assert answer["models"][0]["trained_on"] == ["nih"]
+    classifier = answer["models"][0]
+    assert classifier["trained_on"] == ["nih"]
+    assert classifier["form"] == "float"
+    assert date.fromisoformat(classifier["trained"]) <= datetime.now(UTC).date()
+    assert classifier["ood_limit"] > 0
+    for name, found in classifier["findings"].items():
+        assert 0 <= found["prevalence"] < 1, name
 
 
 def test_metrics_count_requests_and_images(served: Served, pngs: list[Path]) -> None:
@@ -166,7 +195,7 @@ def test_the_page_and_all_it_loads_come_from_here(served: Served) -> None:
         page = client.get("/")
         assert "Not a medical device" in page.text
         assert "default-src 'none'" in page.headers["content-security-policy"]
-        for path in ("/app.js", "/app.css", "/favicon.svg", "/docs", "/openapi.json"):
+        for path in ("/page/app.js", "/page/worker.js", "/app.css", "/favicon.svg", "/docs", "/openapi.json"):
             assert client.get(path).status_code == 200
             assert "access-control-allow-origin" not in client.get(path).headers
         assert "http" not in client.get("/app.css").text
