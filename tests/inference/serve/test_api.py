@@ -8,6 +8,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, date, datetime
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -99,7 +100,7 @@ def test_results_come_as_files(served: Served, dicoms: list[Path]) -> None:
 
 def test_an_image_of_more_than_8_bits_comes_before_its_window(served: Served, pngs: list[Path]) -> None:
     values = gray_image(60, 50, dtype="i2", bits=12)
-    tags = {"BitsStored": 12, "RescaleIntercept": -5, "WindowCenter": 40, "WindowWidth": 400}
+    tags: dict[str, Any] = {"BitsStored": 12, "RescaleIntercept": -5, "WindowCenter": 40, "WindowWidth": 400}
     with served.client() as client:
         deep = client.post("/v1/image?depth=stored", content=dicom_file(values, **tags))
         shallow = client.post("/v1/image?depth=stored", content=pngs[0].read_bytes())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -15,8 +17,7 @@ from cxrscale.inference.serve import model_facts
 
 def stored(rule: Threshold, prevalence: float) -> Thresholds:
     """Of one finding, with no more than is asked for."""
-    fitted = type("Fitted", (), {"prevalence": prevalence})
-    return Thresholds.model_construct(rule=rule, calibration={"Mass": fitted})
+    return cast(Thresholds, SimpleNamespace(rule=rule, calibration={"Mass": SimpleNamespace(prevalence=prevalence)}))
 
 
 @pytest.fixture(scope="module")
