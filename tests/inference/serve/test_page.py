@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
+from cxrscale.inference.serve import Service
 from cxrscale.io import encode_png
 from cxrscale.sources.synthetic.archive import SyntheticPaths
 from tests.dicom_files import dicom_file, gray_image
 from tests.inference.serve.browsing import CHROMIUM, sync_api
-from tests.inference.serve.conftest import Served
+from tests.inference.serve.conftest import Served, serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")]
 SECONDS = 60_000
@@ -129,6 +130,33 @@ def test_a_batch_with_a_damaged_file_names_it_and_goes_on(page: Any, drawn: Synt
     lines = Path(download.value.path()).read_text().splitlines()
     assert len(lines) == 5
     assert lines[0].startswith('"file","Cardiomegaly","Cardiomegaly.call"')
+
+
+def test_another_model_predicts_the_list_anew(page: Any, drawn: SyntheticPaths) -> None:
+    page.set_input_files("#input", [str(path) for path in sorted(drawn.nih.rglob("*.png"))[:5]])
+    expect(page.locator("#progress")).to_have_text("5 of 5", timeout=SECONDS)
+    page.select_option("#model", "segmenter")
+    rows_done(page, 5)
+    expect(page.locator("#progress")).to_have_text("5 of 5", timeout=SECONDS)
+    with page.expect_download() as download:
+        page.click("#csv")
+    head, *rows = Path(download.value.path()).read_text().splitlines()
+    assert head == '"file","Pneumothorax","Pneumothorax.call","error"'
+    assert all(float(row.split('","')[1]) >= 0 for row in rows)
+
+
+def test_a_service_with_a_key_asks_for_it(browser: Any, served: Served) -> None:
+    settings = served.service.settings
+    with serving(Service(served.service.models, settings), "a key of many letters") as locked:
+        page = browser.new_page()
+        page.goto(locked.address)
+        page.fill("#key", "a key of many letters")
+        page.click("#keydialog button")
+        page.wait_for_selector("body[data-ready]")
+        page.click(".example[data-name='normal.png']")
+        page.wait_for_selector(".finding")
+        image_shown(page, "normal.png")
+        page.close()
 
 
 def test_a_zip_is_read_in_the_browser(page: Any, drawn: SyntheticPaths, tmp_path: Path) -> None:
