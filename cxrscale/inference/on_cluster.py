@@ -10,6 +10,7 @@ from itertools import islice
 from cxrscale.cluster import ray_session, run_actors
 from cxrscale.inference import journal
 from cxrscale.inference.cascade import GatedPredictor
+from cxrscale.inference.explain import Explainer
 from cxrscale.inference.prediction import Prediction, Provenance
 from cxrscale.inference.predictor import Predictor
 from cxrscale.inference.streaming import GroupPredictor, ImagePredictor
@@ -29,6 +30,8 @@ class PredictorSpec:
     averaging: Averaging | None = None
     maps: bool = False
     """Whether predictions have their `maps`."""
+    explained: tuple[str, ...] | None = None
+    """Instead, the findings of one run that get the maps of an `Explainer`; empty: all of its findings."""
 
     def load(self, device: str | None = None) -> ImagePredictor:
         """The predictor.
@@ -38,6 +41,8 @@ class PredictorSpec:
         """
         if self.gate is not None and (len(self.runs) > 1 or self.averaging is not None):
             raise UserError("--gate takes one --run; make a run of an ensemble: cxrscale ensemble RUN... --name NAME")
+        if self.explained is not None:
+            return Explainer(self.runs[0], device, self.explained)
         if self.gate is not None:
             return GatedPredictor(self.runs[0], self.gate, device, maps=self.maps)
         return Predictor(self.runs, device, averaging=self.averaging, maps=self.maps)

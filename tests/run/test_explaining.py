@@ -155,6 +155,7 @@ def test_a_segmenter_is_explained_by_its_scores(segmenter_run: str, drawn: Synth
         (["a.png", "--run", "{run}", "--split", "test"], "explain takes either inputs or --split"),
         (["a.png", "--run", "{run}", "--sanity"], "--sanity goes with --split"),
         (["--split", "test", "--run", "{run}", "--out", "there"], "--out goes with files"),
+        (["--split", "test", "--run", "{run}", "--workers", "2"], "--workers goes with files"),
         (["a.png", "--run", "{run}", "--finding", "Masse"], "no such finding; did you mean Mass?"),
         (["--split", "all", "--run", "{run}"], "--split all: give train, val or test"),
         (["--split", "test", "--run", "{run}", "--finding", "Hernia"], "no image has a box of Hernia"),
