@@ -209,6 +209,21 @@ def test_the_real_boxes_at_hand_are_scored_and_called_few(real: Path, tmp_path: 
     assert "Wang et al." in Path(f"{run}/explain.html").read_text()
 
 
+@pytest.mark.slow
+def test_the_real_boxes_of_rsna_are_scored_the_same_way(real: Path, tmp_path: Path) -> None:
+    shards = str(tmp_path / "shards")
+    build.build_shards("rsna", str(real / "rsna"), Pack(size=64), shards, local=True)
+    run = untrained(tmp_path / "run", tiny(shards, tmp_path, "data.findings=[Pneumonia]"))
+    data, boxes = manifest.load(shards), 0
+    for split in ("train", "val", "test"):
+        report = explain_split(run, split, resamples=20)
+        own = [len(data.boxes(row)) for row in data.rows(split)]
+        assert (report.boxes, report.images) == (sum(own), sum(count > 0 for count in own))
+        assert list(report.findings) == ["Pneumonia"]
+        boxes += report.images
+    assert boxes == 61
+
+
 def test_another_network_is_explained_by_grad_cam(nih_shards: str, tmp_path: Path) -> None:
     pytest.importorskip("pytorch_grad_cam", reason="pip install 'cxrscale[explain]'")
     vit = ("model.arch=vit_tiny_patch16_224", "model.options={img_size: 48, depth: 2, embed_dim: 32, num_heads: 2}")
