@@ -139,11 +139,20 @@ def test_files_get_raw_maps_and_an_overlay_per_finding(
     assert {path: path.stat().st_mtime_ns for path in (out / "objects").iterdir()} == before
 
 
-def test_a_segmenter_is_explained_by_its_scores(segmenter_run: str, drawn: SyntheticPaths) -> None:
-    explainer = Explainer(segmenter_run, "cpu")
-    prediction = explainer(str(min(drawn.siim.rglob("*.dcm"))))
-    assert explainer.method == "score map"
+def test_a_segmenter_is_explained_by_its_scores(segmenter_run: str, drawn: SyntheticPaths, tmp_path: Path) -> None:
+    path = str(min(drawn.siim.rglob("*.dcm")))
+    prediction = Explainer(segmenter_run, "cpu")(path)
     assert prediction.maps["Pneumothorax"].shape == (64, 64)
+    done = CliRunner().invoke(app.app, ["explain", path, "--run", segmenter_run, "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert "1 images explained by score maps, 0 not read" in done.output
+    (row,) = json.loads((tmp_path / "predictions.json").read_text())["predictions"]
+    with np.load(tmp_path / row["objects"]["maps"], allow_pickle=False) as stored:
+        assert str(stored["method"]) == "score map"
+        np.testing.assert_allclose(stored["Pneumothorax"], prediction.maps["Pneumothorax"], atol=1e-5)
+    picture = cv2.imread(str(tmp_path / row["objects"]["overlay.Pneumothorax"]))
+    assert picture is not None
+    assert picture.shape[1] == row["width"]
     with pytest.raises(UserError, match="no image has a box of Pneumothorax"):
         explain_split(segmenter_run)
 
