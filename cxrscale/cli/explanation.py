@@ -9,6 +9,7 @@ import typer
 
 from cxrscale.cli import progress
 from cxrscale.cli.group import Resamples, app
+from cxrscale.cli.prediction import Workers
 from cxrscale.io import storage, terminal
 from cxrscale.types import UnreadInputsError, UserError
 
@@ -45,6 +46,7 @@ def explain_command(
         ),
     ] = False,
     resamples: Resamples = 1000,
+    workers: Workers = None,
 ) -> None:
     """Heat maps of images (explain a.dcm folder --run runs/NAME), or how good the run's maps are (--split test).
 
@@ -66,10 +68,12 @@ def explain_command(
         raise UserError(f"--{'sanity' if sanity else 'occlusion'} goes with --split: it needs images with boxes")
     if split is not None and out is not None:
         raise UserError("--out goes with files; of a split the result is explain.json in the run")
+    if split is not None and workers is not None:
+        raise UserError("--workers goes with files")
     if split is not None:
         _explain_split(run, split, finding or [], resamples, sanity=sanity, occlusion=occlusion)
     else:
-        _explain_files(run, inputs or [], finding or [], out or "explanations")
+        _explain_files(run, inputs or [], finding or [], out or "explanations", workers)
 
 
 def _explain_split(run: str, split: str, findings: list[str], resamples: int, *, sanity: bool, occlusion: bool) -> None:
@@ -97,12 +101,14 @@ def _explain_split(run: str, split: str, findings: list[str], resamples: int, *,
     print(storage.absolute(explaining.page_path(run, split)))
 
 
-def _explain_files(run: str, given: list[str], findings: list[str], out: str) -> None:
-    from cxrscale.inference import Explainer, explain_files, find_inputs, objects
+def _explain_files(run: str, given: list[str], findings: list[str], out: str, workers: int | None) -> None:
+    from cxrscale.inference import ClusterPredictor, Explainer, PredictorSpec, explain_files, find_inputs, objects
 
     if not storage.is_remote(out) and storage.exists(out) and not storage.is_folder(out):
         raise UserError(f"--out {out} is a file; give a folder")
-    explainer = Explainer(run, findings=findings)
+    explainer = Explainer(run, "cpu" if workers else None, findings)
+    spec = PredictorSpec((run,), explained=tuple(findings))
+    cluster = ClusterPredictor(spec, workers) if workers else None
     found = find_inputs(given, sys.stdin)
     for line in found.left_out:
         print(terminal.printable(line))
@@ -111,7 +117,7 @@ def _explain_files(run: str, given: list[str], findings: list[str], out: str) ->
         def on_prediction(_prediction: Prediction) -> None:
             bar.update(bar.done + 1)
 
-        result = explain_files(explainer, found.paths, out, on_prediction)
+        result = explain_files(explainer, found.paths, out, on_prediction, cluster)
     if result.resumed:
         print(f"{result.resumed} of {len(found.paths)} were explained before")
     again = f" and {found.twice} given twice" if found.twice else ""
@@ -120,8 +126,14 @@ def _explain_files(run: str, given: list[str], findings: list[str], out: str) ->
     folder = storage.absolute(storage.join(out, objects.FOLDER))
     print(terminal.printable(f"maps and overlays of {', '.join(explainer.explained)} in {folder}"))
     print(storage.absolute(result.address))
-    if result.without_object or result.not_read:
+    if result.without_object:
         raise UnreadInputsError(
-            f"{result.not_read} of {len(found.paths)} inputs could not be read and {result.without_object} lack a map; "
-            "`error` and `object_errors` in their rows say why"
+            f"{result.without_object} of {result.read} images lack a map; `object_errors` in their rows says why"
+            + (f"; {result.not_read} could not be read" if result.not_read else "")
+        )
+    if result.not_read:
+        retry = f"; {result.unreachable} could not be reached, and the same command tries these again"
+        raise UnreadInputsError(
+            f"{result.not_read} of {len(found.paths)} inputs could not be read; `error` in their rows says why"
+            + (retry if result.unreachable else "")
         )

@@ -104,8 +104,7 @@ def detect(map_hw: npt.NDArray[np.floating]) -> Detection:
         _, _, stats, _ = cv2.connectedComponentsWithStats((scaled_HW > level).astype(np.uint8), connectivity=8)
         x, y, width, height = stats[1:, :4].T
         boxes.append(np.stack([x, y, x + width, y + height], axis=1) / GRID)
-    top_T2 = np.argwhere(map_HW == map_HW.max())
-    row, column = top_T2[np.square(top_T2 - top_T2.mean(axis=0)).sum(axis=1).argmin()].tolist()
+    row, column = _middle(map_HW == map_HW.max())
     return Detection(np.concatenate(boxes), ((column + 0.5) / GRID, (row + 0.5) / GRID))
 
 
@@ -154,7 +153,8 @@ def baseline(name: Baseline, truths: Sequence[Floats]) -> list[Detection | None]
 
     whole: the whole image, and a random point. center: the box in the middle with half the width and height, and its
     center. median: the median (left, top, width, height) of the other images' boxes. peak: a box of the median size of
-    the others around the place that most of the others' boxes cover; of equally covered cells the centroid.
+    the others around the place that most of the others' boxes cover; of equally covered cells the middle
+    of their largest region. The centroid of all may lie between two regions, as of a finding on either side.
 
     Args:
         truths: the (K, 4) boxes of each image that has a box of the finding.
@@ -207,8 +207,16 @@ def _cells(truth_K4: Floats) -> npt.NDArray[np.bool_]:
 
 
 def _peak(count_GG: npt.NDArray[np.int64]) -> tuple[float, float]:
-    rows, columns = np.nonzero(count_GG == count_GG.max())
-    return float(columns.mean() + 0.5) / PRIOR_GRID, float(rows.mean() + 0.5) / PRIOR_GRID
+    _, region_GG, stats, _ = cv2.connectedComponentsWithStats((count_GG == count_GG.max()).astype(np.uint8))
+    row, column = _middle(region_GG == 1 + stats[1:, cv2.CC_STAT_AREA].argmax())
+    return (column + 0.5) / PRIOR_GRID, (row + 0.5) / PRIOR_GRID
+
+
+def _middle(chosen_HW: npt.NDArray[np.bool_]) -> tuple[int, int]:
+    """(row, column) of the chosen place that is nearest to the centroid of all."""
+    place_T2 = np.argwhere(chosen_HW)
+    row, column = place_T2[np.square(place_T2 - place_T2.mean(axis=0)).sum(axis=1).argmin()].tolist()
+    return row, column
 
 
 # With intervals over patients

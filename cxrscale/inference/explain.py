@@ -20,7 +20,7 @@ from cxrscale.inference.objects import Draft, Drafter
 from cxrscale.inference.overlay import overlay_drafter
 from cxrscale.inference.prediction import Prediction, Provenance
 from cxrscale.inference.predictor import Predictor
-from cxrscale.inference.streaming import Prepared
+from cxrscale.inference.streaming import GroupPredictor, Prepared
 from cxrscale.io import storage
 from cxrscale.loader import evaluation_batches
 from cxrscale.shards import Manifest
@@ -132,7 +132,11 @@ class Explainer(Predictor):
 
 
 def explain_files(
-    explainer: Explainer, paths: Sequence[str], out: str, on_prediction: OnPrediction | None = None
+    explainer: Explainer,
+    paths: Sequence[str],
+    out: str,
+    on_prediction: OnPrediction | None = None,
+    predictor: GroupPredictor | None = None,
 ) -> FilePredictions:
     """Predict files, and write for each image raw maps and an overlay per finding into `out`/objects.
 
@@ -140,13 +144,16 @@ def explain_files(
     array per finding, `overlay.FINDING` a PNG at the image's own size. A command that was stopped goes on, as
     `predict_files` does.
 
+    Args:
+        predictor: what predicts instead, with the same maps: a `ClusterPredictor`.
+
     Raises:
         UserError: as `predict_files`.
         BusyError: another process writes this folder.
     """
     drafters = {MAPS: maps_drafter(explainer.provenance, explainer.method, explainer.explained)}
     drafters |= {f"overlay.{name}": overlay_drafter(explainer.provenance, name) for name in explainer.explained}
-    return predict_files(explainer, paths, out, on_prediction=on_prediction, drafters=drafters)
+    return predict_files(predictor or explainer, paths, out, on_prediction=on_prediction, drafters=drafters)
 
 
 def maps_of_rows(run: str, data: Manifest, rows: Sequence[int]) -> dict[int, Mapping[str, npt.NDArray[np.float32]]]:

@@ -22,6 +22,8 @@ class PredictorSpec:
     averaging: Averaging | None = None
     maps: bool = False
     """Whether predictions have their `maps`."""
+    explained: tuple[str, ...] | None = None
+    """Instead, the findings of one run that get the maps of an `Explainer`; empty: all of its findings."""
     light: bool = False
     """Whether an ONNX export on the CPU is predicted without torch, in a smaller process that starts sooner. Images are
     resized by OpenCV, whatever loader.backend says."""
@@ -34,6 +36,10 @@ class PredictorSpec:
         """
         if self.gate is not None and (len(self.runs) > 1 or self.averaging is not None):
             raise UserError("--gate takes one --run; make a run of an ensemble: cxrscale ensemble RUN... --name NAME")
+        if self.explained is not None:
+            from cxrscale.inference.explain import Explainer
+
+            return Explainer(self.runs[0], device, self.explained)
         alone = len(self.runs) == 1 and self.gate is None and self.averaging is None
         if alone and (self.light or find_spec("torch") is None) and runs_without_torch(self.runs[0], device):
             return OnnxPredictor(self.runs[0], maps=self.maps)

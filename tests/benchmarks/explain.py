@@ -1,6 +1,6 @@
 """What maps cost beside the prediction: exact maps of all findings, and Grad-CAM of one.
 
-    python -m tests.benchmarks.explain [--arch densenet121] [--size 224] [--batch 8] [--rounds 7]
+    python -m tests.benchmarks.explain [--arch densenet121] [--size 224] [--batch 8] [--rounds 7] [--out FILE.json]
 
 The contenders take turns over the same batch of noise, in one thread; ratios to a forward pass are medians over rounds.
 """
@@ -8,15 +8,20 @@ The contenders take turns over the same batch of noise, in one thread; ratios to
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from cxrscale import config
 from cxrscale.config import NIH14, Recipe
 from cxrscale.inference import MapMaker
+from cxrscale.io import storage
 from cxrscale.models import GradientMaps, build_model, forward
 from cxrscale.types import Batch
 
@@ -50,6 +55,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, help="also write JSON")
     given = parser.parse_args()
     torch.set_num_threads(1)
     fields = [f"model.arch={given.arch}", "model.weights=none", f"augment.size={given.size}"]
@@ -65,9 +71,17 @@ def main() -> None:
             run()
             if turn:  # the first is a warm-up
                 seconds[name].append(time.process_time() - began)
+    work = {}
     for name, values in seconds.items():
         ratio = statistics.median(a / b for a, b in zip(values, seconds["forward"], strict=True))
-        print(f"{name:<46} {1000 * statistics.median(values) / given.batch:8.1f} CPU ms per image  {ratio:6.3f} x")
+        milliseconds = 1000 * statistics.median(values) / given.batch
+        print(f"{name:<46} {milliseconds:8.1f} CPU ms per image  {ratio:6.3f} x")
+        work[name] = {"cpu_ms_per_image": round(milliseconds, 1), "forward_passes": round(ratio, 3)}
+    if given.out:
+        arguments = {key: value for key, value in vars(given).items() if key != "out"}
+        about = {"machine": platform.machine(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1)}
+        result = {**about, "torch": torch.__version__, "arguments": arguments, "work": work}
+        storage.write(str(given.out), json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

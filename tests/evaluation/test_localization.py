@@ -119,12 +119,21 @@ def test_baselines_of_a_worked_example() -> None:
     peak = localization.baseline("peak", truths)[2]
     assert peak is not None
     assert peak.point is not None
-    np.testing.assert_allclose(peak.point, (0.375, 0.375))  # both cover 0.25 to 0.5
-    np.testing.assert_allclose(peak.box_D4, [[0.1875, 0.1875, 0.5625, 0.5625]])
+    # Both cover 0.25 to 0.5; of the four cells in the middle the first.
+    np.testing.assert_allclose(peak.point, (0.375 - 1 / 128, 0.375 - 1 / 128))
+    np.testing.assert_allclose(peak.box_D4 + 1 / 128, [[0.1875, 0.1875, 0.5625, 0.5625]])
     assert localization.baseline("median", truths[:1]) == [None]
     whole = localization.baseline("whole", truths)[0]
     assert whole is not None
     assert whole.hit == 0.25
+
+
+def test_the_peak_of_a_finding_on_either_side_is_on_one_of_them() -> None:
+    left, right = np.array([[0.1, 0.6, 0.3, 0.9]]), np.array([[0.7, 0.6, 0.9, 0.9]])
+    one = localization.baseline("peak", [left, right, left, right, np.array([[0.4, 0.1, 0.5, 0.2]])])[-1]
+    assert one is not None
+    assert one.point is not None
+    assert 0.1 < one.point[0] < 0.3
 
 
 def test_a_map_that_is_the_box_beats_every_baseline_and_one_of_noise_does_not() -> None:
@@ -169,15 +178,24 @@ def test_the_mean_counts_each_finding_once() -> None:
     assert found["Nodule"].baselines["median"].pointing.reason == "no other image has a box"
 
 
-def test_the_baselines_on_all_boxes_of_chestxray14_are_the_known_ones(real: Path) -> None:
-    """Means over the 8 findings, computed once with code of its own. The peak is a plateau of equally covered places,
-    of which that code took another point: up to 0.01 apart, some ten of 984 boxes."""
+KNOWN_PEAK = ((0.472, 0.428, 0.320), (0.416, 0.265, 0.134), 0.372)
+"""IoBB above 0.1, 0.25, 0.5; IoU above 0.1, 0.3, 0.5; pointing game."""
+
+
+def boxes_of_chestxray14(real: Path) -> list[BoxedFinding]:
+    """All of them, one finding of one image each."""
     given_boxes = nih.read_boxes(str(real / "nih" / "BBox_List_2017.csv"))
-    boxed = [
+    return [
         BoxedFinding(box.finding, name[:8], localization.shares([box], 1024, 1024))
         for name, own in given_boxes.items()
         for box in own
     ]
+
+
+def test_the_baselines_on_all_boxes_of_chestxray14_are_the_known_ones(real: Path) -> None:
+    """Means over the 8 findings, computed once with code of its own. The figures of the peak are up to 0.015 apart from
+    ours: see the next test."""
+    boxed = boxes_of_chestxray14(real)
     assert len(boxed) == 984
     blind = [Detection(np.zeros((0, 4)), None)] * len(boxed)
     weights_RN = metrics.bootstrap_weights([one.patient for one in boxed], 20, seed=0)
@@ -188,7 +206,7 @@ def test_the_baselines_on_all_boxes_of_chestxray14_are_the_known_ones(real: Path
         "whole": ((0.261, 0.038, 0.001), (0.261, 0.021, 0.001), 0.071, 0.0006),
         "center": ((0.453, 0.243, 0.120), (0.426, 0.185, 0.087), 0.193, 0.0006),
         "median": ((0.414, 0.365, 0.271), (0.378, 0.198, 0.121), None, 0.0006),
-        "peak": ((0.472, 0.428, 0.320), (0.416, 0.265, 0.134), 0.372, 0.01),
+        "peak": (*KNOWN_PEAK, 0.015),
     }
     for name in BASELINES:
         iobb, iou, pointing, exact = expected[name]
@@ -198,6 +216,59 @@ def test_the_baselines_on_all_boxes_of_chestxray14_are_the_known_ones(real: Path
         assert pointing is None or scores.pointing.value == pytest.approx(pointing, abs=exact)
     peak = {name: row.baselines["peak"].iobb["0.5"].value for name, row in found.items()}
     assert peak["Cardiomegaly"] == pytest.approx(0.966, abs=0.001)
-    assert peak["Mass"] == pytest.approx(0.200, abs=0.001)
+    assert peak["Mass"] == pytest.approx(0.200, abs=0.013)
     assert peak["Pneumothorax"] == pytest.approx(0.224, abs=0.011)
     assert [str(t) for t in IOBB_ABOVE] == list(mean.map.iobb)
+
+
+def test_the_peak_of_chestxray14_is_a_plateau_that_leaves_its_figures_open(real: Path) -> None:
+    """Why the known figures of the peak are not ours to the last digit, and neither are wrong.
+
+    Where most of the others' boxes lie is a region, and the definition does not say which of its points to take. Over
+    all of them the mean pointing game goes from 0.36 to 0.40 and IoU above 0.5 from 0.06 to 0.18. Ours, of the
+    middle of its largest part, and the known figures lie between. None of the grids (16 to 1024 cells) and points
+    (first, centroid) that were tried gives all known digits. The centroid itself, which may be no peak, comes within
+    0.007 of them, and is the weaker guess.
+    """
+    by_finding: dict[str, list[BoxedFinding]] = {}
+    for one in boxes_of_chestxray14(real):
+        by_finding.setdefault(one.finding, []).append(one)
+    low, high, own = [], [], []
+    for boxed in by_finding.values():
+        low_NM, high_NM = plateau_range(np.concatenate([one.truth_K4 for one in boxed]))
+        low.append(low_NM.mean(axis=0))
+        high.append(high_NM.mean(axis=0))
+        counts = localization.judge(localization.baseline("peak", [one.truth_K4 for one in boxed]), boxed)
+        own.append((counts.part_NM.sum(axis=0) / counts.total_NM.sum(axis=0))[SEVEN])
+    low_M, high_M, own_M = (np.mean(rows, axis=0) for rows in (low, high, own))
+    assert ((low_M <= own_M) & (own_M <= high_M)).all()
+    known_M = np.array([*KNOWN_PEAK[0], *KNOWN_PEAK[1], KNOWN_PEAK[2]])
+    assert ((low_M <= known_M) & (known_M <= high_M)).all()
+
+
+SEVEN = [MEASURES.index(name) for name in ("iobb 0.1", "iobb 0.25", "iobb 0.5", "iou 0.1", "iou 0.3", "iou 0.5")]
+SEVEN.append(MEASURES.index("pointing"))
+
+
+def plateau_range(box_N4: Floats, cells: int = 256) -> tuple[Floats, Floats]:
+    """(N, 7) the least and the most that any point of the leave-one-out plateau gives, one box per image."""
+    edge_N4 = np.ceil(box_N4 * cells - 0.5).astype(int)  # cells whose middle is in the box
+    count_GG = np.zeros((cells, cells), np.int16)
+    for left, top, right, bottom in edge_N4:
+        count_GG[top:bottom, left:right] += 1
+    low, high = [], []
+    for n, (left, top, right, bottom) in enumerate(edge_N4):
+        count_GG[top:bottom, left:right] -= 1
+        y_P, x_P = (np.nonzero(count_GG == count_GG.max()) + np.array(0.5)) / cells
+        count_GG[top:bottom, left:right] += 1
+        others_N4 = np.delete(box_N4, n, axis=0)
+        width, height = np.median(others_N4[:, 2:] - others_N4[:, :2], axis=0)
+        box_P4 = np.stack([x_P - width / 2, y_P - height / 2, x_P + width / 2, y_P + height / 2], axis=1)
+        iou_P1, iobb_P1 = localization.overlaps(box_P4, box_N4[n : n + 1])
+        left_, top_, right_, bottom_ = box_N4[n]
+        hit_P = (left_ <= x_P) & (x_P <= right_) & (top_ <= y_P) & (y_P <= bottom_)
+        above = [iobb_P1[:, 0] > t for t in (0.1, 0.25, 0.5)] + [iou_P1[:, 0] > t for t in (0.1, 0.3, 0.5)]
+        measure_PM = np.stack([*above, hit_P], axis=1).astype(np.float64)
+        low.append(measure_PM.min(axis=0))
+        high.append(measure_PM.max(axis=0))
+    return np.array(low), np.array(high)

@@ -16,8 +16,10 @@ import pytest
 
 from cxrscale.inference import (
     ClusterPredictor,
+    Explainer,
     Prediction,
     PredictorSpec,
+    explain_files,
     find_inputs,
     journal,
     on_cluster,
@@ -165,6 +167,21 @@ def test_rows_stand_in_the_order_of_the_inputs_whoever_was_first(
     monkeypatch.setattr(type(predictor), "groups", backwards)
     result = predict_files(predictor, paths, str(tmp_path / "out"), "json")
     assert Path(result.address).read_bytes() == Path(whole.address).read_bytes()
+
+
+def test_workers_write_the_maps_of_one_process(
+    classifier_run: str, paths: list[str], tmp_path: Path, ray_cluster: Any
+) -> None:
+    del ray_cluster
+    here, there = tmp_path / "here", tmp_path / "there"
+    explainer = Explainer(classifier_run, "cpu", ["Mass"])
+    alone = explain_files(explainer, paths[:12], str(here))
+    cluster = ClusterPredictor(PredictorSpec((classifier_run,), explained=("Mass",)), 2)
+    shared = explain_files(explainer, paths[:12], str(there), predictor=cluster)
+    assert (shared.read, shared.not_read, shared.without_object) == (alone.read, alone.not_read, 0) == (11, 1, 0)
+    written = {path.name: path.read_bytes() for path in (here / "objects").iterdir()}
+    assert written == {path.name: path.read_bytes() for path in (there / "objects").iterdir()}
+    assert len(written) == 22
 
 
 def test_a_gate_is_loaded_in_workers_too(segmenter_run: str, classifier_run: str) -> None:

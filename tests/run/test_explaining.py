@@ -139,11 +139,20 @@ def test_files_get_raw_maps_and_an_overlay_per_finding(
     assert {path: path.stat().st_mtime_ns for path in (out / "objects").iterdir()} == before
 
 
-def test_a_segmenter_is_explained_by_its_scores(segmenter_run: str, drawn: SyntheticPaths) -> None:
-    explainer = Explainer(segmenter_run, "cpu")
-    prediction = explainer(str(min(drawn.siim.rglob("*.dcm"))))
-    assert explainer.method == "score map"
+def test_a_segmenter_is_explained_by_its_scores(segmenter_run: str, drawn: SyntheticPaths, tmp_path: Path) -> None:
+    path = str(min(drawn.siim.rglob("*.dcm")))
+    prediction = Explainer(segmenter_run, "cpu")(path)
     assert prediction.maps["Pneumothorax"].shape == (64, 64)
+    done = CliRunner().invoke(app.app, ["explain", path, "--run", segmenter_run, "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert "1 images explained by score maps, 0 not read" in done.output
+    (row,) = json.loads((tmp_path / "predictions.json").read_text())["predictions"]
+    with np.load(tmp_path / row["objects"]["maps"], allow_pickle=False) as stored:
+        assert str(stored["method"]) == "score map"
+        np.testing.assert_allclose(stored["Pneumothorax"], prediction.maps["Pneumothorax"], atol=1e-5)
+    picture = cv2.imread(str(tmp_path / row["objects"]["overlay.Pneumothorax"]))
+    assert picture is not None
+    assert picture.shape[1] == row["width"]
     with pytest.raises(UserError, match="no image has a box of Pneumothorax"):
         explain_split(segmenter_run)
 
@@ -155,6 +164,7 @@ def test_a_segmenter_is_explained_by_its_scores(segmenter_run: str, drawn: Synth
         (["a.png", "--run", "{run}", "--split", "test"], "explain takes either inputs or --split"),
         (["a.png", "--run", "{run}", "--sanity"], "--sanity goes with --split"),
         (["--split", "test", "--run", "{run}", "--out", "there"], "--out goes with files"),
+        (["--split", "test", "--run", "{run}", "--workers", "2"], "--workers goes with files"),
         (["a.png", "--run", "{run}", "--finding", "Masse"], "no such finding; did you mean Mass?"),
         (["--split", "all", "--run", "{run}"], "--split all: give train, val or test"),
         (["--split", "test", "--run", "{run}", "--finding", "Hernia"], "no image has a box of Hernia"),
@@ -206,6 +216,21 @@ def test_the_real_boxes_at_hand_are_scored_and_called_few(real: Path, tmp_path: 
     assert report.boxes == sum(len(boxes[path.name]) for path in boxed)
     assert f"{report.boxes} boxes of {report.patients} patients: too few to compare anything" in done.output
     assert "Wang et al." in Path(f"{run}/explain.html").read_text()
+
+
+@pytest.mark.slow
+def test_the_real_boxes_of_rsna_are_scored_the_same_way(real: Path, tmp_path: Path) -> None:
+    shards = str(tmp_path / "shards")
+    build.build_shards("rsna", str(real / "rsna"), Pack(size=64), shards, local=True)
+    run = untrained(tmp_path / "run", tiny(shards, tmp_path, "data.findings=[Pneumonia]"))
+    data, boxes = manifest.load(shards), 0
+    for split in ("train", "val", "test"):
+        report = explain_split(run, split, resamples=20)
+        own = [len(data.boxes(row)) for row in data.rows(split)]
+        assert (report.boxes, report.images) == (sum(own), sum(count > 0 for count in own))
+        assert list(report.findings) == ["Pneumonia"]
+        boxes += report.images
+    assert boxes == 61
 
 
 def test_another_network_is_explained_by_grad_cam(nih_shards: str, tmp_path: Path) -> None:
