@@ -42,6 +42,7 @@ class Blocker:
 sys.meta_path.insert(0, Blocker())
 import runpy
 sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])  # as `python FILE` does
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -228,6 +229,18 @@ def test_thresholds_chosen_anew_reach_predict_py(onnx_classifier: str, tmp_path:
     shutil.copytree(onnx_classifier, folder)
     chosen = Run(folder).choose_thresholds(["threshold.calibration=temperature", "threshold.goal=youden"], 20)
     assert info_of(str(folder)).findings == finding_contracts(chosen.recipe.data.findings, chosen)
+
+
+def test_predict_py_corrects_for_the_estimated_prevalence_once_it_is_known(
+    onnx_classifier: str, tmp_path: Path, drawn: SyntheticPaths
+) -> None:
+    folder, path = shutil.copytree(onnx_classifier, tmp_path / "em"), str(min(drawn.nih.rglob("*.png")))
+    Run(folder).choose_thresholds(["threshold.calibration=platt", "threshold.prior_shift=em"], 20)
+    assert all(one.prior is None for one in info_of(str(folder)).findings.values())
+    Run(folder).evaluate(20)
+    assert any(one.prior is not None for one in info_of(str(folder)).findings.values())
+    (one,) = standalone(str(folder), [path], tmp_path)
+    assert one["probabilities"] == pytest.approx(dict(Predictor(folder, "cpu")(path).probabilities), abs=EXACT)
 
 
 @pytest.mark.usefixtures("once")
