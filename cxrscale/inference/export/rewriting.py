@@ -57,11 +57,12 @@ class _Graph:
         """Replace convolutions of doubled images, alone or in front of other channels."""
         makers = {name: node for node in self._graph.node for name in node.output}
         for conv in [node for node in self._graph.node if self._is_plain(node)]:
-            source = makers.get(conv.input[0])
-            joined = source is not None and source.op_type == "Concat" and _attributes(source)["axis"] == 1
-            doubled = makers.get(source.input[0]) if joined else source
-            if doubled is not None and self._is_doubled(doubled):
-                self._fold(conv, doubled, list(source.input[1:]) if joined else [])
+            source, others = makers.get(conv.input[0]), list[str]()
+            if source is not None and source.op_type == "Concat" and _attributes(source)["axis"] == 1:
+                others = list(source.input[1:])
+                source = makers.get(source.input[0])
+            if source is not None and self._is_doubled(source):
+                self._fold(conv, source, others)
 
     def cleaned(self) -> bytes:
         """The model's bytes without what nothing uses any more, its nodes in order."""
