@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from cxrscale.evaluation import MapMethod
+from cxrscale.inference.export.building import read_exported
 from cxrscale.inference.files import FilePredictions, OnPrediction, predict_files
 from cxrscale.inference.map_maker import MapMaker, Maps
 from cxrscale.inference.objects import Draft, Drafter
@@ -62,9 +63,14 @@ class Explainer(Predictor):
             findings: whose maps; none: those of all findings of the run.
 
         Raises:
-            UserError: as `Predictor`; the run has no such finding, it is an ensemble, or its network has no maps.
+            UserError: as `Predictor`; the run has no such finding, it is an ensemble, an exported classifier, or its
+                network has no maps.
         """
         super().__init__(run, device, maps=True)
+        if (info := read_exported(str(run))) is not None and info.task == "classify":
+            raise UserError(
+                f"{run} is an export, which has no features to map; explain the run it was made of: {info.run}"
+            )
         if self._trained.members:
             names = ", ".join(member.run for member in self._trained.members)
             raise UserError(f"{run} is an ensemble, which has no maps of its own; explain a member: {names}")

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -18,13 +17,14 @@ from cxrscale.config import Recipe
 from cxrscale.evaluation import DEFAULT_MASK_RULE, ood
 from cxrscale.inference.decision import read_decision
 from cxrscale.inference.export import contract, session
+from cxrscale.inference.export.standalone import image_input
 from cxrscale.inference.ood import read_reference
 from cxrscale.inference.outputs import Output, Reading
 from cxrscale.inference.prediction import Prediction, Provenance
 from cxrscale.inference.stored_images import Pixels
 from cxrscale.inference.streaming import ImagePredictor, Prepared
 from cxrscale.io import read_sealed_yaml, seal, storage
-from cxrscale.types import GrayImage, UserError, one_line, probabilities_of
+from cxrscale.types import UserError, one_line, probabilities_of
 
 RECIPE = "recipe.yaml"
 
@@ -96,7 +96,8 @@ class OnnxPredictor(ImagePredictor):
 
     def predict_prepared(self, batch: Sequence[Prepared]) -> list[Prediction]:
         decoded = [cv2.imdecode(np.frombuffer(one.stored[0], np.uint8), cv2.IMREAD_GRAYSCALE) for one in batch]
-        seen = [model_view(image, self._about.input) for image in decoded if image is not None]
+        know = self._about.input.model_dump()
+        seen = [image_input.seen(image, know) for image in decoded if image is not None]
         outputs = iter(self._outputs(np.stack(seen)[:, None]) if seen else ())
         return [
             replace(one.prediction, error="the image cannot be decoded")
@@ -117,22 +118,6 @@ class OnnxPredictor(ImagePredictor):
             Output(logit_F, score_HW, None, one_gray, None if distance_B is None else distance_B[index])
             for index, (logit_F, score_HW, one_gray) in enumerate(zip(logit_BF, score_BHW, gray, strict=True))
         ]
-
-
-def model_view(image_HW: GrayImage, know: contract.InputContract) -> npt.NDArray[np.float32]:
-    """(size, size) what the model sees of an image as it is stored."""
-    size = know.size
-    x, y = image_HW.shape[1] / size, image_HW.shape[0] / size
-    grid = np.array([[x, 0, 0.5 * x - 0.5], [0, y, 0.5 * y - 0.5]])
-    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    level_HW: npt.NDArray[Any] = cv2.warpAffine(image_HW.astype(np.float32), grid, (size, size), flags=flags)
-    if know.clahe:
-        equalizer = cv2.createCLAHE(know.clahe_clip, (know.clahe_tiles, know.clahe_tiles))
-        level_HW = equalizer.apply(np.floor(level_HW + 0.498).astype(np.uint8))
-    level_HW = np.clip(level_HW.astype(np.float32), 0, 255)
-    if know.normalize == "minmax":
-        return np.asarray((level_HW - level_HW.min()) / max(np.ptp(level_HW), np.float32(1e-6)), np.float32)
-    return np.asarray((level_HW / 255 - know.mean) / know.std, np.float32)
 
 
 def thumbnails(image_BHW: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:

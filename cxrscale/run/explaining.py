@@ -63,11 +63,13 @@ def explain_split(
         UserError: no boxes in the split, no such finding, a run without maps, datasets that are missing or have
             changed.
     """
-    from cxrscale.inference import Explainer, boxed_rows, map_tests, read_maps
+    from cxrscale.inference import Explainer, boxed_rows, map_tests, read_exported, read_maps
     from cxrscale.reporting import explain_page
 
     trained = run if isinstance(run, Run) else Run(run)
     tell = progress or _silent
+    if sanity and (info := read_exported(trained.path)) is not None:
+        raise UserError(f"--sanity draws weights anew, which an export does not have; give the run itself: {info.run}")
     explainer = Explainer(trained.path, findings=findings)
     data, person_N = _open(trained.path, explainer)
     boxed = boxed_rows(data, person_N, explainer.recipe, split, explainer.explained)

@@ -98,8 +98,8 @@ def _decide(
     notes, table = list(info.notes), info.table
     if chosen is not None and chosen.rule.prior_shift == "em":
         notes.append(
-            "thresholds of threshold.prior_shift=em: `cxrscale evaluate` this export before it corrects for the "
-            "prevalence of the test split; predict.py does not"
+            "thresholds of threshold.prior_shift=em: `cxrscale evaluate` this export before it and its predict.py "
+            "correct for the prevalence of the test split"
         )
     if info.quantization != "none":
         scores = draft.predictions("val", progress)

@@ -145,6 +145,7 @@ class Run:
             UserError: no thresholds yet, or they belong to other weights; the datasets have changed; fewer than two
                 patients; a NaN score.
         """
+        from cxrscale.inference import refresh_contract
         from cxrscale.shards import leakage
 
         thresholds = self.thresholds()
@@ -162,6 +163,7 @@ class Run:
             thresholds=storage.digest(storage.read(self.artifact(artifacts.THRESHOLDS))),
         )
         write_artifact(self.artifact(artifacts.TEST_METRICS), test)
+        refresh_contract(self.path, thresholds)
         return test
 
     def thresholds(self) -> Thresholds:

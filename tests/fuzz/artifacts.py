@@ -32,7 +32,8 @@ import typer
 from cxrscale.cli import app
 from cxrscale.cli.group import CommandGroup
 from tests.fuzz import hostile
-from tests.fuzz.mutations import Rng
+from tests.fuzz.mutations import Rng, bytewise
+from tests.small_exports import write_export
 
 CODES = (0, 1, 2, 4, 5)
 """Exit codes of commands that ended as they should."""
@@ -64,6 +65,11 @@ class World:
     def ensemble(self) -> Path:
         """The run and its mirror image."""
         return self.root / "ensemble"
+
+    @property
+    def export(self) -> Path:
+        """Of a small model with the run's findings."""
+        return self.root / "export"
 
     @property
     def outside(self) -> Path:
@@ -118,6 +124,8 @@ def make_world(root: Path, dataset: str, run: str) -> World:
     _write_trials(world.search)
     build_ensemble([str(world.run)], str(world.ensemble), Averaging(hflip=True))
     _write_cascade(world)
+    write_export(str(world.run), world.export)
+    open_run(str(world.export)).choose_thresholds(["threshold.calibration=platt"], 4)
     return world
 
 
@@ -319,6 +327,14 @@ ENSEMBLE = (
     lambda w: ["predict", _image(w), "--run", str(w.ensemble), "--out", str(w.root / "out" / "e")],
     lambda w: ["ensemble", str(w.run), "--tta", "hflip", "--name", "ensemble", "--resamples", "2"],
 )
+EXPORT = (
+    lambda w: ["predict", _image(w), "--run", str(w.export), "--out", str(w.root / "out" / "x")],
+    lambda w: ["threshold", str(w.export), "--resamples", "2"],
+    lambda w: [
+        *("variants", _image(w), "--run", str(w.run), "--quantized", str(w.export)),
+        *("--out", str(w.root / "out" / "v.html")),
+    ],
+)
 DATASET = (lambda w: ["verify", str(w.dataset)], lambda w: ["first-batch", str(w.dataset)])
 
 KINDS = {
@@ -373,6 +389,9 @@ KINDS = {
     "cascade": Kind(lambda w: w.run / "cascade.json", hostile.mutated_json, (lambda w: ["cascade", str(w.run)],)),
     "ensemble": Kind(lambda w: w.ensemble / "ensemble.json", hostile.mutated_json, ENSEMBLE),
     "weights of an ensemble": Kind(lambda w: w.ensemble / "best.pt", hostile.mutated_checkpoint, ENSEMBLE[:1], True),
+    "export.json": Kind(lambda w: w.export / "export.json", hostile.mutated_json, EXPORT),
+    "recipe of an export": Kind(lambda w: w.export / "recipe.yaml", hostile.mutated_yaml, EXPORT, True),
+    "model of an export": Kind(lambda w: w.export / "model.onnx", bytewise, EXPORT[:1]),
 }
 
 

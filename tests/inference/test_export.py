@@ -42,6 +42,7 @@ class Blocker:
 sys.meta_path.insert(0, Blocker())
 import runpy
 sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])  # as `python FILE` does
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -230,6 +231,18 @@ def test_thresholds_chosen_anew_reach_predict_py(onnx_classifier: str, tmp_path:
     assert info_of(str(folder)).findings == finding_contracts(chosen.recipe.data.findings, chosen)
 
 
+def test_predict_py_corrects_for_the_estimated_prevalence_once_it_is_known(
+    onnx_classifier: str, tmp_path: Path, drawn: SyntheticPaths
+) -> None:
+    folder, path = shutil.copytree(onnx_classifier, tmp_path / "em"), str(min(drawn.nih.rglob("*.png")))
+    Run(folder).choose_thresholds(["threshold.calibration=platt", "threshold.prior_shift=em"], 20)
+    assert all(one.prior is None for one in info_of(str(folder)).findings.values())
+    Run(folder).evaluate(20)
+    assert any(one.prior is not None for one in info_of(str(folder)).findings.values())
+    (one,) = standalone(str(folder), [path], tmp_path)
+    assert one["probabilities"] == pytest.approx(dict(Predictor(folder, "cpu")(path).probabilities), abs=EXACT)
+
+
 @pytest.mark.usefixtures("once")
 def test_a_form_that_is_another_model_leaves_no_file(
     classifier: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -247,7 +260,9 @@ def test_a_form_that_is_another_model_leaves_no_file(
 
     monkeypatch.setattr(making, "_load", other)
     out = tmp_path / "other"
-    with pytest.raises(UserError, match=r"differs from the run's own model by 0\.0002.*nothing was written"):
+    with pytest.raises(
+        UserError, match=r"differs from the run's own model by 0\.0002.*nothing was written \(in float32"
+    ):
         export(classifier, str(out))
     assert not list(tmp_path.rglob("model.onnx"))
     assert not (out / "export.json").exists()

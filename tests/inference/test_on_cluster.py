@@ -29,6 +29,7 @@ from cxrscale.run import Run
 from cxrscale.sources.synthetic.archive import SyntheticPaths
 from cxrscale.types import UserError
 from tests.inference.test_ensemble import changed_copy
+from tests.small_exports import write_export
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +100,17 @@ def large(nih_shards: str, paths: list[str], tmp_path_factory: pytest.TempPathFa
     listed = tmp_path_factory.mktemp("list") / "list.txt"
     listed.write_text("\n".join([*paths, nih_shards]))
     return [f"@{listed}"]
+
+
+def test_workers_run_an_export(classifier_run: str, paths: list[str], tmp_path: Path, ray_cluster: Any) -> None:
+    del ray_cluster
+    spec = PredictorSpec((write_export(classifier_run, tmp_path / "exported"),))
+    here, there = (
+        predict_files(one, paths[:12], str(tmp_path / name), "csv")
+        for name, one in (("here", spec.load("cpu")), ("there", ClusterPredictor(spec, 2)))
+    )
+    assert Path(there.address).read_bytes() == Path(here.address).read_bytes()
+    assert there.read == 11
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from pathlib import Path
 from cxrscale import config
 from cxrscale.config import Recipe
 from cxrscale.evaluation import Thresholds, artifacts, ood
-from cxrscale.inference.decision import stored_thresholds
+from cxrscale.inference.decision import read_decision, stored_thresholds
 from cxrscale.inference.export import contract
 from cxrscale.inference.export.contract import ExportInfo
 from cxrscale.inference.trained import TrainedModel
@@ -56,8 +56,9 @@ def write_draft(folder: Path, trained: TrainedModel, content: bytes, info: Expor
         storage.write(str(folder / ood.NAME), storage.read(storage.join(run, ood.NAME)))
     write_artifact(str(folder / contract.EXPORT), info)
     if info.format == "onnx":
-        text = importlib.resources.files("cxrscale.inference.export").joinpath("standalone.py").read_text()
-        storage.write(str(folder / contract.STANDALONE), text)
+        programs = importlib.resources.files("cxrscale.inference.export").joinpath("standalone")
+        for name in contract.STANDALONE:
+            storage.write(str(folder / name), programs.joinpath(name).read_text())
     write_sealed_yaml(str(folder / resume.RECIPE), config.to_yaml(_renamed(trained.recipe, out)))
     storage.write(str(folder / contract.FILES[info.format]), content)
 
@@ -87,15 +88,17 @@ def check_target(out: str) -> None:
 
 
 def refresh_contract(run: str, thresholds: Thresholds) -> None:
-    """Keep an export's export.json, which its predict.py reads, in step with its thresholds.json; other runs have none.
+    """Keep an export's export.json, which its predict.py reads, in step with its thresholds.json, and with what its
+    test_metrics.json estimates with threshold.prior_shift=em; other runs have none.
 
     Raises:
-        UserError: export.json is damaged or of another version.
+        UserError: export.json or test_metrics.json is damaged or of another version.
     """
     info = read_exported(run)
     if info is None:
         return
-    findings = contract.finding_contracts(tuple(info.findings), thresholds)
+    estimated = read_decision(run, thresholds.checkpoint).estimated
+    findings = contract.finding_contracts(tuple(info.findings), thresholds, estimated)
     rule = thresholds.mask_rule or info.mask_rule
     write_artifact(
         storage.join(run, contract.EXPORT), info.model_copy(update={"findings": findings, "mask_rule": rule})

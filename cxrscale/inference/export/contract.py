@@ -10,8 +10,8 @@ from cxrscale.evaluation import Estimate, MaskRule, Thresholds, calibration
 from cxrscale.io import Artifact, ArtifactPart, Number, read_artifact, storage
 
 EXPORT = "export.json"
-STANDALONE = "predict.py"
-"""Beside an ONNX model: what predicts without cxrscale and torch."""
+STANDALONE = ("predict.py", "image_input.py")
+"""Beside an ONNX model: what predicts without cxrscale and torch, and what reads its images."""
 REMEDY = "export the run again"
 
 Format = Literal["onnx", "torch-export"]
@@ -176,23 +176,29 @@ def input_contract(augment: Augment, pixels: Mapping[str, Any]) -> InputContract
     )
 
 
-def finding_contracts(findings: tuple[str, ...], chosen: Thresholds | None) -> dict[str, FindingContract]:
-    """Finding -> calibrator, correction for a known prevalence, threshold; without thresholds the model's own
+def finding_contracts(
+    findings: tuple[str, ...],
+    chosen: Thresholds | None,
+    estimated: Mapping[str, calibration.PriorShift | None] | None = None,
+) -> dict[str, FindingContract]:
+    """Finding -> calibrator, correction for another prevalence, threshold; without thresholds the model's own
     probabilities and no calls.
 
-    threshold.prior_shift=em corrects for what `cxrscale evaluate` estimates and is not part of an export.
+    Args:
+        estimated: with threshold.prior_shift=em, what `cxrscale evaluate` estimated for this very model.
     """
     if chosen is None:
         return {name: FindingContract() for name in findings}
     result = {}
     for name in findings:
         fitted, estimate = chosen.calibration[name], chosen.thresholds[name].threshold
-        target = chosen.rule.priors.get(name) if chosen.rule.prior_shift == "known" else None
-        known = target is not None and 0 < fitted.prevalence < 1
+        shift, target = (estimated or {}).get(name), chosen.rule.priors.get(name)
+        if chosen.rule.prior_shift == "known" and target is not None and 0 < fitted.prevalence < 1:
+            shift = calibration.PriorShift(fitted.prevalence, target)
         result[name] = FindingContract(
             calibrator=fitted.calibrator.kind,
             **_mapping(fitted.calibrator),
-            prior=(fitted.prevalence, target) if known and target is not None else None,
+            prior=(shift.source, shift.target) if shift is not None else None,
             threshold=estimate.value if estimate.defined else None,
         )
     return result

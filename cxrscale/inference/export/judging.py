@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -55,6 +56,13 @@ class Judge:
             if total.images >= images:
                 break
         return total.difference(maps=self.maps)
+
+    def rounding(self) -> float:
+        """How far the run's own probabilities are from those of its model in float64, on a batch of the sample."""
+        exact = copy.deepcopy(self._trained.model).double()
+        with torch.no_grad():
+            logits = exact(self.images[0].double()).numpy()
+        return float(np.abs(probabilities_of(self._own[0]) - probabilities_of(logits)).max())
 
     def check_batches(self, model: nn.Module) -> Difference:
         """The same over batches of `DYNAMIC` sizes, images again and again where the sample has too few.

@@ -157,7 +157,8 @@ def _hold_equal(judge: Judge, content: bytes, form: contract.Format, limit: floa
         if not found.maximum <= limit:
             raise UserError(
                 f"the {form} form differs from the run's own model by {found.maximum:.3g} in probability on "
-                f"{found.images} validation images, more than --max-float {limit:g}; nothing was written"
+                f"{found.images} validation images, more than --max-float {limit:g}; nothing was written (in float32 "
+                f"the run's own model is off by {judge.rounding():.3g} itself)"
             )
     return found
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from cxrscale.inference.export.rewriting import rewritten
 from cxrscale.inference.export.runtime import sealed_onnx, sealed_program
 from cxrscale.inference.export.session import INPUT, OUTPUT
 from cxrscale.types import UserError, one_line
@@ -56,7 +57,7 @@ def to_onnx(model: nn.Module, size: int) -> bytes:
         except Exception as error:  # an exporter raises whatever an operator that it does not know leads to
             raise UserError(f"torch.onnx cannot export this model ({one_line(error, limit=200)})") from None
     assert program is not None
-    return sealed_onnx(program.model_proto.SerializeToString())
+    return sealed_onnx(rewritten(program.model_proto.SerializeToString()))
 
 
 def to_program(model: nn.Module, size: int) -> bytes:

@@ -1,0 +1,1 @@
+"""Programs that stand beside an exported model, and work without cxrscale."""
