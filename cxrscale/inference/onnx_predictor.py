@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -60,7 +59,7 @@ class OnnxPredictor(ImagePredictor):
         seal.check(content, path, contract.REMEDY)
         self._checkpoint = storage.digest(content)
         try:
-            self._session = session.open_session(content, session.available_threads())
+            self._model = session.OnnxModel(content, session.available_threads())
         except UserError:
             raise
         except Exception as error:  # its parser raises whatever it does
@@ -69,7 +68,6 @@ class OnnxPredictor(ImagePredictor):
         self.recipe = config.parse(Recipe, read_sealed_yaml(recipe_path), where=recipe_path)
         self._decision = read_decision(self._run, self._checkpoint)
         self._reference = read_reference(self._run)
-        self._lock = threading.Lock()
 
     @cached_property
     def _reading(self) -> Reading:
@@ -107,8 +105,7 @@ class OnnxPredictor(ImagePredictor):
         ]
 
     def _outputs(self, image_BCHW: npt.NDArray[np.float32]) -> list[Output]:
-        with self._lock:
-            (logits,) = self._session.run([session.OUTPUT], {session.INPUT: image_BCHW})
+        logits = self._model(image_BCHW)
         score_BHW = probabilities_of(logits[:, 0]) if logits.ndim == 4 else [None] * len(logits)
         logit_BF = logits.reshape(*logits.shape[:2], -1).max(axis=2)
         thumbnail_BD = thumbnails(image_BCHW[:, 0])

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cxrscale.inference.export import contract
-from cxrscale.inference.export.session import INPUT, OUTPUT, open_session
+from cxrscale.inference.export.session import OnnxModel
 from cxrscale.io import seal
 from cxrscale.types import UserError, one_line
 
@@ -29,18 +29,17 @@ class OnnxModule(nn.Module):
         """
         super().__init__()
         gpu = (device.index or 0) if device.type == "cuda" else None
-        self._session = open_session(content, torch.get_num_threads(), gpu, half=half)
+        self._model = OnnxModel(content, torch.get_num_threads(), gpu, half=half)
 
     @property
     def providers(self) -> tuple[str, ...]:
         """What runs it, the first wherever it can."""
-        return tuple(self._session.get_providers())
+        return self._model.providers
 
     def forward(self, image_BCHW: torch.Tensor) -> torch.Tensor:
         """The logits, on the device of the input."""
         image = np.ascontiguousarray(image_BCHW.detach().float().cpu().numpy())
-        (logits,) = self._session.run([OUTPUT], {INPUT: image})
-        return torch.from_numpy(logits).float().to(image_BCHW.device)
+        return torch.from_numpy(self._model(image)).to(image_BCHW.device)
 
 
 class ProgramModule(nn.Module):
