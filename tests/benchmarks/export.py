@@ -98,7 +98,7 @@ def openvino(files: dict[str, bytes], folder: Path) -> dict[str, nn.Module]:
     class OpenVino(nn.Module):
         def __init__(self, path: Path) -> None:
             super().__init__()
-            settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
+            settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
             self._compiled = ov.Core().compile_model(str(path), "CPU", settings)
 
         def forward(self, image_BCHW: torch.Tensor) -> torch.Tensor:
@@ -108,7 +108,10 @@ def openvino(files: dict[str, bytes], folder: Path) -> dict[str, nn.Module]:
     for name, content in files.items():
         path = folder / f"openvino-{name}.onnx"
         path.write_bytes(content)
-        result[f"OpenVINO, {name}"] = OpenVino(path)
+        try:
+            result[f"OpenVINO, {name}"] = OpenVino(path)
+        except RuntimeError:  # 2026.4 fails in a pass of its own over the UNet's quantized file
+            print(f"OpenVINO does not take {name}")
     return result
 
 
