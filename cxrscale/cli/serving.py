@@ -111,11 +111,18 @@ def _serve(runs: dict[str, str], gate: str | None, listen: _Listen, settings: Se
     from cxrscale.inference import serve
     from cxrscale.reporting import serve_page
 
-    models = serve.load_models(runs, gate, listen.device)
+    # Its processes import what they need while the models load.
+    decoder = serve.decoding.Decoder(settings.decode_workers, settings.decode_seconds)
+    decoder.start()
+    try:
+        models = serve.load_models(runs, gate, listen.device)
+    except BaseException:
+        decoder.close()
+        raise
     for name, model in models.items():
         for note in model.info.notes:
             logging.getLogger("cxrscale").warning("%s: %s", name, note)
-    application = serve.build_app(serve.Service(models, settings), serve_page.page_files(), listen.key)
+    application = serve.build_app(serve.Service(models, settings, decoder=decoder), serve_page.page_files(), listen.key)
     # Its own log would name what clients asked for.
     server = uvicorn.Server(
         uvicorn.Config(

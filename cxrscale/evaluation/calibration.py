@@ -10,7 +10,6 @@ import numpy.typing as npt
 from pydantic import Discriminator
 from scipy.optimize import brentq, minimize
 from scipy.special import expit, logit
-from sklearn.isotonic import IsotonicRegression
 
 from cxrscale.evaluation.metrics import Estimate, Floats, absent_class, known, undefined
 from cxrscale.types import probabilities_of
@@ -109,6 +108,9 @@ def fit(kind: str, logit_N: npt.ArrayLike, label_N: npt.ArrayLike) -> Calibrator
     if kind == "none" or reason:
         return Unchanged(f"{reason} in validation" if reason and kind != "none" else "")
     if kind == "isotonic":
+        # Not above: it takes half a second, and what is fitted already is applied without it.
+        from sklearn.isotonic import IsotonicRegression
+
         fitted = IsotonicRegression(y_min=0.0, y_max=1.0, out_of_bounds="clip").fit(probabilities_of(logits), label)
         return Isotonic(tuple(fitted.X_thresholds_.tolist()), tuple(fitted.y_thresholds_.tolist()))
     return _platt(logits, label) if kind == "platt" else _temperature(logits, label)

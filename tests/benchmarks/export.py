@@ -98,7 +98,11 @@ def openvino(files: dict[str, bytes], folder: Path) -> dict[str, nn.Module]:
     class OpenVino(nn.Module):
         def __init__(self, path: Path) -> None:
             super().__init__()
-            settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+            settings = {
+                "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+                "PERFORMANCE_HINT": "LATENCY",
+                "INFERENCE_PRECISION_HINT": "f32",
+            }
             self._compiled = ov.Core().compile_model(str(path), "CPU", settings)
 
         def forward(self, image_BCHW: torch.Tensor) -> torch.Tensor:

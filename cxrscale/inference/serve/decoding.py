@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pebble import ProcessExpired, ProcessPool
+from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from cxrscale.io import LoadedImage, Strictness, load_image, load_stored
 from cxrscale.types import UnreadableImageError, one_line
@@ -47,10 +47,17 @@ class Decoder:
         # Not forked: this process has threads of torch and DALI.
         context = multiprocessing.get_context("spawn")
         self._pool = ProcessPool(max_workers=workers, initializer=_limit_memory, context=context)
+        self._started: list[ProcessFuture] = []
+
+    def start(self) -> None:
+        """Start the processes; they import their decoders while this one goes on."""
+        self._started = [self._pool.schedule(_ready) for _ in range(self._workers)]
 
     async def warm_up(self) -> None:
-        """Start the processes, which import their decoders."""
-        await asyncio.gather(*(asyncio.wrap_future(self._pool.schedule(_ready)) for _ in range(self._workers)))
+        """Until the processes are ready for the first file."""
+        if not self._started:
+            self.start()
+        await asyncio.gather(*(asyncio.wrap_future(one) for one in self._started))
 
     async def decode(self, data: bytes, name: str) -> LoadedImage:
         """The upright gray image of a file, read leniently.

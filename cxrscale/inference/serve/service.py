@@ -48,14 +48,21 @@ class Answer:
 class Service:
     """The models, their queues, and the processes that decode."""
 
-    def __init__(self, models: Mapping[str, ServedModel], settings: Serve, on_use: OnUse | None = None) -> None:
+    def __init__(
+        self,
+        models: Mapping[str, ServedModel],
+        settings: Serve,
+        on_use: OnUse | None = None,
+        decoder: Decoder | None = None,
+    ) -> None:
         """Args:
         models: name -> model; the first is the default.
         on_use: for models that are not all in memory.
+        decoder: one that has been started; None: it is made here.
         """
         self.models, self.settings, self._on_use = models, settings, on_use
         self.monitoring = Monitoring(models, settings.drift_window)
-        self.decoder = Decoder(settings.decode_workers, settings.decode_seconds)
+        self.decoder = decoder or Decoder(settings.decode_workers, settings.decode_seconds)
         self._batchers = {name: Batcher(model.predictor, self._noting(name)) for name, model in models.items()}
         self._waiting = 0
         self.ready = False
