@@ -183,7 +183,7 @@ def test_a_stopped_training_writes_a_checkpoint_and_resumes(cluster: Cluster, ni
         f"tracking.runs_dir={tmp_path}",
         "tracking.name=stopped",
         "train.epochs=1",
-        "sampler.steps_per_epoch=150",
+        "sampler.steps_per_epoch=400",
     ]
     arguments += ["tracking.wandb=disabled", "train.checkpoint_steps=100000"]
     run = tmp_path / "stopped"
@@ -209,14 +209,14 @@ def test_a_stopped_training_writes_a_checkpoint_and_resumes(cluster: Cluster, ni
         assert time.monotonic() < deadline, ray_job("logs", "started")
     assert "stopped with a checkpoint; resume with tracking.name=stopped" in ray_job("logs", "started")
     (last_step,) = checkpoint.steps(str(run / checkpoint.FOLDER)).values()
-    assert 10 <= last_step < 150
+    assert 10 <= last_step < 400
     assert len(tracking.read_log(str(run))) == last_step
 
     code, out = cluster.submit(*arguments)
     assert code == 0, out
     assert f"results: {run}" in out.splitlines()
     assert out.splitlines()[-1] == str(run)
-    assert [line["step"] for line in tracking.read_log(str(run)) if line["kind"] == "train"] == list(range(1, 151))
+    assert [line["step"] for line in tracking.read_log(str(run)) if line["kind"] == "train"] == list(range(1, 401))
     assert (run / "best.pt").is_file()
 
 

@@ -16,6 +16,7 @@ from cxrscale.io import storage, write_sealed_yaml
 from cxrscale.run import Run, compare_variants, explain_split, plan_variants
 from cxrscale.sources.synthetic.archive import SyntheticPaths
 from cxrscale.types import UserError
+from tests.inference.test_ensemble import changed_copy
 from tests.small_exports import write_export
 
 
@@ -54,8 +55,9 @@ def test_an_export_is_served_and_stands_beside_its_run(classifier: str, classifi
     served = load_served("exported", PredictorSpec((classifier,), maps=True), "cpu")
     assert served.info.checkpoint == Predictor(classifier, "cpu").provenance.checkpoint
     assert np.isfinite(served.info.findings["Effusion"].threshold)
-    found = compare_variants(plan_variants([classifier_run], [], [classifier]), [], str(tmp_path / "page"), "val")
-    assert [one.run for one in found.variants] == [classifier_run, classifier]
+    run = changed_copy(classifier_run, tmp_path / "run", 1.0)
+    found = compare_variants(plan_variants([run], [], [classifier]), [], str(tmp_path / "page"), "val")
+    assert [one.run for one in found.variants] == [run, classifier]
     assert found.scores[1].metrics["AUROC"].defined
 
 

@@ -15,11 +15,13 @@ import numpy as np
 import pydicom
 import pytest
 
-from cxrscale.inference import Prediction, Predictor
+from cxrscale.config import Serve
+from cxrscale.inference import Prediction, Predictor, PredictorSpec
+from cxrscale.inference.serve import Service, load_served
 from cxrscale.io import encode_png, load_image, rle_masks
 from cxrscale.sources.synthetic.archive import SyntheticPaths
 from tests.dicom_files import dicom_file, gray_image
-from tests.inference.serve.conftest import Served
+from tests.inference.serve.conftest import Served, serving
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +190,23 @@ def test_brighter_images_raise_the_alarm(served: Served, drawn: SyntheticPaths) 
             assert client.post("/v1/predict", files=batch).status_code == 200
         found = client.get("/v1/drift").json()["classifier"]
     assert found["brightness"]["alarm"], found
+
+
+def test_a_service_that_is_stopped_finishes_what_it_has_taken(classifier_run: str, pngs: list[Path]) -> None:
+    model = load_served("classifier", PredictorSpec((classifier_run,), maps=True), "cpu")
+    with ThreadPoolExecutor(8) as pool:
+        with serving(Service({"classifier": model}, Serve(decode_workers=1))) as running:
+            service = running.service
+
+            def ask(path: Path) -> int:
+                return httpx.post(f"{running.address}/v1/predict", content=path.read_bytes(), timeout=60).status_code
+
+            asked = [pool.submit(ask, path) for path in pngs]
+            while service.monitoring.waiting._value.get() < 4:
+                assert not all(one.done() for one in asked)
+        assert {one.result() for one in asked} == {200}
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{running.address}/healthz")
 
 
 def test_the_page_and_all_it_loads_come_from_here(served: Served) -> None:
