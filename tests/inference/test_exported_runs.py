@@ -51,13 +51,15 @@ def test_an_exported_segmenter_is_explained_by_its_score_map(
         assert stored["Pneumothorax"].max() == pytest.approx(own["Pneumothorax"], abs=1e-6)
 
 
-def test_an_export_is_served_and_stands_beside_its_run(classifier: str, classifier_run: str, tmp_path: Path) -> None:
-    served = load_served("exported", PredictorSpec((classifier,), maps=True), "cpu")
-    assert served.info.checkpoint == Predictor(classifier, "cpu").provenance.checkpoint
-    assert np.isfinite(served.info.findings["Effusion"].threshold)
+def test_an_export_is_served_and_stands_beside_its_run(classifier_run: str, tmp_path: Path) -> None:
     run = changed_copy(classifier_run, tmp_path / "run", 1.0)
-    found = compare_variants(plan_variants([run], [], [classifier]), [], str(tmp_path / "page"), "val")
-    assert [one.run for one in found.variants] == [run, classifier]
+    exported = write_export(run, tmp_path / "exported")
+    Run(exported).choose_thresholds(resamples=20)
+    served = load_served("exported", PredictorSpec((exported,), maps=True), "cpu")
+    assert served.info.checkpoint == Predictor(exported, "cpu").provenance.checkpoint
+    assert np.isfinite(served.info.findings["Effusion"].threshold)
+    found = compare_variants(plan_variants([run], [], [exported]), [], str(tmp_path / "page"), "val")
+    assert [one.run for one in found.variants] == [run, exported]
     assert found.scores[1].metrics["AUROC"].defined
 
 
