@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 import numpy as np
 import numpy.typing as npt
 from pydantic import Discriminator
-from scipy.optimize import brentq, minimize
 from scipy.special import expit, logit
 
 from cxrscale.evaluation.metrics import Estimate, Floats, absent_class, known, undefined
@@ -156,6 +155,8 @@ def _platt(logits: Floats, label: Floats) -> Platt:
         return nll, np.array([(error * logits).mean(), error.mean()])
 
     start = np.array([0.0, float(logit(target.mean()))])
+    from scipy.optimize import minimize  # a quarter of a second, which whoever applies a calibrator need not wait
+
     result = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(0, None), (None, None)], tol=1e-12)
     return Platt(float(result.x[0]), float(result.x[1]))
 
@@ -180,4 +181,6 @@ def _temperature(logits: Floats, label: Floats) -> Temperature | Unchanged:
         low /= 4
     while derivative(high) <= 0:
         high *= 4
+    from scipy.optimize import brentq
+
     return Temperature(1 / float(brentq(derivative, low, high, xtol=1e-300, rtol=1e-12)))

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cxrscale.cluster import groups
+from cxrscale import cluster
 from cxrscale.config import Scaling
 from cxrscale.training.tracking import Wait
 from cxrscale.types import WaitLimitError
@@ -211,7 +211,7 @@ class Watch:
                 raise
         finally:
             self._ended.set()
-            thread.join(groups.END_SECONDS)
+            thread.join(cluster.groups.END_SECONDS)
             self._end()
 
     def _look(self) -> None:
@@ -275,7 +275,7 @@ class Watch:
     def _cause(self, still: Standstill, now: float) -> str:
         """What the run waits for, as far as it can be known."""
         with suppress(Exception):
-            if self._controller is not None and (room := groups.waits_for(self._controller._actor_id.hex())):
+            if self._controller is not None and (room := cluster.groups.waits_for(self._controller._actor_id.hex())):
                 return f"{ROOM} {room}"
         return still.activity(now) or ("its workers to be heard of again" if still.heard else "its workers to start")
 
@@ -286,7 +286,7 @@ class Watch:
             if self._controller is None:
                 return
             with suppress(Exception):
-                groups.end_actor(self._controller)
+                cluster.groups.end_actor(self._controller)
                 self._controller = None
                 return
             time.sleep(LOOK_SECONDS)
@@ -308,7 +308,7 @@ def free_room() -> str:
         free, total = ray.available_resources(), ray.cluster_resources()  # type: ignore[no-untyped-call]
         kinds = ["CPU"] + ["GPU"] * ("GPU" in total)
         amounts = [f"{kind} {free.get(kind, 0):g} of {total.get(kind, 0):g}" for kind in kinds]
-        orphans = [group.bundles for group in groups.find_orphans()]
+        orphans = [group.bundles for group in cluster.groups.find_orphans()]
         held = f"; ended jobs hold {', '.join(orphans)}: cxrscale doctor --remove-orphans" if orphans else ""
         return f" (free: {', '.join(amounts)}{held})"
     return ""
@@ -322,7 +322,7 @@ def next_word(seconds: float) -> float:
 def clear(say: Callable[[str], None]) -> None:
     """Give back what trainings hold, or have asked for, that are no more: this one would wait for it."""
     with suppress(Exception):  # the control service may be away for a moment
-        for group in groups.remove_abandoned():
+        for group in cluster.groups.remove_abandoned():
             say(f"removed {group.bundles} on the cluster, left behind by a training that was killed")
 
 
