@@ -142,7 +142,7 @@ def test_no_function_has_seven_positional_parameters() -> None:
         ("import cxrscale.io", ("torch", "ray", "cv2", "pydicom")),
         ("import cxrscale.cli.app", ("torch", "ray", "nvidia", "matplotlib", "cv2")),
         ("from cxrscale.shards import manifest", ("torch", "ray", "nvidia")),
-        ("from cxrscale.inference import predict_files", ("highdicom", "matplotlib")),
+        ("from cxrscale.inference import Predictor", ("highdicom", "matplotlib", "nvidia", "ray", "sklearn")),
     ],
 )
 def test_light_imports_stay_light(statement: str, absent: tuple[str, ...]) -> None:
