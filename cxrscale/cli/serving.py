@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cxrscale.cli.group import app
+from cxrscale.config import API_KEY
 from cxrscale.types import UserError
 
 if TYPE_CHECKING:
     from cxrscale.config import Serve
-
-KEY_VARIABLE = "CXRSCALE_API_KEY"
 
 
 @app.command("serve")
@@ -38,7 +37,7 @@ def serve_command(
     port: Annotated[int, typer.Option(help="The port; 0: any that is free.", min=0, max=65535)] = 8000,
     api_key_file: Annotated[
         str | None,
-        typer.Option(help=f"A file with the key that every request must bring; else {KEY_VARIABLE}.", metavar="FILE"),
+        typer.Option(help=f"A file with the key that every request must bring; else {API_KEY}.", metavar="FILE"),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; else the GPU where there is one.")] = None,
     ray: Annotated[bool, typer.Option("--ray", help="Serve from a Ray cluster, by Ray Serve.")] = False,
@@ -199,7 +198,7 @@ def _named(runs: list[str]) -> dict[str, str]:
 
 def _api_key(file: str | None) -> str | None:
     if file is None:
-        return os.environ.get(KEY_VARIABLE) or None
+        return os.environ.get(API_KEY) or None
     try:
         key = Path(file).read_text().strip()
     except OSError as error:

@@ -8,6 +8,7 @@ environment variables that cxrscale reads are here too.
 
 from cxrscale.config.data import Augment, Data, Loader, Pack, Sampler
 from cxrscale.config.env import (
+    API_KEY,
     CACHE_FOLDER,
     CACHE_GIGABYTES,
     DEFAULT_CACHE_FOLDER,
@@ -42,6 +43,7 @@ from cxrscale.config.yaml_text import read_yaml, write_yaml
 __all__ = [
     "ABSENT",
     "AGE_BANDS",
+    "API_KEY",
     "CACHE_FOLDER",
     "CACHE_GIGABYTES",
     "DEFAULT_CACHE_FOLDER",

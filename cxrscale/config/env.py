@@ -11,3 +11,6 @@ PATIENT_KEY = "CXRSCALE_PATIENT_KEY"
 
 STATE_HOME, DEFAULT_STATE_HOME = "XDG_STATE_HOME", "~/.local/state"
 """The folder of what a user keeps between runs (XDG Base Directory 0.8), and its value if the variable is not set."""
+
+API_KEY = "CXRSCALE_API_KEY"
+"""The key that every request to the service must bring."""

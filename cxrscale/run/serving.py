@@ -19,15 +19,13 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 
 from cxrscale import config
-from cxrscale.config import Serve, ServeApplication
+from cxrscale.config import API_KEY, Serve, ServeApplication
 from cxrscale.inference import serve
 from cxrscale.reporting import serve_page
 from cxrscale.types import UserError
 
 NAME, FRONT = "cxrscale", "front"
 """Deployments: the replicas of the application, and what stands before them."""
-KEY_VARIABLE = "CXRSCALE_API_KEY"
-"""The environment variable with the key that every request must bring."""
 AT_ONCE = 64
 """Requests that a replica takes; more wait in the front."""
 ATTEMPTS = 4
@@ -74,9 +72,9 @@ class Front:
             UserError: everybody could use the service.
         """
         self._given, self._replicas = given, replicas
-        self._key = given.api_key.get_secret_value() if given.api_key else os.environ.get(KEY_VARIABLE) or None
+        self._key = given.api_key.get_secret_value() if given.api_key else os.environ.get(API_KEY) or None
         if self._key is None and not given.loopback:
-            raise UserError(f"the service is open to others: set {KEY_VARIABLE} in the environment of its replicas")
+            raise UserError(f"the service is open to others: set {API_KEY} in the environment of its replicas")
 
     def __serve_build_asgi_app__(self) -> Any:
         """The application; Ray Serve asks for it once, in the replica."""

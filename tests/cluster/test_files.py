@@ -20,7 +20,8 @@ import pytest
 import yaml
 
 from cxrscale import __version__, config
-from cxrscale.run.serving import KEY_VARIABLE, NAME
+from cxrscale.config import API_KEY
+from cxrscale.run.serving import NAME
 from tests.conftest import REAL
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -462,7 +463,7 @@ def test_the_service_is_an_application_that_ray_serve_takes() -> None:
 def test_no_replica_of_the_service_starts_without_a_key() -> None:
     assert "api_key" not in serve_config()["applications"][0]["args"]
     for group in groups(load(SERVICE)):
-        (key,) = [item for item in container(group)["env"] if item["name"] == KEY_VARIABLE]
+        (key,) = [item for item in container(group)["env"] if item["name"] == API_KEY]
         assert "optional" not in key["valueFrom"]["secretKeyRef"]
 
 

@@ -16,7 +16,7 @@ pytest.importorskip("grpc_reflection", reason="cxrscale[serve-ray] is not instal
 
 import psutil
 
-from cxrscale.config import Serve, ServeApplication
+from cxrscale.config import API_KEY, Serve, ServeApplication
 from cxrscale.inference import Predictor
 from cxrscale.run import serving
 from cxrscale.sources.synthetic.archive import SyntheticPaths
@@ -25,7 +25,7 @@ from tests.servers import free_port
 
 
 def test_a_service_that_is_open_to_others_needs_a_key(classifier_run: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(serving.KEY_VARIABLE, raising=False)
+    monkeypatch.delenv(API_KEY, raising=False)
     with pytest.raises(UserError, match="set CXRSCALE_API_KEY"):
         serving.Front(ServeApplication(models={"chest": classifier_run}), None)
 
