@@ -21,7 +21,7 @@ POINTED_AT = ("Mass", "Nodule", "Effusion")
 @pytest.mark.slow
 def test_the_maps_of_the_demo_beat_every_guess_that_does_not_see_the_image(tmp_path: Path) -> None:
     """By more than the interval over patients, in the pointing game: all four baselines. Trained in one process; two
-    workers, who do half of the steps, make a model whose maps do not beat the best guess for effusions (jobs/demo.yaml).
+    workers, who do half of the steps, make one whose maps do not beat the best guess for effusions (jobs/demo.yaml).
 
     Leaving the image out makes a poor guess of a finding that is as often on either side: the others have one box less
     on its side, so that their peak is on the wrong one. Masses and effusions are therefore also compared with the best
