@@ -21,7 +21,6 @@ from .explain import explain_files as explain_files
 from .explain import maps_of_rows as maps_of_rows
 from .export.building import check_target as check_target
 from .export.building import publish as publish
-from .export.building import read_exported as read_exported
 from .export.building import refresh_contract as refresh_contract
 from .export.building import write_draft as write_draft
 from .export.contract import EXPORT as EXPORT
@@ -31,6 +30,7 @@ from .export.contract import ExportInfo as ExportInfo
 from .export.contract import FormRow as FormRow
 from .export.contract import Quality as Quality
 from .export.contract import finding_contracts as finding_contracts
+from .export.contract import read_exported as read_exported
 from .export.making import Form as Form
 from .export.making import export_info as export_info
 from .export.making import make_form as make_form

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from cxrscale.evaluation import MapMethod
-from cxrscale.inference.export.building import read_exported
+from cxrscale.inference.export.contract import read_exported
 from cxrscale.inference.files import FilePredictions, OnPrediction, predict_files
 from cxrscale.inference.map_maker import MapMaker, Maps
 from cxrscale.inference.objects import Draft, Drafter

@@ -11,8 +11,6 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from cxrscale import config
-from cxrscale.config import Recipe
 from cxrscale.evaluation import DEFAULT_MASK_RULE, ood
 from cxrscale.inference.decision import read_decision
 from cxrscale.inference.export import contract, session
@@ -22,10 +20,8 @@ from cxrscale.inference.outputs import Output, Reading
 from cxrscale.inference.prediction import Prediction, Provenance
 from cxrscale.inference.stored_images import Pixels
 from cxrscale.inference.streaming import ImagePredictor, Prepared
-from cxrscale.io import read_sealed_yaml, seal, storage
-from cxrscale.types import UserError, one_line, probabilities_of
-
-RECIPE = "recipe.yaml"
+from cxrscale.io import storage
+from cxrscale.types import probabilities_of
 
 
 def runs_without_torch(run: str, device: str | None) -> bool:
@@ -53,19 +49,12 @@ class OnnxPredictor(ImagePredictor):
             UserError: the folder is damaged, or onnxruntime is not installed.
         """
         self._run, self._maps = storage.absolute(str(run)), maps
-        self._about = contract.read_export(self._run)
+        self._about, self.recipe = contract.read_with_recipe(self._run)
         path = storage.join(self._run, contract.FILES["onnx"])
         content = storage.read(path)
-        seal.check(content, path, contract.REMEDY)
-        self._checkpoint = storage.digest(content)
-        try:
+        with contract.loading(content, path):
             self._model = session.OnnxModel(content, session.available_threads())
-        except UserError:
-            raise
-        except Exception as error:  # its parser raises whatever it does
-            raise UserError(f"{path} cannot be loaded ({one_line(error, limit=160)}); {contract.REMEDY}") from None
-        recipe_path = storage.join(self._run, RECIPE)
-        self.recipe = config.parse(Recipe, read_sealed_yaml(recipe_path), where=recipe_path)
+        self._checkpoint = storage.digest(content)
         self._decision = read_decision(self._run, self._checkpoint)
         self._reference = read_reference(self._run)
 

@@ -12,16 +12,14 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from cxrscale import config
-from cxrscale.config import Augment, Pack, Recipe
+from cxrscale.config import Augment, Recipe
 from cxrscale.inference.export import contract, runtime
 from cxrscale.inference.members import Averaging, Member
-from cxrscale.io import read_sealed_yaml, storage
+from cxrscale.io import storage
 from cxrscale.models import Averaged, build_model
-from cxrscale.training import checkpoint, resume, run_files
+from cxrscale.training import checkpoint, run_files
 from cxrscale.types import UserError, one_line
 
-PIXELS = ("codec", "size", "quality")
-"""Fields of the pack section that say how an image is stored."""
 INPUT = ("size", "clahe", "clahe_clip", "clahe_tiles", "normalize", "mean", "std")
 """Fields of the augment section that say what the model sees of an image that is not augmented."""
 
@@ -67,7 +65,7 @@ def load_model(run: str | Path, device: torch.device) -> TrainedModel:
     if not isinstance(state.get("recipe"), dict):
         raise UserError(f"{path} has no recipe; give a run's best.pt")
     recipe = config.parse(Recipe, state["recipe"], where=path)
-    stored = _stored(state.get("pixels"), path)
+    stored = contract.stored_pixels(state.get("pixels"), path)
     digest = storage.digest(content)
     if "members" not in state:
         model = _with_weights(recipe, state["model"], path).to(device).eval()
@@ -152,28 +150,11 @@ def ensemble_state(loaded: Sequence[TrainedModel], ensemble: TrainedModel) -> di
 
 def _exported(run: str, path: str, device: torch.device) -> TrainedModel:
     """The model of an export's folder."""
-    info = contract.read_export(run)
-    recipe_path = storage.join(run, resume.RECIPE)
-    recipe = config.parse(Recipe, read_sealed_yaml(recipe_path), where=recipe_path)
-    # predict.py reads the one and this package the other.
-    own = contract.input_contract(recipe.augment, _stored(info.input.stored(), storage.join(run, contract.EXPORT)))
-    if (info.task, tuple(info.findings), info.input) != (recipe.data.task, recipe.data.findings, own):
-        raise UserError(f"{run}: {contract.EXPORT} and {resume.RECIPE} differ; {contract.REMEDY}")
+    info, recipe = contract.read_with_recipe(run)
     content = storage.read(path)
     # On a GPU a run computes in bf16 unless its recipe says fp32; an engine of it may take fp16.
     model = runtime.exported_module(content, path, device, half=recipe.train.precision != "fp32")
     return TrainedModel(model, recipe, info.manifest, storage.digest(content), info.input.stored())
-
-
-def _stored(pixels: Any, path: str) -> dict[str, Any]:
-    """How the training images were stored, refused where no dataset can be stored so."""
-    try:
-        valid = Pack.model_validate({name: pixels[name] for name in PIXELS})
-    except (LookupError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path} does not say how its training images were stored ({one_line(error, limit=120)})"
-        ) from None
-    return {name: getattr(valid, name) for name in PIXELS}
 
 
 def _averaged(

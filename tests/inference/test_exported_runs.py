@@ -70,3 +70,5 @@ def test_an_export_whose_files_contradict_each_other_is_refused(classifier_run: 
     write_sealed_yaml(path, text[: text.rindex("# ")].replace("  size: 48", "  size: 64"))
     with pytest.raises(UserError, match=r"export\.json and recipe\.yaml differ; export the run again"):
         Predictor(made, "cpu")
+    with pytest.raises(UserError, match=r"export\.json and recipe\.yaml differ; export the run again"):
+        PredictorSpec((made,), light=True).load("cpu")

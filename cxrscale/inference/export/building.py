@@ -17,15 +17,6 @@ from cxrscale.training import RunInfo, read_run_info, resume, run_files, run_inf
 from cxrscale.types import UserError
 
 
-def read_exported(run: str) -> ExportInfo | None:
-    """What an export's folder says of it; None where the folder is no export.
-
-    Raises:
-        UserError: export.json is damaged or of another version.
-    """
-    return contract.read_export(run) if storage.exists(storage.join(run, contract.EXPORT)) else None
-
-
 def thresholds_for(run: str, trained: TrainedModel, digest: str) -> Thresholds | None:
     """A run's thresholds for a form with the same probabilities; None where the run has none.
 
@@ -94,7 +85,7 @@ def refresh_contract(run: str, thresholds: Thresholds) -> None:
     Raises:
         UserError: export.json or test_metrics.json is damaged or of another version.
     """
-    info = read_exported(run)
+    info = contract.read_exported(run)
     if info is None:
         return
     estimated = read_decision(run, thresholds.checkpoint).estimated

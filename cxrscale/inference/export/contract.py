@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
-from cxrscale.config import Augment
+from cxrscale import config
+from cxrscale.config import Augment, Pack, Recipe
 from cxrscale.evaluation import Estimate, MaskRule, Thresholds, calibration
-from cxrscale.io import Artifact, ArtifactPart, Number, read_artifact, storage
+from cxrscale.io import Artifact, ArtifactPart, Number, read_artifact, read_sealed_yaml, seal, storage
+from cxrscale.training import resume
+from cxrscale.types import UserError, one_line
 
 EXPORT = "export.json"
 STANDALONE = ("predict.py", "image_input.py")
 """Beside an ONNX model: what predicts without cxrscale and torch, and what reads its images."""
 REMEDY = "export the run again"
+PIXELS = ("codec", "size", "quality")
+"""Fields of the pack section that say how an image is stored."""
 
 Format = Literal["onnx", "torch-export"]
 FORMATS: tuple[Format, ...] = ("onnx", "torch-export")
@@ -158,6 +164,56 @@ def read_export(folder: str) -> ExportInfo:
         UserError: it is missing, damaged or of another version.
     """
     return read_artifact(ExportInfo, storage.join(folder, EXPORT), REMEDY)
+
+
+def read_exported(run: str) -> ExportInfo | None:
+    """What an export's folder says of it; None where the folder is no export.
+
+    Raises:
+        UserError: export.json is damaged or of another version.
+    """
+    return read_export(run) if storage.exists(storage.join(run, EXPORT)) else None
+
+
+def read_with_recipe(run: str) -> tuple[ExportInfo, Recipe]:
+    """An export's export.json and recipe.yaml, which agree: predict.py reads the one and this package the other.
+
+    Raises:
+        UserError: one is missing or damaged, or they differ.
+    """
+    info, path = read_export(run), storage.join(run, resume.RECIPE)
+    recipe = config.parse(Recipe, read_sealed_yaml(path), where=path)
+    own = input_contract(recipe.augment, stored_pixels(info.input.stored(), storage.join(run, EXPORT)))
+    if (info.task, tuple(info.findings), info.input) != (recipe.data.task, recipe.data.findings, own):
+        raise UserError(f"{run}: {EXPORT} and {resume.RECIPE} differ; {REMEDY}")
+    return info, recipe
+
+
+def stored_pixels(pixels: Any, path: str) -> dict[str, Any]:
+    """How the training images were stored, refused where no dataset can be stored so."""
+    try:
+        valid = Pack.model_validate({name: pixels[name] for name in PIXELS})
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} does not say how its training images were stored ({one_line(error, limit=120)})"
+        ) from None
+    return {name: getattr(valid, name) for name in PIXELS}
+
+
+@contextmanager
+def loading(content: bytes, path: str) -> Iterator[None]:
+    """Inside, the bytes of an exported file, which fit their seal, are loaded; what a runtime raises is one line.
+
+    Raises:
+        UserError: the file is damaged, or what runs it is not installed.
+    """
+    seal.check(content, path, REMEDY)
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the runtimes raise whatever their parsers do
+        raise UserError(f"{path} cannot be loaded ({one_line(error, limit=160)}); {REMEDY}") from None
 
 
 def input_contract(augment: Augment, pixels: Mapping[str, Any]) -> InputContract:

@@ -12,7 +12,6 @@ from torch import nn
 from cxrscale.inference.export import contract
 from cxrscale.inference.export.session import OnnxModel
 from cxrscale.io import seal
-from cxrscale.types import UserError, one_line
 
 
 class OnnxModule(nn.Module):
@@ -76,15 +75,10 @@ def exported_module(content: bytes, path: str, device: torch.device, *, half: bo
     Raises:
         UserError: the file is damaged, or what runs it is not installed.
     """
-    seal.check(content, path, contract.REMEDY)
-    try:
+    with contract.loading(content, path):
         if path.endswith(contract.FILES["onnx"]):
             return OnnxModule(content, device, half=half).eval()
         return ProgramModule(content, device).eval()
-    except UserError:
-        raise
-    except Exception as error:  # the runtimes raise whatever their parsers do
-        raise UserError(f"{path} cannot be loaded ({one_line(error, limit=160)}); {contract.REMEDY}") from None
 
 
 def sealed_onnx(content: bytes) -> bytes:

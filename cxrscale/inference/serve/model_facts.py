@@ -8,14 +8,14 @@ from datetime import UTC, datetime
 from cxrscale.evaluation import Thresholds, artifacts
 from cxrscale.evaluation.metrics import AtThreshold
 from cxrscale.inference.decision import stored_thresholds
-from cxrscale.inference.export.contract import EXPORT, ExportInfo, read_export
+from cxrscale.inference.export.contract import read_exported
 from cxrscale.io import storage
 from cxrscale.training import read_run_info, run_info
 
 
 def form(run: str) -> str:
     """float, or for an export its format and quantization: onnx, onnx int8-static."""
-    exported = _exported(run)
+    exported = read_exported(run)
     if exported is None:
         return "float"
     return exported.format if exported.quantization == "none" else f"{exported.format} {exported.quantization}"
@@ -23,7 +23,7 @@ def form(run: str) -> str:
 
 def trained_day(run: str) -> str:
     """The day on which its training ended, in UTC; of an export that of the run it was made of, where it is there."""
-    exported = _exported(run)
+    exported = read_exported(run)
     source = run if exported is None else exported.run
     if not storage.exists(storage.join(source, run_info.RUN_INFO)):
         return ""
@@ -53,7 +53,3 @@ def predictive_value(stored: Thresholds, name: str, at: AtThreshold | None) -> t
         return at.precision.value, common
     true, false = at.recall.value * prior, (1 - at.specificity.value) * (1 - prior)
     return (true / (true + false) if true + false > 0 else math.nan), prior
-
-
-def _exported(run: str) -> ExportInfo | None:
-    return read_export(run) if storage.exists(storage.join(run, EXPORT)) else None
